@@ -1,0 +1,57 @@
+"""TCP servers and clients on gevent, written as plain synchronous callbacks.
+
+Subclass `PsCallback`, give an instance to `PsServer`, `PsClient` or `PsMultiClient`, and write each
+callback as if its connection had the machine for itself. Importing this package patches nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+
+from psofa_gevent.aio import await_greenlet, hub_loop, run_coroutine, spawn_coroutine
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.client import PsClient
+from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.errors import (
+    PsCallbackError,
+    PsClientError,
+    PsError,
+    PsMultiClientError,
+    PsSendError,
+    PsServerError,
+)
+from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
+from psofa_gevent.server import PsServer
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import DEFAULT
+
+__all__ = [
+    "DEFAULT",
+    "PsCallback",
+    "PsCallbackError",
+    "PsClient",
+    "PsClientError",
+    "PsCloseReason",
+    "PsError",
+    "PsMultiClient",
+    "PsMultiClientConnection",
+    "PsMultiClientError",
+    "PsSendError",
+    "PsServer",
+    "PsServerError",
+    "PsSession",
+    "PsSocketAddressFamily",
+    "__version__",
+    "await_greenlet",
+    "hub_loop",
+    "run_coroutine",
+    "spawn_coroutine",
+]
+
+try:
+    __version__ = importlib.metadata.version("psofa_gevent")
+except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+logging.getLogger("psofa_gevent").addHandler(logging.NullHandler())

@@ -1,0 +1,79 @@
+"""From a host and a port to socket addresses, for servers and clients, IPv4 and dual-stack IPv6.
+
+Names are resolved by gevent's resolver, which switches to the hub meanwhile. The rules of
+`PsSocketAddressFamily`: an IPv6 socket is dual-stack, so an IPv4 address becomes an IPv4-mapped one
+(RFC 4291, section 2.5.5.2), and the server's 0.0.0.0 becomes ``::``.
+"""
+
+from __future__ import annotations
+
+import _socket
+from typing import cast
+
+from gevent import socket
+
+from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.settings import MAX_PORT, check_instance, check_int
+
+__all__ = [
+    "SocketAddress",
+    "check_address_family",
+    "check_host",
+    "check_port",
+    "format_address",
+    "resolve",
+    "socket_family",
+]
+
+SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+"""What bind and connect take."""
+
+
+def check_host(host: object) -> str:
+    """Return `host`, or raise `TypeError` or `ValueError`: not text, or empty."""
+    text = check_instance("host", host, str)
+    if not text:
+        raise ValueError("host must be an address or a name, not ''; 0.0.0.0 is every address")
+    return text
+
+
+def check_port(port: object, *, least: int) -> int:
+    """Return `port`, or raise `TypeError` or `ValueError`: not a number from `least` to 65535."""
+    check_int("port", port, least, MAX_PORT)
+    return check_instance("port", port, int)
+
+
+def check_address_family(family: object) -> PsSocketAddressFamily:
+    """Return `family`, or raise `TypeError`."""
+    return check_instance("socket_address_family", family, PsSocketAddressFamily)
+
+
+def socket_family(family: PsSocketAddressFamily) -> int:
+    """The socket module's number for `family`."""
+    return _socket.AF_INET6 if family is PsSocketAddressFamily.IPV6 else _socket.AF_INET
+
+
+def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketAddress]:
+    """All socket addresses of `host`, best first (RFC 6724). Switches while a name is looked up.
+
+    Raises:
+        OSError: the name is not known (`socket.gaierror`), or the resolver failed.
+    """
+    wanted = _socket.AF_UNSPEC if family is PsSocketAddressFamily.IPV6 else _socket.AF_INET
+    try:
+        found = socket.getaddrinfo(host, port, wanted, _socket.SOCK_STREAM)
+    except UnicodeError as exc:  # the name cannot be encoded for the DNS (a label is too long)
+        raise socket.gaierror(socket.EAI_NONAME, f"not a host name: {exc}") from exc
+    addresses: list[SocketAddress] = []
+    for found_family, _type, _protocol, _name, found_address in found:
+        address = cast("SocketAddress", found_address)
+        if family is PsSocketAddressFamily.IPV6 and found_family == _socket.AF_INET:
+            address = (f"::ffff:{address[0]}", port, 0, 0)
+        if address not in addresses:
+            addresses.append(address)
+    return addresses
+
+
+def format_address(host: object, port: object) -> str:
+    """``host:port``, with brackets round an IPv6 address (RFC 3986, section 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

@@ -1,0 +1,132 @@
+"""What a user writes: the callbacks of a server or a client.
+
+One `PsCallback` object serves all sessions of its server or client, so what belongs to one session
+is kept on the session (`PsSession.set_value`). Which greenlet runs what:
+
+- ``on_open``, ``on_message``, ``on_eof``: the session's own greenlet, one at a time per session,
+  sessions side by side. They may block, in gevent's way, for as long as they like.
+- ``on_close`` and ``on_stop``: the one close greenlet of the server or client. A slow one delays
+  other ``on_close`` calls and nothing else.
+- ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.
+
+With ``use_async_callback = True`` the ``*_async`` twins are called instead, in the same order and
+under the same rules, as tasks of the asyncio loop that runs on this thread's gevent hub.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from psofa_gevent.errors import PsCallbackError
+
+if TYPE_CHECKING:
+    from psofa_gevent.client import PsClient
+    from psofa_gevent.enums import PsCloseReason
+    from psofa_gevent.multi_client import PsMultiClient
+    from psofa_gevent.server import PsServer
+    from psofa_gevent.session import PsSession
+
+__all__ = ["PsCallback", "check_callback"]
+
+METHODS = ("on_open", "on_message", "on_eof", "on_close", "on_start", "on_stop")
+
+
+class PsCallback:
+    """Subclass this and override what you need; every method does nothing by default.
+
+    An exception in ``on_open``, ``on_message`` or ``on_eof`` is logged and closes that session with
+    `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged. No other session notices.
+    """
+
+    use_async_callback: bool = False
+    """True: the ``*_async`` methods are called, and the others are not."""
+
+    def on_open(self, session: PsSession) -> None:
+        """A connection was accepted, or made. Runs once, before anything else of the session."""
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        """Bytes arrived: as many as were there, at most ``read_buffer_size``.
+
+        The next read starts when this returns, so a slow callback slows its sender down, and no
+        one else.
+        """
+
+    def on_eof(self, session: PsSession) -> None:
+        """The peer sent its FIN and nothing more will come; sending goes on.
+
+        Only with ``allow_half_open``. The session stays open until it is closed, or until
+        `PsSession.send_eof` shuts the other direction as well.
+        """
+
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        """The session ended and its socket is released. Runs once, last of all."""
+
+    def on_start(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+        """Before the first accept or connect. An exception undoes the start and is raised there."""
+
+    def on_stop(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+        """After the last ``on_close``, before ``shutdown`` (``disconnect``, …) returns."""
+
+    async def on_open_async(self, session: PsSession) -> None:
+        """`on_open` for ``use_async_callback``."""
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        """`on_message` for ``use_async_callback``."""
+
+    async def on_eof_async(self, session: PsSession) -> None:
+        """`on_eof` for ``use_async_callback``."""
+
+    async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        """`on_close` for ``use_async_callback``."""
+
+    async def on_start_async(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+        """`on_start` for ``use_async_callback``."""
+
+    async def on_stop_async(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+        """`on_stop` for ``use_async_callback``."""
+
+
+def check_callback(callback: PsCallback) -> None:
+    """Refuse a callback that could never work, before any connection is made.
+
+    Raises:
+        PsCallbackError: `callback` is not an instance of `PsCallback`, a sync method is written
+            ``async def``, an ``*_async`` one is not, or a name was overridden by something that
+            cannot be called.
+    """
+    if isinstance(callback, type):
+        raise PsCallbackError(
+            f"callback must be an instance, not the class {callback.__name__}: "
+            f"pass {callback.__name__}()"
+        )
+    if not isinstance(callback, PsCallback):
+        raise PsCallbackError(
+            f"callback must be an instance of a PsCallback subclass, not {callback!r}"
+        )
+    if not isinstance(callback.use_async_callback, bool):
+        raise PsCallbackError(
+            f"{type(callback).__name__}.use_async_callback must be True or False, "
+            f"not {callback.use_async_callback!r}"
+        )
+    for name in METHODS:
+        _check_method(callback, name, is_async=False)
+        _check_method(callback, f"{name}_async", is_async=True)
+
+
+def _check_method(callback: PsCallback, name: str, *, is_async: bool) -> None:
+    method = getattr(callback, name)
+    where = f"{type(callback).__name__}.{name}"
+    if not callable(method):
+        raise PsCallbackError(f"{where} must be a method, not {method!r}")
+    written_async = inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
+    if written_async and not is_async:
+        raise PsCallbackError(
+            f"{where} is written 'async def', but is a sync callback: override "
+            f"{name}_async instead and set use_async_callback = True"
+        )
+    if is_async and not inspect.iscoroutinefunction(method):
+        raise PsCallbackError(
+            f"{where} must be written 'async def'; for a plain function override "
+            f"{name.removesuffix('_async')} and leave use_async_callback False"
+        )

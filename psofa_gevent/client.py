@@ -1,0 +1,159 @@
+"""The client of one connection."""
+
+from __future__ import annotations
+
+import uuid
+from types import TracebackType
+from typing import Self
+
+from psofa_gevent.addresses import (
+    check_address_family,
+    check_host,
+    check_port,
+    format_address,
+)
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.connecting import ConnectingOwner, check_connect
+from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.errors import PsClientError
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import SessionSettings
+
+__all__ = ["PsClient"]
+
+
+class PsClient(ConnectingOwner):
+    """A TCP client: one connection at a time, which may be made again and again.
+
+    `connect` belongs to one thread, whose hub then serves the session; `disconnect` may be called
+    from any greenlet and any OS thread. ``on_start`` runs before the first connect, and again for
+    the first one after `disconnect`; ``on_stop`` at the end of `disconnect`. As a context manager
+    it is connected on entry, unless it is already, and disconnected on exit.
+    """
+
+    def __init__(
+        self,
+        callback: PsCallback,
+        host: str,
+        port: int,
+        *,
+        socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
+        read_buffer_size: int = 65536,
+        divide: int = 10,
+        idle_milliseconds: int | None = 60_000,
+        send_timeout: float | None = 1.5,
+        callback_timeout: float | None = None,
+        linger_timeout: float = 1.0,
+        no_delay: bool = True,
+        allow_half_open: bool = False,
+    ) -> None:
+        """Check the settings; nothing is opened before `connect`.
+
+        Args:
+            callback: what is called for the session.
+            host: an address or a name.
+            port: 1 to 65535.
+            socket_address_family: IPV6 reaches IPv4 hosts too.
+            read_buffer_size: the most bytes that one ``on_message`` gets.
+            divide: slices of the idle scan.
+            idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
+                never.
+            send_timeout: seconds in which the peer takes nothing, after which a send fails and the
+                session closes; ``None``: never.
+            callback_timeout: seconds after which a running callback is ended; ``None``: never.
+            linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+            no_delay: TCP_NODELAY: small messages leave at once.
+            allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
+
+        Raises:
+            PsCallbackError: the callback could never work.
+            TypeError: a setting is of the wrong type.
+            ValueError: a setting is out of range.
+        """
+        super().__init__(
+            callback,
+            SessionSettings(
+                read_buffer_size=read_buffer_size,
+                divide=divide,
+                idle_milliseconds=idle_milliseconds,
+                send_timeout=send_timeout,
+                callback_timeout=callback_timeout,
+                linger_timeout=linger_timeout,
+                no_delay=no_delay,
+                allow_half_open=allow_half_open,
+            ),
+            PsClientError,
+        )
+        self._host = check_host(host)
+        self._port = check_port(port, least=1)
+        self._family = check_address_family(socket_address_family)
+
+    def __repr__(self) -> str:
+        state = "disconnected" if self.session is None else "connected"
+        return f"<PsClient {format_address(self._host, self._port)} {state}>"
+
+    @property
+    def session(self) -> PsSession | None:
+        """The open session; ``None`` before `connect`, and as soon as it is closing."""
+        sessions = self.sessions
+        return sessions[-1] if sessions else None
+
+    def connect(
+        self, connection_id: uuid.UUID | None = None, *, timeout: float | None = 10.0
+    ) -> PsSession:
+        """Connect, and return the open session; its ``on_open`` has run or is about to.
+
+        Args:
+            connection_id: the session's id; random by default.
+            timeout: seconds for name and connection together; ``None``: as long as the system
+                takes.
+
+        Raises:
+            PsClientError: it is connected or connecting already, or disconnects; the name is not
+                known; or the connection was refused, or timed out, or could not be made.
+            TypeError, ValueError: an argument is not what it should be.
+            Exception: what ``on_start`` raised.
+        """
+        check_connect(connection_id, timeout)
+        if self._stop is not None:
+            raise PsClientError(f"{self!r} is disconnecting")
+        if self._connectors or self.session is not None:
+            raise PsClientError(f"{self!r} is connected, or connecting, already")
+        manager = self._manager
+        target = (self._host, self._port, self._family)
+        if manager is not None:
+            return self._connect(manager, *target, connection_id, timeout)
+        manager = self._start()
+        try:
+            return self._connect(manager, *target, connection_id, timeout)
+        except BaseException:
+            self.disconnect()
+            raise
+
+    def disconnect(self, timeout: float | None = 5.0) -> None:
+        """Close the session (SELF_CLOSE) and return after ``on_close`` and ``on_stop``.
+
+        Returns at once, the work going on, when called in a callback, a coroutine or the hub. An
+        attempt to connect that is under way fails. Without effect when not connected.
+
+        Args:
+            timeout: seconds that a running callback has; then it is killed, and has as long again,
+                at least a second. ``None``: as long as it takes.
+
+        Raises:
+            TypeError, ValueError: `timeout` is not a number of seconds.
+        """
+        self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
+
+    def __enter__(self) -> Self:
+        if self.session is None:
+            self.connect()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.disconnect()

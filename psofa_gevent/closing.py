@@ -1,0 +1,155 @@
+"""The close queue: one greenlet that calls ``on_close`` for the sessions that have ended, in order.
+
+A session puts itself into the queue when it has ended and its socket is released. So this greenlet
+never waits for a session, and a slow ``on_close`` delays other ``on_close`` calls and nothing else.
+``on_stop`` runs here too, after the last of them.
+
+All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and `stop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gevent import GreenletExit
+from gevent.queue import Queue
+
+from psofa_gevent.dispatch import Dispatch
+from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.worker import Worker
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import Owner, PsSession
+
+__all__ = ["CloseQueue"]
+
+logger = logging.getLogger("psofa_gevent")
+
+KILLS_BEFORE_GIVING_UP = 5
+"""How often a callback that swallows its end is killed before it is left behind."""
+
+
+class CloseQueue:
+    """Delivers ``on_close`` and ``on_stop``, one at a time."""
+
+    def __init__(self, dispatch: Dispatch, thread: HubThread, settled: Callable[[], None]) -> None:
+        """Make the queue.
+
+        Args:
+            dispatch: the callbacks.
+            thread: where they run.
+            settled: called in the close greenlet whenever nothing is left to deliver.
+        """
+        self._dispatch = dispatch
+        self._thread = thread
+        self._settled = settled
+        self._queue: Queue[tuple[Callable[..., None], Any, tuple[object, ...]]] = Queue()
+        self._subject: object = None
+        self._since = 0.0
+        self._kills = 0
+        self._worker = Worker(self._deliver_for_ever, self._has_work, runs_callbacks=True)
+        self.pending = 0
+        """Calls that were put in and have not ended."""
+        self._given_up = 0
+
+    def put(self, session: PsSession) -> None:
+        """Have ``on_close`` called for a session that has ended."""
+        self._put(self._dispatch.on_close, session, session._reason)
+
+    def put_stop(self, owner: Owner) -> None:
+        """Have ``on_stop`` called, after all that was put in before."""
+        self._put(self._dispatch.on_stop, owner)
+
+    def hurry(self, deadline: float) -> None:
+        """End the running call if it has had its share of the time until `deadline`.
+
+        For the end of a shutdown, called again and again: every pending call gets its turn. One
+        that does not let itself be ended is left behind, and another greenlet goes on.
+        """
+        if self._subject is None or self._worker.greenlet is None:
+            return
+        now = monotonic()
+        if now - self._since < (deadline - now) / (2 * self.pending):
+            return
+        if self._kills < KILLS_BEFORE_GIVING_UP:
+            self._kills += 1
+            self._worker.greenlet.kill(block=False)
+        else:
+            self._give_up()
+
+    def abandon(self) -> int:
+        """Give up what is still pending, and return how many calls were given up in all."""
+        while not self._queue.empty():
+            _call, subject, args = self._queue.get_nowait()
+            logger.error("%r: %s was not called: no time was left", subject, _name(args))
+            self._given_up += 1
+            self._one_less()
+        if self._subject is not None:
+            self._give_up()
+        given_up, self._given_up = self._given_up, 0
+        return given_up
+
+    def stop(self) -> None:
+        """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
+        self._worker.stop()
+
+    def _put(self, call: Callable[..., None], subject: object, *args: object) -> None:
+        self.pending += 1
+        self._queue.put((call, subject, args))
+        self._worker.ensure()
+
+    def _give_up(self) -> None:
+        """Leave the running call behind, and let another greenlet go on with the queue."""
+        logger.error("%r: its callback does not end: left behind", self._subject)
+        self._subject = None
+        self._given_up += 1
+        self._worker.replace()
+        self._one_less()
+
+    def _has_work(self) -> bool:
+        return self.pending > 0
+
+    def _deliver_for_ever(self) -> None:
+        while self._worker.is_me():
+            self._deliver(*self._queue.get())
+
+    def _deliver(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+        self._subject, self._since, self._kills = subject, monotonic(), 0
+        try:
+            call(subject, *args)
+        except GreenletExit as exc:
+            logger.warning("%r: %s was ended", subject, _name(args), exc_info=exc)
+        except BaseException as exc:
+            logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
+            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+                self._thread.raise_in_main(exc)
+        finally:
+            if args:
+                _forget_frames(subject.close_cause)
+            if self._worker.is_me():
+                self._subject = None
+                self._one_less()
+
+    def _one_less(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            self._settled()
+
+
+def _name(args: tuple[object, ...]) -> str:
+    return "on_close" if args else "on_stop"
+
+
+def _forget_frames(exc: BaseException | None) -> None:
+    """Clear the variables in the frames of `exc` and of what it came from.
+
+    They hold the session, which holds the exception: a cycle that would keep both until the garbage
+    collector runs. The lines of the traceback stay.
+    """
+    while exc is not None:
+        traceback.clear_frames(exc.__traceback__)
+        exc = exc.__cause__ or exc.__context__

@@ -1,0 +1,170 @@
+"""Making a connection: from a host's name to an open session, for both clients.
+
+Runs in the greenlet that called ``connect``, and switches while the name is looked up and while the
+kernel connects. All addresses are tried in turn, as `socket.create_connection` does, within one
+timeout for all: an address that does not answer gets its share of it.
+"""
+
+from __future__ import annotations
+
+import _socket
+import uuid
+from time import monotonic
+from typing import TYPE_CHECKING, Any, cast
+
+from gevent import Timeout, get_hub, getcurrent, socket
+
+from psofa_gevent.addresses import SocketAddress, format_address, resolve, socket_family
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.errors import PsError
+from psofa_gevent.manager import SessionManager
+from psofa_gevent.owner import SessionOwner
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import SessionSettings, check_seconds
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import Owner
+
+__all__ = ["ConnectingOwner", "check_connect"]
+
+
+class ConnectingOwner(SessionOwner):
+    """The base of `PsClient` and `PsMultiClient`."""
+
+    def __init__(
+        self, callback: PsCallback, settings: SessionSettings, error: type[PsError]
+    ) -> None:
+        super().__init__(callback, settings)
+        self._error = error
+        self._connectors: set[Connector] = set()
+
+    def _start(self) -> SessionManager:
+        """Run ``on_start``; an exception from it undoes the start."""
+        manager = self._manager = self._new_manager()
+        try:
+            manager.dispatch.on_start(cast("Owner", self))
+        except BaseException:
+            manager.release()
+            self._stopped()
+            raise
+        return manager
+
+    def _connect(
+        self,
+        manager: SessionManager,
+        host: str,
+        port: int,
+        family: PsSocketAddressFamily,
+        connection_id: uuid.UUID | None,
+        timeout: float | None,
+    ) -> PsSession:
+        if not manager.thread.is_current():
+            raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
+        connector = Connector(host, port, family, self._error)
+        self._connectors.add(connector)
+        try:
+            sock, address = connector.connect(timeout)
+        finally:
+            self._connectors.discard(connector)
+        where = format_address(host, port)
+        if self._manager is not manager or not self._is_running:
+            sock.close()
+            raise self._error(f"cannot connect to {where}: disconnected meanwhile")
+        try:
+            return manager.open(sock, address, connection_id)
+        except OSError as exc:
+            sock.close()
+            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+
+    def _close_entrance(self) -> None:
+        for connector in self._connectors:
+            connector.abort()
+
+
+def check_connect(connection_id: object, timeout: object) -> None:
+    """Raise `TypeError` or `ValueError` for what a ``connect`` cannot use."""
+    if connection_id is not None and not isinstance(connection_id, uuid.UUID):
+        raise TypeError(f"connection_id must be a uuid.UUID or None, not {connection_id!r}")
+    check_seconds("timeout", timeout)
+
+
+class Connector:
+    """One attempt to connect; `abort` ends it from outside."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        family: PsSocketAddressFamily,
+        error: type[PsError],
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._family = family
+        self._error = error
+        self._greenlet: Any = None
+        self._aborted = Timeout(None)
+
+    def connect(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress]:
+        """A connected socket, and the address that answered.
+
+        Args:
+            timeout: seconds for all of it; ``None``: as long as the system takes.
+
+        Raises:
+            PsClientError, PsMultiClientError: whichever was given; host, port and cause are in it.
+        """
+        where = format_address(self._host, self._port)
+        self._greenlet = getcurrent()
+        limit = Timeout.start_new(timeout)
+        try:
+            return self._try_all(timeout)
+        except OSError as exc:
+            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+        except Timeout as exc:
+            if exc is limit:
+                raise self._error(
+                    f"cannot connect to {where}: timed out after {timeout:g} s"
+                ) from None
+            if exc is self._aborted:
+                raise self._error(f"cannot connect to {where}: disconnected meanwhile") from None
+            raise
+        finally:
+            self._greenlet = None
+            limit.close()
+
+    def abort(self) -> None:
+        """End the attempt, soon, with an error. In the hub's thread; does not switch."""
+        if self._greenlet is not None:
+            get_hub().loop.run_callback(self._throw)
+
+    def _throw(self) -> None:
+        # The greenlet may have gone on since, out of this attempt.
+        if self._greenlet is not None:
+            self._greenlet.throw(self._aborted)
+
+    def _try_all(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress]:
+        began = monotonic()
+        addresses = resolve(self._host, self._port, self._family)
+        for untried in range(len(addresses), 0, -1):
+            address = addresses[-untried]
+            share = None if timeout is None else (timeout - monotonic() + began) / untried
+            try:
+                return self._try(address, share), address
+            except OSError:
+                if untried == 1:
+                    raise
+        raise OSError("the name has no address")
+
+    def _try(self, address: SocketAddress, timeout: float | None) -> _socket.socket:
+        family = socket_family(self._family)
+        connecting = socket.socket(family, _socket.SOCK_STREAM)
+        try:
+            if self._family is PsSocketAddressFamily.IPV6:
+                connecting.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
+            connecting.settimeout(None if timeout is None else max(timeout, 0.001))
+            connecting.connect(address)
+            return _socket.socket(family, _socket.SOCK_STREAM, 0, connecting.detach())
+        finally:
+            connecting.close()

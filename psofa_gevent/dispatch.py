@@ -1,0 +1,139 @@
+"""How the callbacks of one owner are called: sync or async, with or without a time limit.
+
+Decided once, when the server or client starts; from then on each callback is one function of its
+arguments, which returns when the callback has ended. For a sync callback without a limit that is
+the user's own bound method: the way of a message has nothing in between.
+
+Each function runs in the greenlet that calls it: an async callback runs as a task of the hub's
+asyncio loop meanwhile, in the session's own context, and what is thrown into the waiting greenlet
+cancels it (`psofa_gevent.aio.run_task`).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gevent import get_hub, getcurrent
+
+from psofa_gevent.aio import run_task
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.enums import PsCloseReason
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import Owner, PsSession
+
+__all__ = ["Dispatch"]
+
+logger = logging.getLogger("psofa_gevent")
+
+LONGEST_RETHROW = 1.0
+"""Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
+
+
+class Dispatch:
+    """The callbacks of one server or client, as plain functions."""
+
+    def __init__(self, callback: PsCallback, callback_timeout: float | None) -> None:
+        self._is_async = callback.use_async_callback
+        self._timeout = callback_timeout
+        self.on_open: Callable[[PsSession], None] = self._of_session(callback, "on_open")
+        self.on_message: Callable[[PsSession, bytes], None] = self._of_session(
+            callback, "on_message"
+        )
+        self.on_eof: Callable[[PsSession], None] = self._of_session(callback, "on_eof")
+        self.on_close: Callable[[PsSession, PsCloseReason], None] = self._of_close_greenlet(
+            self._of_session(callback, "on_close", limited=False), "on_close"
+        )
+        self.on_start: Callable[[Owner], None] = self._of_owner(callback, "on_start")
+        self.on_stop: Callable[[Owner], None] = self._of_close_greenlet(
+            self._of_owner(callback, "on_stop"), "on_stop"
+        )
+
+    def new_context(self) -> contextvars.Context | None:
+        """The context in which all async callbacks of a new session run."""
+        return contextvars.copy_context() if self._is_async else None
+
+    def _of_session(
+        self, callback: PsCallback, name: str, *, limited: bool = True
+    ) -> Callable[..., None]:
+        if self._is_async:
+            method = getattr(callback, f"{name}_async")
+
+            def call(session: PsSession, *args: Any) -> None:
+                run_task(method(session, *args), context=session._context)
+
+        else:
+            call = getattr(callback, name)
+        if self._timeout is None or not limited:
+            return call
+        return _limited_in_session(call, name, self._timeout)
+
+    def _of_owner(self, callback: PsCallback, name: str) -> Callable[..., None]:
+        if not self._is_async:
+            function: Callable[..., None] = getattr(callback, name)
+            return function
+        method = getattr(callback, f"{name}_async")
+        return lambda owner: run_task(method(owner))
+
+    def _of_close_greenlet(self, call: Callable[..., None], name: str) -> Callable[..., None]:
+        if self._timeout is None:
+            return call
+        return _limited(call, name, self._timeout)
+
+
+def _limited_in_session(
+    call: Callable[..., None], name: str, timeout: float
+) -> Callable[..., None]:
+    def call_limited(session: PsSession, *args: Any) -> None:
+        def expired(error: TimeoutError) -> None:
+            logger.warning("%r: %s", session, error)
+            session._request_close(PsCloseReason.FAILED, error)
+
+        with _Limit(name, timeout, expired):
+            call(session, *args)
+
+    return call_limited
+
+
+def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
+    def call_limited(subject: object, *args: Any) -> None:
+        def expired(error: TimeoutError) -> None:
+            logger.warning("%r: %s", subject, error)
+
+        with _Limit(name, timeout, expired):
+            call(subject, *args)
+
+    return call_limited
+
+
+class _Limit:
+    """Throws `TimeoutError` into the greenlet that entered it, once the time is over and then on.
+
+    A callback that swallows the error gets the next one after the same time again, or after
+    `LONGEST_RETHROW` if that is less. One that never switches cannot be ended.
+    """
+
+    def __init__(self, name: str, timeout: float, expired: Callable[[TimeoutError], None]) -> None:
+        self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
+        self._timeout = timeout
+        self._expired: Callable[[TimeoutError], None] | None = expired
+
+    def __enter__(self) -> None:
+        self._greenlet = getcurrent()
+        self._timer = get_hub().loop.timer(self._timeout, min(self._timeout, LONGEST_RETHROW))
+        self._timer.start(self._throw)
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self._timer.stop()
+        self._timer.close()
+
+    def _throw(self) -> None:
+        # In the hub, so the callback is switched out: the throw reaches it in its wait.
+        error = TimeoutError(self._message)
+        expired, self._expired = self._expired, None
+        if expired is not None:
+            expired(error)
+        self._greenlet.throw(error)

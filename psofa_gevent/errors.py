@@ -1,0 +1,41 @@
+"""The exceptions of the package.
+
+All derive from `PsError`, so one ``except PsError`` catches whatever the library itself raises. A
+setting of the wrong type raises `TypeError` and one out of range `ValueError`, as everywhere in
+Python: those are not wrapped.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "PsCallbackError",
+    "PsClientError",
+    "PsError",
+    "PsMultiClientError",
+    "PsSendError",
+    "PsServerError",
+]
+
+
+class PsError(Exception):
+    """Base of every exception that the library raises of its own."""
+
+
+class PsCallbackError(PsError, TypeError):
+    """A callback class is not usable: raised by the constructor that was given it."""
+
+
+class PsServerError(PsError):
+    """A server could not start, or was asked for what its state does not allow."""
+
+
+class PsClientError(PsError):
+    """A connection could not be made, or a client was asked for what its state does not allow."""
+
+
+class PsMultiClientError(PsError):
+    """The same as `PsClientError`, for a multi client."""
+
+
+class PsSendError(PsError):
+    """A message was not sent, or not all of it: the session is closed, broken or timed out."""

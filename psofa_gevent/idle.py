@@ -1,0 +1,89 @@
+"""The idle timer: one greenlet that finds the sessions that have waited too long for bytes.
+
+The sessions are kept in ``divide`` slices, and one slice is looked at every 1/``divide`` seconds.
+So each session is looked at once a second and no look is long: 15,000 idle sessions cost a few
+milliseconds a second. Empty slices are skipped: a single session costs one look a second, and no
+session none.
+
+A look compares two numbers per session. It waits for nothing, no session's callback can hold it
+up, and it closes nothing: it wakes the session, which looks once more whether bytes are there.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import gevent
+from gevent.event import Event
+
+from psofa_gevent.worker import Worker
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import PsSession
+
+__all__ = ["IdleTimer"]
+
+
+class IdleTimer:
+    """Looks at every session once a second. All methods: in the hub's thread; none switches."""
+
+    def __init__(self, divide: int) -> None:
+        self._slices: list[set[PsSession]] = [set() for _ in range(divide)]
+        self._count = 0
+        self._added = 0
+        self._not_empty = Event()
+        self._worker = Worker(self._scan_for_ever, self._has_work, runs_callbacks=False)
+
+    def add(self, session: PsSession) -> None:
+        """Look at `session` from now on."""
+        place = self._slices[self._added % len(self._slices)]
+        place.add(session)
+        session._slice = place
+        self._added += 1
+        self._count += 1
+        if self._count == 1:
+            self._not_empty.set()
+            self._worker.ensure()
+
+    def discard(self, session: PsSession) -> None:
+        """Look at `session` no more."""
+        place, session._slice = session._slice, None
+        if place is not None:
+            place.discard(session)
+            self._count -= 1
+            if self._count == 0:
+                self._not_empty.clear()
+
+    def stop(self) -> None:
+        """End the greenlet. Waits for it, so not from within it."""
+        self._worker.stop()
+
+    def _has_work(self) -> bool:
+        return self._count > 0
+
+    def _scan_for_ever(self) -> None:
+        period = 1 / len(self._slices)
+        turn = 0
+        while True:
+            self._not_empty.wait()
+            steps = self._steps_to_sessions(turn)
+            gevent.sleep(steps * period)
+            turn = (turn + steps) % len(self._slices)
+            self._scan(self._slices[turn])
+
+    def _steps_to_sessions(self, turn: int) -> int:
+        """How many slices on from `turn` the next one with sessions is: 1 to ``divide``."""
+        divide = len(self._slices)
+        for steps in range(1, divide):
+            if self._slices[(turn + steps) % divide]:
+                return steps
+        return divide
+
+    @staticmethod
+    def _scan(sessions: set[PsSession]) -> None:
+        now = monotonic()
+        for session in sessions:
+            since = session._waiting_since
+            if since and now - since >= session._idle and session._open:
+                session._wake()

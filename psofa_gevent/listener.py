@@ -1,0 +1,150 @@
+"""The listening socket of a server, and gevent's `StreamServer` that accepts from it.
+
+Resource handling: `bind` makes the socket and closes it again if it fails; `Listener.close` closes
+it at the end. An accepted socket belongs to its session as soon as there is one.
+
+Error handling: a connection that is gone before it is accepted is passed over (accept(2): treat the
+errors of the new socket like EAGAIN). Out of descriptors or memory, accepting pauses, from 10 ms to
+a second, and starts again by itself: the connections wait in the backlog, no session notices, and
+one warning tells. While the pool is full, `StreamServer` does not even accept.
+
+Everything here runs in the hub, where nothing may block or raise, but `bind`.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import logging
+import socket
+from typing import Any
+
+from gevent import monkey
+from gevent.server import StreamServer
+
+from psofa_gevent.addresses import SocketAddress, socket_family
+from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.manager import SessionManager
+
+__all__ = ["Listener", "bind"]
+
+logger = logging.getLogger("psofa_gevent")
+
+_SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
+"""The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
+
+OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+
+
+def bind(
+    address: SocketAddress,
+    family: PsSocketAddressFamily,
+    *,
+    backlog: int,
+    receive_buffer_size: int | None,
+) -> socket.socket:
+    """A socket that listens on `address`.
+
+    SO_REUSEADDR is set, so that a restart need not wait for the connections of before to leave
+    TIME_WAIT. Options that are set here, accepted sockets inherit.
+
+    Raises:
+        OSError: the address is in use, or not this machine's, or the family is not there.
+    """
+    listening = _SystemSocket(socket_family(family), _socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if family is PsSocketAddressFamily.IPV6:
+            listening.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
+        if receive_buffer_size is not None:
+            # Before listen: the window scale is fixed in the handshake (tcp(7)).
+            listening.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVBUF, receive_buffer_size)
+        listening.bind(address)
+        listening.listen(backlog)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+class Listener(StreamServer):
+    """Accepts connections and hands them to a manager, while its pool has room."""
+
+    def __init__(self, listening: socket.socket, manager: SessionManager) -> None:
+        self._manager = manager
+        self._paused = False
+        self._backoff = self.min_delay
+        super().__init__(listening, handle=_never_called, spawn=manager.pool)
+
+    def pause(self) -> None:
+        """Accept nothing more. From any OS thread: a flag that is looked at before each accept."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Accept again. From any OS thread."""
+        self._paused = False
+        self._manager.thread.call_soon(self._try_accepting)
+
+    def _try_accepting(self) -> None:
+        if self.started:
+            self.start_accepting()
+
+    def start_accepting(self) -> None:
+        """Watch for connections, unless paused. Called by gevent too, after a pause of its own."""
+        if not self._paused:
+            super().start_accepting()
+
+    def do_read(  # type: ignore[override]  # no gevent socket, which would cost two watchers
+        self,
+    ) -> tuple[_socket.socket, Any] | None:
+        """Accept one connection; ``None`` when there is none, or none may be accepted now."""
+        if self._paused:
+            self.stop_accepting()
+            return None
+        listening: Any = self.socket
+        try:
+            descriptor, address = listening._accept()
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            self._accept_failed(exc)
+            return None
+        self._backoff = self.min_delay
+        accepted = _socket.socket(listening.family, listening.type, listening.proto, descriptor)
+        return accepted, address
+
+    def do_handle(self, accepted: _socket.socket, address: Any) -> None:
+        """Give an accepted connection to the manager."""
+        try:
+            self._manager.open(accepted, address)
+        except OSError as exc:
+            # Reset before it could be looked at.
+            logger.debug("connection from %s was gone before it began: %s", address, exc)
+            accepted.close()
+        except BaseException as exc:
+            logger.error("connection from %s could not be started", address, exc_info=exc)
+            accepted.close()
+
+    def _accept_failed(self, exc: OSError) -> None:
+        if exc.errno in LISTENER_IS_GONE:
+            logger.error("%r: the listening socket is gone: %s", self._manager.owner, exc)
+            self.stop_accepting()
+        elif exc.errno in OUT_OF_RESOURCES:
+            if self._backoff == self.min_delay:
+                logger.warning(
+                    "%r: cannot accept: %s; connections wait in the backlog until there is room",
+                    self._manager.owner,
+                    exc,
+                )
+            self.stop_accepting()
+            self._timer = self.loop.timer(self._backoff)
+            self._timer.start(self._try_accepting)
+            self._backoff = min(self.max_delay, self._backoff * 2)
+        else:
+            logger.debug("a connection was gone before it was accepted: %s", exc)
+
+
+def _never_called(_accepted: object, _address: object) -> None:
+    """`StreamServer` wants a handler; `Listener.do_handle` does its work."""

@@ -1,0 +1,135 @@
+"""The manager: what a server and the clients have in common, from the connected socket on.
+
+One `SessionManager` lives from one start to the next stop: it holds the registry of sessions, their
+pool, the idle timer and the close queue; `psofa_gevent.stopping` is the way to stop all of it.
+How a socket comes to be is not its affair: it is handed over in `open`.
+
+All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
+Nothing here switches greenlets but `Stop`, in a greenlet of its own.
+"""
+
+from __future__ import annotations
+
+import _socket
+import logging
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from gevent.event import Event
+from gevent.pool import Pool
+
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.closing import CloseQueue
+from psofa_gevent.dispatch import Dispatch
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.idle import IdleTimer
+from psofa_gevent.session import PsSession, SessionGreenlet
+from psofa_gevent.settings import SessionSettings
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import Owner
+
+__all__ = ["SessionManager"]
+
+logger = logging.getLogger("psofa_gevent")
+
+
+class SessionManager:
+    """The sessions of one owner, and the greenlets that serve them all."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        callback: PsCallback,
+        settings: SessionSettings,
+        max_sessions: int | None = None,
+    ) -> None:
+        self.owner = owner
+        self.settings = settings
+        self.thread = HubThread()
+        self.dispatch = Dispatch(callback, settings.callback_timeout)
+        self.pool = Pool(max_sessions)
+        self.changed = Event()
+        """Set when a session ended, or the close queue ran empty: look again."""
+        self.stopped = Event()
+        """Set when the stop is over: no callback runs any more."""
+        self.sessions: dict[PsSession, None] = {}
+        """All that have not ended, in the order in which they came."""
+        self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
+        self._idle = IdleTimer(settings.divide)
+
+    def open(
+        self,
+        sock: _socket.socket,
+        remote_endpoint: object,
+        connection_id: uuid.UUID | None = None,
+    ) -> PsSession:
+        """Take over a connected socket: its session starts soon, in a greenlet of the pool.
+
+        Raises:
+            OSError: the socket is not connected any more. The caller closes it.
+        """
+        session = PsSession(self, sock, remote_endpoint, connection_id)
+        greenlet: Any = session._greenlet
+        greenlet.rawlink(self._greenlet_ended)
+        self.sessions[session] = None
+        self._idle.add(session)
+        # Never waits: a server accepts only while the pool has room.
+        self.pool.start(greenlet)
+        logger.debug("%r: opened", session)
+        return session
+
+    def session_ended(self, session: PsSession) -> None:
+        """The session's greenlet is at its end, and its socket is released."""
+        if self.forget(session):
+            logger.debug("%r: closed", session)
+            self.closing.put(session)
+
+    def forget(self, session: PsSession) -> bool:
+        """Count the session no more; false if it did not count any longer."""
+        if session not in self.sessions:
+            return False
+        del self.sessions[session]
+        self._idle.discard(session)
+        if not self.sessions:
+            self.changed.set()
+        return True
+
+    def drop_unstarted(self) -> None:
+        """End the sessions whose greenlets have not run yet: no callback hears of them."""
+        for session in [session for session in self.sessions if not session._started]:
+            self.forget(session)
+            session._drop()
+
+    def request_closes(self, reason: PsCloseReason) -> None:
+        """Ask all sessions to close."""
+        for session in list(self.sessions):
+            session._request_close(reason)
+
+    def kill_sessions(self) -> None:
+        """Throw `GreenletExit` into whatever the sessions still do."""
+        for session in list(self.sessions):
+            if session._greenlet is not None:
+                session._greenlet.kill(block=False)
+
+    def abandon_sessions(self) -> int:
+        """Release the sockets of those that never end, and count them no more: how many."""
+        stuck = list(self.sessions)
+        for session in stuck:
+            logger.error("%r: its callback does not end: left behind, without on_close", session)
+            self.forget(session)
+            session._release()
+        return len(stuck)
+
+    def release(self) -> None:
+        """End the idle timer and the close greenlet, and wait for that."""
+        self._idle.stop()
+        self.closing.stop()
+
+    def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
+        # A greenlet that is killed before it starts never runs: this is all that is seen of it.
+        session = greenlet.session
+        if not session._started:
+            self.forget(session)
+            session._drop()

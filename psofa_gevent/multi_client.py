@@ -1,0 +1,181 @@
+"""The client of many connections, which share one idle timer and one close greenlet."""
+
+from __future__ import annotations
+
+import _socket
+import uuid
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from psofa_gevent.addresses import check_address_family, check_host, check_port
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.connecting import ConnectingOwner, check_connect
+from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.errors import PsMultiClientError
+from psofa_gevent.manager import SessionManager
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import SessionSettings, check_instance
+
+__all__ = ["PsMultiClient", "PsMultiClientConnection"]
+
+
+@dataclass(frozen=True, slots=True)
+class PsMultiClientConnection:
+    """One connection of a `PsMultiClient`: its session, and the host and port asked for."""
+
+    session: PsSession
+    host: str
+    port: int
+
+
+class PsMultiClient(ConnectingOwner):
+    """A TCP client of many connections, to one server or to many.
+
+    `init_bundle` and `connect` belong to one thread, whose hub serves the sessions; `disconnect`
+    and `destroy_bundle` may be called from any greenlet and any OS thread. As a context manager it
+    is initialised on entry and destroyed on exit.
+    """
+
+    def __init__(
+        self,
+        callback: PsCallback,
+        *,
+        read_buffer_size: int = 65536,
+        divide: int = 10,
+        idle_milliseconds: int | None = 60_000,
+        send_timeout: float | None = 1.5,
+        callback_timeout: float | None = None,
+        linger_timeout: float = 1.0,
+        no_delay: bool = True,
+        allow_half_open: bool = False,
+    ) -> None:
+        """Check the settings; nothing is opened before `connect`.
+
+        Args:
+            callback: what is called for every session.
+            read_buffer_size: the most bytes that one ``on_message`` gets.
+            divide: slices of the idle scan.
+            idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
+                never.
+            send_timeout: seconds in which the peer takes nothing, after which a send fails and the
+                session closes; ``None``: never.
+            callback_timeout: seconds after which a running callback is ended; ``None``: never.
+            linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+            no_delay: TCP_NODELAY: small messages leave at once.
+            allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
+
+        Raises:
+            PsCallbackError: the callback could never work.
+            TypeError: a setting is of the wrong type.
+            ValueError: a setting is out of range.
+        """
+        super().__init__(
+            callback,
+            SessionSettings(
+                read_buffer_size=read_buffer_size,
+                divide=divide,
+                idle_milliseconds=idle_milliseconds,
+                send_timeout=send_timeout,
+                callback_timeout=callback_timeout,
+                linger_timeout=linger_timeout,
+                no_delay=no_delay,
+                allow_half_open=allow_half_open,
+            ),
+            PsMultiClientError,
+        )
+
+    def __repr__(self) -> str:
+        if self._manager is None:
+            return "<PsMultiClient not initialised>"
+        return f"<PsMultiClient {len(self._manager.sessions)} sessions>"
+
+    def init_bundle(self) -> None:
+        """Get ready to connect; runs ``on_start``.
+
+        Raises:
+            PsMultiClientError: it is initialised already.
+            Exception: what ``on_start`` raised; it is not initialised then.
+        """
+        if self._manager is not None:
+            raise PsMultiClientError(f"{self!r} is initialised already")
+        self._start()
+
+    def connect(
+        self,
+        host: str,
+        port: int,
+        *,
+        connection_id: uuid.UUID | None = None,
+        socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
+        timeout: float | None = 10.0,
+    ) -> PsMultiClientConnection:
+        """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
+
+        Args:
+            host: an address or a name.
+            port: 1 to 65535.
+            connection_id: the session's id; random by default.
+            socket_address_family: IPV6 reaches IPv4 hosts too.
+            timeout: seconds for name and connection together; ``None``: as long as the system
+                takes.
+
+        Raises:
+            PsMultiClientError: it is not initialised; the name is not known; or the connection was
+                refused, or timed out, or could not be made.
+            TypeError, ValueError: an argument is not what it should be.
+        """
+        check_host(host)
+        check_port(port, least=1)
+        check_address_family(socket_address_family)
+        check_connect(connection_id, timeout)
+        manager = self._running_manager()
+        session = self._connect(manager, host, port, socket_address_family, connection_id, timeout)
+        return PsMultiClientConnection(session, host, port)
+
+    def disconnect(self, connection: PsMultiClientConnection) -> None:
+        """Ask for the close of one connection (SELF_CLOSE) and return at once.
+
+        Raises:
+            TypeError: `connection` is not what `connect` returned.
+        """
+        check_instance("connection", connection, PsMultiClientConnection).session.close()
+
+    def destroy_bundle(self, timeout: float | None = 5.0) -> None:
+        """Close all sessions (SELF_CLOSE) and return after every ``on_close``, and ``on_stop``.
+
+        Returns at once, the work going on, when called in a callback, a coroutine or the hub.
+        Attempts to connect that are under way fail. Without effect when not initialised; afterwards
+        `init_bundle` works again.
+
+        Args:
+            timeout: seconds that running callbacks have; then they are killed, and have as long
+                again, at least a second. ``None``: as long as they take.
+
+        Raises:
+            TypeError, ValueError: `timeout` is not a number of seconds.
+        """
+        self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
+
+    def __enter__(self) -> Self:
+        if self._manager is None:
+            self.init_bundle()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.destroy_bundle()
+
+    def _adopt(self, connected: _socket.socket) -> PsSession:
+        """Take over a connected stream socket of any kind: for `psofa_gevent.testing`."""
+        sock = _socket.socket(connected.family, connected.type, connected.proto, connected.detach())
+        return self._running_manager().open(sock, sock.getpeername())
+
+    def _running_manager(self) -> SessionManager:
+        if self._manager is None or self._stop is not None:
+            raise PsMultiClientError(f"{self!r}: call init_bundle first")
+        return self._manager

@@ -1,0 +1,100 @@
+"""What the three owners of sessions share: they start, they hold one manager, and they stop.
+
+The state is explicit: stopped (no manager), running (a manager), stopping (a manager and a stop).
+It changes in the hub's thread only, and never in the middle of a switch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from psofa_gevent.callback import PsCallback, check_callback
+from psofa_gevent.hub_thread import NativeEvent
+from psofa_gevent.manager import SessionManager
+from psofa_gevent.settings import SessionSettings, check_seconds
+from psofa_gevent.stopping import LEAST_SECOND_BOUND, Stop
+
+if TYPE_CHECKING:
+    from psofa_gevent.enums import PsCloseReason
+    from psofa_gevent.session import Owner, PsSession
+
+__all__ = ["SessionOwner"]
+
+
+class SessionOwner:
+    """The base of `PsServer`, `PsClient` and `PsMultiClient`."""
+
+    def __init__(self, callback: PsCallback, settings: SessionSettings) -> None:
+        check_callback(callback)
+        self._callback = callback
+        self._settings = settings
+        self._manager: SessionManager | None = None
+        self._stop: Stop | None = None
+
+    def get_session_count(self) -> int:
+        """How many sessions have not ended: open ones, and those whose close is on its way."""
+        return 0 if self._manager is None else len(self._manager.sessions)
+
+    @property
+    def sessions(self) -> list[PsSession]:
+        """The open sessions at this moment, in the order in which they came."""
+        if self._manager is None:
+            return []
+        return [session for session in list(self._manager.sessions) if session.is_open]
+
+    @property
+    def _is_running(self) -> bool:
+        return self._manager is not None and self._stop is None
+
+    def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
+        return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
+
+    def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
+        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread."""
+        check_seconds("timeout", timeout)
+        check_seconds("drain", drain, optional=False)
+        manager = self._manager
+        if manager is None:
+            return
+        if manager.thread.is_current():
+            self._begin_stop(manager, reason, timeout, drain).wait()
+            return
+        done = NativeEvent()
+        manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
+        # Bounded, for the case that the hub's thread has stopped running its hub.
+        done.wait(None if timeout is None else drain + 4 * max(timeout, LEAST_SECOND_BOUND))
+
+    def _stop_for_thread(
+        self,
+        manager: SessionManager,
+        reason: PsCloseReason,
+        timeout: float | None,
+        drain: float,
+        done: NativeEvent,
+    ) -> None:
+        if self._manager is manager:
+            self._begin_stop(manager, reason, timeout, drain).add_thread(done)
+        else:
+            done.set()
+
+    def _begin_stop(
+        self, manager: SessionManager, reason: PsCloseReason, timeout: float | None, drain: float
+    ) -> Stop:
+        """Begin the stop, or shorten the one that is on its way. Does not switch."""
+        stop = self._stop
+        if stop is None:
+            self._close_entrance()
+            stop = self._stop = Stop(manager, reason, self._stopped)
+            stop.shorten(timeout, drain)
+            stop.begin()
+        else:
+            stop.shorten(timeout, drain)
+        return stop
+
+    def _close_entrance(self) -> None:
+        """Let no new connection in. Does not switch."""
+        raise NotImplementedError
+
+    def _stopped(self) -> None:
+        self._manager = None
+        self._stop = None

@@ -1,0 +1,313 @@
+"""The server: it binds, accepts, and shuts down. What happens on a connection is `PsSession`'s."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Self, cast
+
+from psofa_gevent.addresses import (
+    check_address_family,
+    check_host,
+    check_port,
+    format_address,
+    resolve,
+)
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.errors import PsServerError
+from psofa_gevent.listener import Listener, bind
+from psofa_gevent.owner import SessionOwner
+from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
+from psofa_gevent.tcp import Endpoint
+from psofa_gevent.worker import may_wait
+
+__all__ = ["PsServer"]
+
+logger = logging.getLogger("psofa_gevent")
+
+DESCRIPTORS_FOR_OTHERS = 64
+"""File descriptors that the default cap leaves to others in the process, or a sixteenth of all."""
+CAP_WITHOUT_LIMIT = 1_000_000
+"""The default cap where the process may open any number of files."""
+SHUTDOWN_TIMEOUT = 5.0
+
+
+class PsServer(SessionOwner):
+    """A TCP server: accepts connections, one session and one greenlet each.
+
+    `start`, `wait_for` and `serve_forever` belong to the thread whose hub serves; the others may be
+    called from any greenlet and any OS thread. As a context manager it is started on entry and shut
+    down on exit.
+    """
+
+    def __init__(
+        self,
+        callback: PsCallback,
+        *,
+        host: str = "0.0.0.0",
+        port: int = 8710,
+        socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
+        backlog: int = 1024,
+        receive_buffer_size: int | None = None,
+        max_sessions: int | None = None,
+        read_buffer_size: int = 65536,
+        divide: int = 10,
+        idle_milliseconds: int | None = 60_000,
+        send_timeout: float | None = 1.5,
+        callback_timeout: float | None = None,
+        linger_timeout: float = 1.0,
+        no_delay: bool = True,
+        allow_half_open: bool = False,
+    ) -> None:
+        """Check the settings; nothing is opened before `start`.
+
+        Args:
+            callback: what is called for every session.
+            host: the address or name to listen on; 0.0.0.0 (on IPv6 ``::``): every address.
+            port: 0 asks for a free port, which `address` then tells.
+            socket_address_family: IPV6 is dual-stack: IPv4 clients reach the server too.
+            backlog: connections that the kernel keeps waiting until they are accepted; Linux takes
+                no more than net.core.somaxconn.
+            receive_buffer_size: SO_RCVBUF in bytes; ``None`` leaves it to the kernel's own tuning,
+                which is what most want.
+            max_sessions: sessions at a time. At the cap, further clients wait in the backlog.
+                ``None``: as many as the process has file descriptors, less a reserve.
+            read_buffer_size: the most bytes that one ``on_message`` gets.
+            divide: slices of the idle scan.
+            idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
+                never.
+            send_timeout: seconds in which the peer takes nothing, after which a send fails and the
+                session closes; ``None``: never.
+            callback_timeout: seconds after which a running callback is ended; ``None``: never.
+            linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+            no_delay: TCP_NODELAY: small messages leave at once.
+            allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
+
+        Raises:
+            PsCallbackError: the callback could never work.
+            TypeError: a setting is of the wrong type.
+            ValueError: a setting is out of range.
+        """
+        super().__init__(
+            callback,
+            SessionSettings(
+                read_buffer_size=read_buffer_size,
+                divide=divide,
+                idle_milliseconds=idle_milliseconds,
+                send_timeout=send_timeout,
+                callback_timeout=callback_timeout,
+                linger_timeout=linger_timeout,
+                no_delay=no_delay,
+                allow_half_open=allow_half_open,
+            ),
+        )
+        self._host = check_host(host)
+        self._port = check_port(port, least=0)
+        self._family = check_address_family(socket_address_family)
+        check_int("backlog", backlog, 1, MAX_BUFFER)
+        self._backlog = backlog
+        if receive_buffer_size is not None:
+            check_int("receive_buffer_size", receive_buffer_size, 1, MAX_BUFFER)
+        self._receive_buffer_size = receive_buffer_size
+        if max_sessions is not None:
+            check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
+        self._max_sessions = max_sessions
+        self._listener: Listener | None = None
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._manager is None else "started"
+        if self._stop is not None:
+            state = "shutting down"
+        return f"<PsServer {format_address(*self.address[:2])} {state}>"
+
+    def start(self) -> None:
+        """Listen and accept; returns when the server can be reached.
+
+        Raises:
+            PsServerError: it is started already, or the address is in use, not this machine's, not
+                known, or not allowed.
+            Exception: what ``on_start`` raised; the server is not started then.
+        """
+        if self._manager is not None:
+            raise PsServerError(f"{self!r} is started already")
+        manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
+        try:
+            listener = self._listener = Listener(self._bind(), manager)
+            manager.dispatch.on_start(self)
+        except BaseException:
+            self._close_entrance()
+            manager.release()
+            self._stopped()
+            raise
+        if self._listener is listener:  # unless on_start shut the server down
+            listener.start()
+            logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
+
+    def wait_for(self, timeout: float | None = None) -> bool:
+        """Wait until the server has shut down, its last callback included.
+
+        Args:
+            timeout: seconds; ``None``: as long as it takes.
+
+        Returns:
+            True when it is shut down (or was never started), False when the time was over before.
+
+        Raises:
+            PsServerError: called in another thread than the server's, in a coroutine or in the hub.
+        """
+        manager = self._manager
+        if manager is None:
+            return True
+        if not manager.thread.is_current() or not may_wait():
+            raise PsServerError("wait_for belongs to a greenlet of the server's own thread")
+        return bool(manager.stopped.wait(timeout))
+
+    def serve_forever(self) -> None:
+        """Start, unless started, and serve until shut down.
+
+        In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
+        returns, so that the program can end with exit code 0. A second signal ends the process at
+        once. On any other way out (an exception) the server is shut down too.
+
+        Raises:
+            PsServerError: as of `start`.
+        """
+        if self._manager is None:
+            self.start()
+        with self._shut_down_on_signals():
+            try:
+                self.wait_for()
+            finally:
+                self.shutdown()
+
+    def stop_accepting(self) -> None:
+        """Let new connections wait in the backlog; the open sessions go on.
+
+        Returns at once. Without effect when the server is not started.
+        """
+        listener = self._listener
+        if listener is not None:
+            listener.pause()
+
+    def resume_accepting(self) -> None:
+        """Accept again, first those that waited. Without effect when not started."""
+        listener = self._listener
+        if listener is not None:
+            listener.resume()
+
+    def shutdown(self, timeout: float | None = SHUTDOWN_TIMEOUT, *, drain: float = 0.0) -> None:
+        """Stop accepting, close every session, deliver every ``on_close``, and return.
+
+        Returns at once, the work going on, when called in a callback, a coroutine or the hub. A
+        second call waits for the first, and may shorten either time. Without effect when not
+        started; afterwards `start` works again.
+
+        Args:
+            timeout: seconds that running callbacks have, after `drain`; then they are killed, and
+                have as long again, at least a second. ``None``: as long as they take.
+            drain: seconds in which the sessions go on and may end by themselves, before they are
+                closed.
+
+        Raises:
+            TypeError: a time is not a number.
+            ValueError: a time is negative.
+        """
+        self._stop_all(PsCloseReason.SHUTDOWN, timeout, drain)
+
+    @property
+    def address(self) -> Endpoint:
+        """Where the server listens, as (host, port) or (host, port, flow info, scope id).
+
+        While it is stopped: the host and port that were asked for.
+        """
+        listener = self._listener
+        if listener is None:
+            return (self._host, self._port)
+        address: Any = listener.address
+        return cast("Endpoint", address)
+
+    @property
+    def started(self) -> bool:
+        """Whether the server is started, and its shutdown has not begun."""
+        return self._is_running
+
+    def __enter__(self) -> Self:
+        if self._manager is None:
+            self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def _bind(self) -> socket.socket:
+        host = self._host
+        if self._family is PsSocketAddressFamily.IPV6 and host == "0.0.0.0":
+            host = "::"
+        where = format_address(host, self._port)
+        try:
+            address = resolve(host, self._port, self._family)[0]
+            return bind(
+                address,
+                self._family,
+                backlog=self._backlog,
+                receive_buffer_size=self._receive_buffer_size,
+            )
+        except OSError as exc:
+            raise PsServerError(f"cannot listen on {where}: {self._explain(exc)}") from exc
+
+    def _explain(self, exc: OSError) -> str:
+        no_ipv6 = exc.errno in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+        if no_ipv6 and self._family is PsSocketAddressFamily.IPV6:
+            return "this machine has no IPv6"
+        if exc.errno == errno.EADDRNOTAVAIL:
+            return f"{exc.strerror}: the host is not an address of this machine"
+        return exc.strerror or str(exc)
+
+    def _close_entrance(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+
+    def _stopped(self) -> None:
+        logger.info("%r: stopped", self)
+        super()._stopped()
+
+    @contextlib.contextmanager
+    def _shut_down_on_signals(self) -> Iterator[None]:
+        def shut_down(number: int, _frame: FrameType | None) -> None:
+            logger.info("%r: %s: shutting down", self, signal.Signals(number).name)
+            for each in before:
+                signal.signal(each, signal.SIG_DFL)
+            manager = self._manager
+            if manager is not None:
+                # Not here: the handler may run in any greenlet, and must not wait in it.
+                manager.thread.call_soon(self.shutdown)
+
+        before: dict[signal.Signals, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
+            for each in (signal.SIGINT, signal.SIGTERM):
+                before[each] = signal.signal(each, shut_down) or signal.SIG_DFL
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _default_cap() -> int:
+    limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return CAP_WITHOUT_LIMIT
+    return max(1, limit - max(DESCRIPTORS_FOR_OTHERS, limit // 16))

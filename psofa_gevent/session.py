@@ -1,0 +1,680 @@
+"""A session: one connection, from the connected socket to the moment it is queued for ``on_close``.
+
+Rules, all kept in this file:
+
+- The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
+  then the end. That greenlet is the only one that ends it and, `abort` excepted, the only one that
+  closes its socket.
+- `_request_close` is the only way to a close. The first reason wins. It sets the reason, wakes the
+  session where it waits on its own socket, and interrupts its senders. It never switches.
+- The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
+  wait of its own, and only then may anyone switch into it (`_resume`). A callback that waits
+  on something else is never disturbed by an event of the socket: the read watcher runs only
+  during a wait, which costs no system call on libev.
+- The wait comes before the read: an idle session owns no buffer.
+
+What may switch: whatever runs a callback, `_wait_and_receive`, `_linger`, and a send that waits.
+All else runs through without another greenlet in between. All attributes belong to the hub's
+thread; callers in other OS threads are handed over (`HubThread`).
+"""
+
+from __future__ import annotations
+
+import _socket
+import asyncio
+import logging
+import uuid
+from datetime import UTC, datetime
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
+
+from gevent import GreenletExit, getcurrent
+
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.errors import PsSendError
+from psofa_gevent.hub_thread import HubThread, get_ident
+from psofa_gevent.sending import GreenletParking, SendLine, TaskParking, run_in_greenlet
+from psofa_gevent.settings import (
+    DEFAULT,
+    Default,
+    SessionSettings,
+    check_idle,
+    check_instance,
+    check_seconds,
+)
+from psofa_gevent.tcp import Endpoint, endpoint, reset, set_no_delay, unacknowledged
+from psofa_gevent.worker import CallbackGreenlet, in_callback, may_wait
+
+if TYPE_CHECKING:
+    from psofa_gevent.client import PsClient
+    from psofa_gevent.dispatch import Dispatch
+    from psofa_gevent.multi_client import PsMultiClient
+    from psofa_gevent.server import PsServer
+
+    Owner: TypeAlias = PsServer | PsClient | PsMultiClient
+
+__all__ = ["Host", "PsSession", "SessionGreenlet"]
+
+logger = logging.getLogger("psofa_gevent")
+
+Message = str | bytes | bytearray | memoryview
+
+READ = 1
+"""The event mask of gevent's io watchers (libev's EV_READ)."""
+DRAIN_SIZE = 65_536
+"""Bytes read and thrown away at a time while a close lingers."""
+FIRST_LINGER_LOOK = 0.001
+"""Seconds until a lingering close looks again whether its bytes are acknowledged; then doubled."""
+LONGEST_LINGER_LOOK = 0.05
+
+_NEVER = float("inf")
+
+
+class Host(Protocol):
+    """What a session needs of the manager that it belongs to."""
+
+    owner: Owner
+    thread: HubThread
+    settings: SessionSettings
+    dispatch: Dispatch
+
+    def session_ended(self, session: PsSession) -> None:
+        """The session has ended and its socket is released. Called in the session's greenlet."""
+
+
+class SessionGreenlet(CallbackGreenlet):
+    """The greenlet of one session."""
+
+    def __init__(self, session: PsSession) -> None:
+        super().__init__()
+        self.session = session
+
+    def _run(self) -> None:
+        self.session._live()
+
+
+class PsSession:
+    """One connection. The library makes it and hands it to every callback; never construct one.
+
+    `send`, `send_eof`, `close` and `abort` may be called from any greenlet and any OS thread, the
+    other methods from any greenlet of the hub's thread.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_bytes_received",
+        "_bytes_sent",
+        "_close_cause",
+        "_connection_id",
+        "_context",
+        "_eof_received",
+        "_eof_requested",
+        "_eof_sent",
+        "_greenlet",
+        "_host",
+        "_idle",
+        "_line",
+        "_local_endpoint",
+        "_loop",
+        "_may_linger",
+        "_messages_received",
+        "_open",
+        "_opened_at",
+        "_reason",
+        "_released",
+        "_remote_endpoint",
+        "_slice",
+        "_sock",
+        "_started",
+        "_thread_ident",
+        "_values",
+        "_waiting_since",
+        "_watcher",
+    )
+
+    def __init__(
+        self,
+        host: Host,
+        sock: _socket.socket,
+        remote_endpoint: object,
+        connection_id: uuid.UUID | None,
+    ) -> None:
+        settings = host.settings
+        self._host = host
+        self._thread_ident = host.thread.ident
+        self._loop = host.thread.loop
+        self._sock = sock
+        sock.setblocking(False)
+        if settings.no_delay:
+            set_no_delay(sock)
+        self._watcher = self._loop.io(sock.fileno(), READ)
+        self._connection_id = connection_id or uuid.uuid4()
+        self._local_endpoint = endpoint(sock.getsockname())
+        self._remote_endpoint = endpoint(remote_endpoint)
+        self._opened_at = time()
+        idle = settings.idle_milliseconds
+        self._idle = _NEVER if idle is None else idle / 1_000
+        self._waiting_since = 0.0
+        self._open = True
+        self._started = False
+        self._released = False
+        self._reason = PsCloseReason.NONE
+        self._close_cause: BaseException | None = None
+        self._may_linger = True
+        self._eof_requested = False
+        self._eof_sent = False
+        self._eof_received = False
+        self._bytes_received = 0
+        self._bytes_sent = 0
+        self._messages_received = 0
+        self._line: SendLine | None = None
+        self._values: dict[str, Any] | None = None
+        self._slice: set[PsSession] | None = None
+        self._context = host.dispatch.new_context()
+        self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
+
+    # What a callback asks
+
+    @property
+    def connection_id(self) -> uuid.UUID:
+        """The session's id: random, or what the client chose in ``connect``."""
+        return self._connection_id
+
+    @property
+    def owner(self) -> Owner:
+        """The server or client that the session belongs to."""
+        return self._host.owner
+
+    @property
+    def local_endpoint(self) -> Endpoint | None:
+        """This end: (host, port), or (host, port, flow info, scope id) on IPv6 sockets.
+
+        Still known after the close. ``None`` for a socket without an address.
+        """
+        return self._local_endpoint
+
+    @property
+    def remote_endpoint(self) -> Endpoint | None:
+        """The peer's end, in the form of `local_endpoint`; still known after the close."""
+        return self._remote_endpoint
+
+    @property
+    def is_open(self) -> bool:
+        """Turns false in the moment in which a close is requested, by whomever."""
+        return self._open
+
+    @property
+    def close_cause(self) -> BaseException | None:
+        """The exception behind a `PsCloseReason.FAILED`; ``None`` for every other reason.
+
+        Its traceback keeps its frames' variables until ``on_close`` has returned, not longer.
+        """
+        return self._close_cause
+
+    @property
+    def opened_at(self) -> datetime:
+        """When the connection was accepted or made, in UTC."""
+        return datetime.fromtimestamp(self._opened_at, UTC)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes handed to ``on_message``, the current message included."""
+        return self._bytes_received
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that the kernel took for sending."""
+        return self._bytes_sent
+
+    @property
+    def messages_received(self) -> int:
+        """Calls of ``on_message``, the current one included."""
+        return self._messages_received
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else self._reason.name
+        return (
+            f"<PsSession {self._connection_id} {_format(self._local_endpoint)} - "
+            f"{_format(self._remote_endpoint)} {state}>"
+        )
+
+    # A user's values
+
+    def set_value(self, name: str, value: object) -> None:
+        """Keep `value`, of any type, with the session under `name`."""
+        if self._values is None:
+            self._values = {}
+        self._values[check_instance("name", name, str)] = value
+
+    @overload
+    def get_value(self, name: str) -> Any: ...
+    @overload
+    def get_value(self, name: str, default: object) -> Any: ...
+    def get_value(self, name: str, default: object = None) -> Any:
+        """The value kept under `name`, or `default`."""
+        return default if self._values is None else self._values.get(name, default)
+
+    def clear_value(self, name: str) -> None:
+        """Forget the value kept under `name`, if there is one."""
+        if self._values is not None:
+            self._values.pop(name, None)
+
+    # Idle time
+
+    def change_idle_milliseconds(self, idle_milliseconds: int | None) -> None:
+        """Change after how long a wait for bytes the session closes, and restart that clock.
+
+        Args:
+            idle_milliseconds: milliseconds, 1 or more; ``None``: never.
+
+        Raises:
+            TypeError: not a whole number.
+            ValueError: less than 1.
+        """
+        check_idle("idle_milliseconds", idle_milliseconds)
+        self._idle = _NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
+        if self._waiting_since:
+            self._waiting_since = monotonic()
+
+    # Sending
+
+    def send(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
+        """Send a message, and return when the kernel has taken all of it.
+
+        From any greenlet and any OS thread. Two sends never mix their bytes. In an async callback
+        it works as long as it need not wait; ``await session.send_async`` waits there.
+
+        Args:
+            message: bytes, or text, which is sent as UTF-8. A mutable buffer must not change until
+                this returns.
+            timeout: seconds in which the peer takes nothing, after which the session closes with
+                FAILED; ``None``: no limit; by default the owner's ``send_timeout``.
+
+        Raises:
+            PsSendError: the session is closed, was closed meanwhile, the peer took nothing for
+                `timeout`, or the socket failed; or the call would have had to wait where it must
+                not (in a coroutine, in the hub).
+            TypeError: `message` is neither text nor bytes.
+            ValueError: `timeout` is negative.
+        """
+        data = message if type(message) is bytes else _encode(message)
+        if get_ident() != self._thread_ident:
+            self._check_new_send(in_callback=False)
+            self._host.thread.run(self.send, data, timeout)
+            return
+        sent = 0
+        if self._open and self._line is None and not self._eof_requested:
+            sent = self._send_now(data)
+            if sent == len(data):
+                return
+        limit = self._check_timeout(timeout)
+        in_a_callback = in_callback()
+        self._check_new_send(in_callback=in_a_callback)
+        if not may_wait():
+            self._refuse_to_wait(begun=sent > 0)
+        run_in_greenlet(
+            self._line_up().send(
+                memoryview(data)[sent:],
+                limit,
+                GreenletParking(),
+                begun=sent > 0,
+                in_callback=in_a_callback,
+            )
+        )
+
+    async def send_async(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
+        """`send` for coroutines: waits without holding up the loop.
+
+        In any asyncio loop, of the hub's thread or of another; arguments and errors as for `send`.
+        """
+        data = message if type(message) is bytes else _encode(message)
+        if get_ident() != self._thread_ident:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self.send, data, timeout)
+            return
+        sent = 0
+        if self._open and self._line is None and not self._eof_requested:
+            sent = self._send_now(data)
+            if sent == len(data):
+                return
+        limit = self._check_timeout(timeout)
+        self._check_new_send(in_callback=True)
+        await self._line_up().send(
+            memoryview(data)[sent:], limit, TaskParking(), begun=sent > 0, in_callback=True
+        )
+
+    def send_eof(self) -> None:
+        """Send no more: the peer gets a FIN after the sends that have begun (half-close).
+
+        Never waits. Later sends raise `PsSendError`; receiving goes on, and the session stays open
+        until the peer's FIN. From any greenlet and any OS thread.
+        """
+        self._eof_requested = True
+        if get_ident() != self._thread_ident:
+            self._host.thread.call_soon(self._shut_writing)
+        else:
+            self._shut_writing()
+
+    def _send_now(self, data: bytes | memoryview) -> int:
+        """Give the kernel what it takes of `data` now; return how many bytes that were."""
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            logger.debug("%r: send failed: %s", self, exc)
+            self._request_close(PsCloseReason.FAILED, exc, linger=False)
+            raise PsSendError(f"{self!r}: send failed: {exc}") from exc
+        self._bytes_sent += sent
+        return sent
+
+    def _check_new_send(self, *, in_callback: bool) -> None:
+        """Raise `PsSendError` where no send may begin."""
+        self._check_sending(in_callback=in_callback)
+        if self._eof_requested:
+            raise PsSendError(f"{self!r}: send after send_eof")
+
+    def _check_sending(self, *, in_callback: bool) -> None:
+        """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
+        if self._open:
+            return
+        shutting_down = self._reason is PsCloseReason.SHUTDOWN and not self._eof_sent
+        if self._released or not (shutting_down and in_callback):
+            raise PsSendError(f"{self!r}: the session is closed")
+
+    def _check_timeout(self, timeout: float | Default | None) -> float | None:
+        if timeout is DEFAULT:
+            return self._host.settings.send_timeout
+        check_seconds("timeout", timeout)
+        return timeout
+
+    def _refuse_to_wait(self, *, begun: bool) -> None:
+        error = PsSendError(
+            f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
+            "use 'await session.send_async(...)'"
+        )
+        if begun:
+            self._request_close(PsCloseReason.FAILED, error)
+        raise error
+
+    def _line_up(self) -> SendLine:
+        if self._line is None:
+            self._line = SendLine(self)
+        return self._line
+
+    def _line_is_empty(self, line: SendLine) -> None:
+        """The last sender left: no more line, and what waited for that goes on."""
+        if self._line is line:
+            self._line = None
+            if self._eof_requested:
+                self._shut_writing()
+            if not self._open:
+                self._wake()
+
+    def _shut_writing(self) -> None:
+        if self._line is not None or self._eof_sent or self._released:
+            return
+        self._eof_sent = True
+        try:
+            self._sock.shutdown(_socket.SHUT_WR)
+        except OSError as exc:
+            self._request_close(PsCloseReason.FAILED, exc, linger=False)
+            return
+        if self._eof_received:
+            self._request_close(PsCloseReason.PEER_CLOSE)
+
+    # Closing
+
+    def close(self) -> None:
+        """Ask for the close (`PsCloseReason.SELF_CLOSE`) and return at once.
+
+        What was sent before still reaches the peer. A callback that runs is not interrupted; the
+        session ends when it returns. From any greenlet and any OS thread; again without effect.
+        """
+        if get_ident() != self._thread_ident:
+            self._open = False  # so that the caller sees it; the reason follows in the hub
+            self._host.thread.call_soon(self._request_close, PsCloseReason.SELF_CLOSE)
+        else:
+            self._request_close(PsCloseReason.SELF_CLOSE)
+
+    def abort(self) -> None:
+        """Reset the connection (RST) at once: nothing is drained, also while a close lingers.
+
+        The session ends in its own greenlet with `PsCloseReason.SELF_CLOSE`, unless it was closed
+        for another reason before. From any greenlet and any OS thread.
+        """
+        if get_ident() != self._thread_ident:
+            self._open = False
+            self._host.thread.call_soon(self._abort)
+        else:
+            self._abort()
+
+    def _abort(self) -> None:
+        self._request_close(PsCloseReason.SELF_CLOSE, linger=False)
+        if not self._released:
+            self._may_linger = False
+            self._release(with_reset=True)
+            self._wake()
+
+    def _request_close(
+        self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
+    ) -> None:
+        """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
+        if self._reason is not PsCloseReason.NONE:
+            return
+        self._reason = reason
+        self._close_cause = cause
+        self._may_linger = linger
+        self._open = False
+        self._wake()
+        if self._line is not None:
+            self._line.interrupt()
+
+    def _wake(self) -> None:
+        if self._waiting_since:
+            self._loop.run_callback(self._resume)
+
+    def _resume(self) -> None:
+        # Since the wake-up the greenlet may have gone on, and be in a callback now.
+        if self._waiting_since and self._greenlet is not None:
+            self._greenlet.switch()
+
+    # The life of the session, in its own greenlet
+
+    def _live(self) -> None:
+        self._started = True
+        try:
+            try:
+                self._host.dispatch.on_open(self)
+                self._read()
+            except BaseException as exc:
+                self._fail(exc)
+            self._linger()
+        except BaseException as exc:
+            # Killed while it lingered; the rest does not wait.
+            logger.debug("%r: did not linger to the end: %r", self, exc)
+        finally:
+            self._open = False
+            if self._reason is PsCloseReason.NONE:  # closed by another thread, this moment
+                self._reason = PsCloseReason.SELF_CLOSE
+            self._release()
+            self._host.session_ended(self)
+            self._greenlet = None
+
+    def _read(self) -> None:
+        """Wait, read, hand over, until a close is requested."""
+        recv = self._sock.recv
+        size = self._host.settings.read_buffer_size
+        on_message = self._host.dispatch.on_message
+        while self._open:
+            try:
+                message = self._wait_and_receive(recv, size)
+            except OSError as exc:
+                logger.debug("%r: receive failed: %s", self, exc)
+                self._request_close(PsCloseReason.FAILED, exc, linger=False)
+                return
+            if message is None:
+                return
+            if not message:
+                self._receive_eof()
+                return
+            self._bytes_received += len(message)
+            self._messages_received += 1
+            on_message(self, message)
+
+    def _wait_and_receive(self, recv: Any, size: int) -> bytes | None:
+        """The next bytes, empty at the peer's FIN; ``None`` when the session is to close."""
+        switch = getcurrent().switch
+        hub = self._host.thread.hub
+        watcher = self._watcher
+        self._waiting_since = monotonic()
+        try:
+            while True:
+                watcher.start(switch)
+                try:
+                    hub.switch()
+                finally:
+                    watcher.stop()
+                if not self._open:
+                    return None
+                try:
+                    message: bytes = recv(size)
+                except BlockingIOError:
+                    # Woken by the idle timer, or by nothing at all: no bytes are there.
+                    if self._is_idle():
+                        self._request_close(PsCloseReason.TIMEOUT)
+                        return None
+                else:
+                    return message
+        finally:
+            self._waiting_since = 0.0
+
+    def _receive_eof(self) -> None:
+        if not self._host.settings.allow_half_open:
+            self._request_close(PsCloseReason.PEER_CLOSE)
+            return
+        self._eof_received = True
+        self._host.dispatch.on_eof(self)
+        if self._eof_sent:
+            self._request_close(PsCloseReason.PEER_CLOSE)
+        self._waiting_since = monotonic()
+        try:
+            while self._open:
+                if self._is_idle():
+                    self._request_close(PsCloseReason.TIMEOUT)
+                else:
+                    self._host.thread.hub.switch()
+        finally:
+            self._waiting_since = 0.0
+
+    def _is_idle(self) -> bool:
+        return monotonic() - self._waiting_since >= self._idle
+
+    def _fail(self, exc: BaseException) -> None:
+        """A callback raised, or a stranger threw something into the session's greenlet."""
+        if isinstance(exc, PsSendError) and not self._open:
+            # The session closed under a callback that was sending: no fault of the callback's.
+            logger.debug("%r: a callback ended with its session", self, exc_info=exc)
+        elif isinstance(exc, GreenletExit) and not self._open:
+            logger.warning("%r: a callback was ended", self, exc_info=exc)
+        else:
+            logger.error("%r: failed", self, exc_info=exc)
+        self._request_close(PsCloseReason.FAILED, exc)
+        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+            self._host.thread.raise_in_main(exc)
+
+    def _linger(self) -> None:
+        """Let the peer take what was sent, before the close (design: point 2).
+
+        A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525,
+        section 2.17). So: shut down writing, then read and drop, until the peer's FIN, or until
+        nothing is unacknowledged and nothing left to read, or for ``linger_timeout``.
+        """
+        self._waiting_since = monotonic()
+        try:
+            while self._line is not None and self._line.holds_callbacks and not self._released:
+                self._host.thread.hub.switch()
+        finally:
+            self._waiting_since = 0.0
+        if not self._may_linger or self._released or self._reason is PsCloseReason.PEER_CLOSE:
+            return
+        deadline = monotonic() + self._host.settings.linger_timeout
+        look = FIRST_LINGER_LOOK
+        try:
+            if not self._eof_sent:
+                self._eof_sent = True
+                self._sock.shutdown(_socket.SHUT_WR)
+            while True:
+                try:
+                    if not self._sock.recv(DRAIN_SIZE):
+                        return
+                except BlockingIOError:
+                    if unacknowledged(self._sock) == 0:
+                        return
+                left = deadline - monotonic()
+                if left <= 0:
+                    return
+                self._wait_readable(min(look, left))
+                look = min(look * 2, LONGEST_LINGER_LOOK)
+        except OSError as exc:
+            logger.debug("%r: lingering ended: %s", self, exc)
+
+    def _wait_readable(self, seconds: float) -> None:
+        """Wait until bytes are there, at most `seconds`; ends early when the session is aborted."""
+        if self._released:
+            raise OSError("aborted")
+        switch = getcurrent().switch
+        timer = self._loop.timer(seconds)
+        self._waiting_since = monotonic()
+        timer.start(switch)
+        self._watcher.start(switch)
+        try:
+            self._host.thread.hub.switch()
+        finally:
+            self._waiting_since = 0.0
+            timer.stop()
+            timer.close()
+            if not self._released:
+                self._watcher.stop()
+
+    def _release(self, *, with_reset: bool = False) -> None:
+        """Let go of watcher and socket, in this order: descriptors are used again at once."""
+        if self._released:
+            return
+        self._released = True
+        self._watcher.stop()
+        self._watcher.close()
+        if self._line is not None:
+            self._line.close()
+        if with_reset:
+            reset(self._sock)
+        else:
+            self._sock.close()
+
+    def _drop(self) -> None:
+        """End a session whose greenlet has not started: no callback ever hears of it."""
+        self._open = False
+        self._release()
+        if self._greenlet is not None:
+            self._greenlet.kill(block=False)
+            self._greenlet = None
+
+
+def _encode(message: Message) -> bytes | memoryview:
+    """`message` as bytes: text as UTF-8, any buffer byte by byte."""
+    if isinstance(message, str):
+        return message.encode()
+    if isinstance(message, bytes):
+        return message
+    if isinstance(message, (bytearray, memoryview)):
+        return memoryview(message).cast("B")
+    raise TypeError(
+        f"message must be str, bytes, bytearray or memoryview, not {type(message).__name__}"
+    )
+
+
+def _format(address: Endpoint | None) -> str:
+    if address is None:
+        return "?"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

@@ -1,0 +1,122 @@
+"""The settings that servers and clients share, checked where they are given.
+
+Nothing here touches a socket. A value of the wrong type raises `TypeError`, one out of range
+`ValueError`; both name the parameter, the value, and what would be right.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar
+
+__all__ = [
+    "DEFAULT",
+    "Default",
+    "SessionSettings",
+    "check_bool",
+    "check_instance",
+    "check_int",
+    "check_seconds",
+]
+
+T = TypeVar("T")
+
+MAX_PORT = 65_535
+MAX_BUFFER = 2**31 - 1
+"""SO_RCVBUF and recv take a C int."""
+
+
+class Default(enum.Enum):
+    """The type of `DEFAULT`, so that type checkers know it from a number and from ``None``."""
+
+    DEFAULT = enum.auto()
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT: Final[Literal[Default.DEFAULT]] = Default.DEFAULT
+"""Stands for the owner's ``send_timeout``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """What `PsServer`, `PsClient` and `PsMultiClient` give to each of their sessions.
+
+    Attributes:
+        read_buffer_size: bytes, the most that one ``on_message`` gets.
+        divide: slices of the idle scan; each session is looked at once a second.
+        idle_milliseconds: a session that waits longer for bytes closes with `TIMEOUT`; ``None``:
+            never.
+        send_timeout: seconds in which the peer takes nothing, after which a send fails.
+        callback_timeout: seconds after which a running callback is ended; ``None``: never.
+        linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+        no_delay: TCP_NODELAY.
+        allow_half_open: the peer's FIN calls ``on_eof`` and does not close the session.
+    """
+
+    read_buffer_size: int
+    divide: int
+    idle_milliseconds: int | None
+    send_timeout: float | None
+    callback_timeout: float | None
+    linger_timeout: float
+    no_delay: bool
+    allow_half_open: bool
+
+    def __post_init__(self) -> None:
+        check_int("read_buffer_size", self.read_buffer_size, 1, MAX_BUFFER)
+        check_int("divide", self.divide, 1, 1_000)
+        check_idle("idle_milliseconds", self.idle_milliseconds)
+        check_seconds("send_timeout", self.send_timeout)
+        check_seconds("callback_timeout", self.callback_timeout, more_than_zero=True)
+        check_seconds("linger_timeout", self.linger_timeout, optional=False)
+        check_bool("no_delay", self.no_delay)
+        check_bool("allow_half_open", self.allow_half_open)
+
+
+def check_instance(name: str, value: object, kind: type[T]) -> T:
+    """Return `value`, or raise `TypeError` when it is not a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {_a(kind.__name__)}, not {value!r}")
+    return value
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise `TypeError` for anything but ``True`` and ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_int(name: str, value: object, least: int, most: int) -> None:
+    """Raise unless `value` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+
+
+def check_idle(name: str, value: object) -> None:
+    """Raise unless `value` is ``None`` or a positive whole number of milliseconds."""
+    if value is not None:
+        check_int(name, value, 1, 2**53)
+
+
+def check_seconds(
+    name: str, value: object, *, optional: bool = True, more_than_zero: bool = False
+) -> None:
+    """Raise unless `value` is a number of seconds, or ``None`` where that is `optional`."""
+    if value is None and optional:
+        return
+    wanted = "a number of seconds" + (" or None" if optional else "")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {wanted}, not {value!r}")
+    if not math.isfinite(value) or value < 0 or (more_than_zero and value == 0):
+        least = "more than 0" if more_than_zero else "0 or more"
+        raise ValueError(f"{name} must be {wanted}, {least}, not {value!r}")
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"

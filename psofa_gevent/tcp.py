@@ -1,0 +1,71 @@
+"""What the kernel knows of a connection and does with it: the socket options behind the settings.
+
+Plain system calls on non-blocking sockets: nothing here waits, and nothing switches greenlets.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import os
+import struct
+import sys
+
+__all__ = ["Endpoint", "endpoint", "reset", "set_no_delay", "unacknowledged"]
+
+Endpoint = tuple[object, ...]
+"""An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_SO_NWRITE = 0x1024
+"""macOS, sys/socket.h: bytes in the send buffer; Python has no name for it."""
+
+
+def endpoint(address: object) -> Endpoint | None:
+    """`address` as a tuple; ``None`` for a socket that has none (an unnamed Unix socket)."""
+    return address if isinstance(address, tuple) else None
+
+
+def set_no_delay(sock: _socket.socket) -> None:
+    """Set TCP_NODELAY; without effect on a socket that is not TCP."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+
+
+def reset(sock: _socket.socket) -> None:
+    """Close `sock` so that the peer gets an RST: SO_LINGER with a time of zero (tcp(7))."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _RESET_ON_CLOSE)
+    sock.close()
+
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+    _SIOCOUTQ = termios.TIOCOUTQ
+
+    def unacknowledged(sock: _socket.socket) -> int | None:
+        """Bytes that were sent and that the peer has not acknowledged (SIOCOUTQ, tcp(7)).
+
+        A FIN that is not acknowledged counts as one. ``None`` where the system does not tell.
+        Raises `OSError` on a closed socket.
+        """
+        descriptor = sock.fileno()
+        if descriptor < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        answer = fcntl.ioctl(descriptor, _SIOCOUTQ, b"\0\0\0\0")
+        return int.from_bytes(answer, sys.byteorder)
+
+elif sys.platform == "darwin":
+
+    def unacknowledged(sock: _socket.socket) -> int | None:
+        """Bytes that were sent and that the peer has not acknowledged (SO_NWRITE)."""
+        return sock.getsockopt(_socket.SOL_SOCKET, _SO_NWRITE)
+
+else:
+
+    def unacknowledged(sock: _socket.socket) -> int | None:
+        """Nothing is known here."""
+        return None

@@ -1,0 +1,89 @@
+"""The greenlets of the library, and the question whether a caller may wait.
+
+`CallbackGreenlet` marks the greenlets that run users' callbacks. A call that waits for callbacks to
+end must not wait inside one, nor in the hub: `may_wait_for_callbacks` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gevent import Greenlet, get_hub, getcurrent
+
+from psofa_gevent.aio import in_coroutine
+
+__all__ = ["CallbackGreenlet", "Worker", "in_callback", "may_wait", "may_wait_for_callbacks"]
+
+
+if TYPE_CHECKING:
+    _Greenlet = Greenlet[[], None]
+else:
+    _Greenlet = Greenlet  # the oldest gevent's is not generic
+
+
+class CallbackGreenlet(_Greenlet):
+    """A greenlet of the library's in which callbacks run."""
+
+
+def in_callback() -> bool:
+    """Whether the caller is a callback (or was called by one, in the same greenlet)."""
+    return isinstance(getcurrent(), CallbackGreenlet) or in_coroutine()
+
+
+def may_wait() -> bool:
+    """Whether the caller may switch to the hub: it is neither the hub nor a coroutine."""
+    return getcurrent() is not get_hub() and not in_coroutine()
+
+
+def may_wait_for_callbacks() -> bool:
+    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all."""
+    return getcurrent() is not get_hub() and not in_callback()
+
+
+class Worker:
+    """One greenlet with one endless job, started when first needed.
+
+    A stranger may kill it (``gevent.killall`` of all there is): it is started again at once while
+    there is work, else with the next `ensure`. Without work it is not held by anything but its
+    owner, so an owner that is dropped goes, greenlet and all.
+    """
+
+    def __init__(
+        self, job: Callable[[], None], has_work: Callable[[], bool], *, runs_callbacks: bool
+    ) -> None:
+        self._job = job
+        self._has_work = has_work
+        self._class: type[Greenlet[..., None]] = CallbackGreenlet if runs_callbacks else Greenlet
+        self._stopped = False
+        self.greenlet: Greenlet[..., None] | None = None
+
+    def ensure(self) -> None:
+        """Start the greenlet unless it runs. Does not switch."""
+        if self.greenlet is None and not self._stopped:
+            self.greenlet = self._class(self._job)
+            self.greenlet.rawlink(self._ended)
+            self.greenlet.start()
+
+    def _ended(self, greenlet: object) -> None:
+        if self.greenlet is greenlet:
+            self.greenlet = None
+            if self._has_work():
+                self.ensure()
+
+    def replace(self) -> None:
+        """Leave the greenlet behind, still running, and start another in its place."""
+        self.greenlet = None
+        self.ensure()
+
+    def is_me(self) -> bool:
+        """Whether the caller is the worker's greenlet: not one that was given up."""
+        return getcurrent() is self.greenlet
+
+    def stop(self) -> None:
+        """End the greenlet for good. It must be waiting; must not be called from within it."""
+        self._stopped = True
+        greenlet, self.greenlet = self.greenlet, None
+        if greenlet is not None:
+            greenlet.unlink(self._ended)
+            greenlet.kill()
