@@ -127,7 +127,7 @@ class PsClient(ConnectingOwner):
         try:
             return self._connect(manager, *target, connection_id, timeout)
         except BaseException:
-            self.disconnect()
+            self._undo(manager)
             raise
 
     def disconnect(self, timeout: float | None = 5.0) -> None:

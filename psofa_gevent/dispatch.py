@@ -21,13 +21,12 @@ from gevent import get_hub, getcurrent
 from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub_thread import log_from_hub
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
 
 __all__ = ["Dispatch"]
-
-logger = logging.getLogger("psofa_gevent")
 
 LONGEST_RETHROW = 1.0
 """Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
@@ -89,8 +88,8 @@ def _limited_in_session(
 ) -> Callable[..., None]:
     def call_limited(session: PsSession, *args: Any) -> None:
         def expired(error: TimeoutError) -> None:
-            logger.warning("%r: %s", session, error)
             session._request_close(PsCloseReason.FAILED, error)
+            log_from_hub(logging.WARNING, "%r: %s", session, error)
 
         with _Limit(name, timeout, expired):
             call(session, *args)
@@ -101,7 +100,7 @@ def _limited_in_session(
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
     def call_limited(subject: object, *args: Any) -> None:
         def expired(error: TimeoutError) -> None:
-            logger.warning("%r: %s", subject, error)
+            log_from_hub(logging.WARNING, "%r: %s", subject, error)
 
         with _Limit(name, timeout, expired):
             call(subject, *args)

@@ -7,13 +7,16 @@ lock of gevent's would need the caller's own hub to run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import gevent
 from gevent import get_hub, monkey
 
-__all__ = ["HubThread", "NativeEvent", "get_ident"]
+__all__ = ["HubThread", "NativeEvent", "get_ident", "log_from_hub"]
+
+logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,6 +98,11 @@ class HubThread:
     def raise_in_main(self, exc: BaseException) -> None:
         """Have the hub raise `exc` in the main greenlet, wherever it waits, as gevent does."""
         self.loop.run_callback(self.hub.handle_system_error, type(exc), exc, exc.__traceback__)
+
+
+def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:
+    """Log in a greenlet of its own: a handler may block, which the hub must not."""
+    gevent.spawn(logger.log, level, message, *args, **kwargs)
 
 
 def _discard_result(

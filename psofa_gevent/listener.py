@@ -24,11 +24,10 @@ from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
 
 __all__ = ["Listener", "bind"]
-
-logger = logging.getLogger("psofa_gevent")
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
@@ -121,19 +120,22 @@ class Listener(StreamServer):
             self._manager.open(accepted, address)
         except OSError as exc:
             # Reset before it could be looked at.
-            logger.debug("connection from %s was gone before it began: %s", address, exc)
             accepted.close()
-        except BaseException as exc:
-            logger.error("connection from %s could not be started", address, exc_info=exc)
+            log_from_hub(logging.DEBUG, "%s: gone before it began: %s", address, exc)
+        except Exception as exc:
             accepted.close()
+            log_from_hub(logging.ERROR, "%s: could not be started", address, exc_info=exc)
 
     def _accept_failed(self, exc: OSError) -> None:
         if exc.errno in LISTENER_IS_GONE:
-            logger.error("%r: the listening socket is gone: %s", self._manager.owner, exc)
             self.stop_accepting()
+            log_from_hub(
+                logging.ERROR, "%r: the listening socket is gone: %s", self._manager.owner, exc
+            )
         elif exc.errno in OUT_OF_RESOURCES:
             if self._backoff == self.min_delay:
-                logger.warning(
+                log_from_hub(
+                    logging.WARNING,
                     "%r: cannot accept: %s; connections wait in the backlog until there is room",
                     self._manager.owner,
                     exc,
@@ -143,7 +145,7 @@ class Listener(StreamServer):
             self._timer.start(self._try_accepting)
             self._backoff = min(self.max_delay, self._backoff * 2)
         else:
-            logger.debug("a connection was gone before it was accepted: %s", exc)
+            log_from_hub(logging.DEBUG, "a connection was gone before it was accepted: %s", exc)
 
 
 def _never_called(_accepted: object, _address: object) -> None:

@@ -77,14 +77,13 @@ class SessionManager:
         self._idle.add(session)
         # Never waits: a server accepts only while the pool has room.
         self.pool.start(greenlet)
-        logger.debug("%r: opened", session)
         return session
 
     def session_ended(self, session: PsSession) -> None:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
-            logger.debug("%r: closed", session)
             self.closing.put(session)
+            logger.debug("%r: closed", session)
 
     def forget(self, session: PsSession) -> bool:
         """Count the session no more; false if it did not count any longer."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
+import gevent
+
 from psofa_gevent.addresses import (
     check_address_family,
     check_host,
@@ -287,13 +289,13 @@ class PsServer(SessionOwner):
     @contextlib.contextmanager
     def _shut_down_on_signals(self) -> Iterator[None]:
         def shut_down(number: int, _frame: FrameType | None) -> None:
-            logger.info("%r: %s: shutting down", self, signal.Signals(number).name)
             for each in before:
                 signal.signal(each, signal.SIG_DFL)
             manager = self._manager
             if manager is not None:
                 # Not here: the handler may run in any greenlet, and must not wait in it.
-                manager.thread.call_soon(self.shutdown)
+                name = signal.Signals(number).name
+                manager.thread.call_soon(gevent.spawn, self._shut_down_on_signal, name)
 
         before: dict[signal.Signals, Any] = {}
         with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
@@ -304,6 +306,10 @@ class PsServer(SessionOwner):
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+    def _shut_down_on_signal(self, name: str) -> None:
+        logger.info("%r: %s: shutting down", self, name)
+        self.shutdown()
 
 
 def _default_cap() -> int:

@@ -147,10 +147,10 @@ class PsSession:
         sock.setblocking(False)
         if settings.no_delay:
             set_no_delay(sock)
-        self._watcher = self._loop.io(sock.fileno(), READ)
-        self._connection_id = connection_id or uuid.uuid4()
         self._local_endpoint = endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
+        self._watcher = self._loop.io(sock.fileno(), READ)
+        self._connection_id = connection_id or uuid.uuid4()
         self._opened_at = time()
         idle = settings.idle_milliseconds
         self._idle = _NEVER if idle is None else idle / 1_000
@@ -362,7 +362,6 @@ class PsSession:
         except BlockingIOError:
             return 0
         except OSError as exc:
-            logger.debug("%r: send failed: %s", self, exc)
             self._request_close(PsCloseReason.FAILED, exc, linger=False)
             raise PsSendError(f"{self!r}: send failed: {exc}") from exc
         self._bytes_sent += sent
@@ -485,6 +484,7 @@ class PsSession:
         self._started = True
         try:
             try:
+                logger.debug("%r: opened", self)
                 self._host.dispatch.on_open(self)
                 self._read()
             except BaseException as exc:
@@ -510,8 +510,8 @@ class PsSession:
             try:
                 message = self._wait_and_receive(recv, size)
             except OSError as exc:
-                logger.debug("%r: receive failed: %s", self, exc)
                 self._request_close(PsCloseReason.FAILED, exc, linger=False)
+                logger.debug("%r: receive failed: %s", self, exc)
                 return
             if message is None:
                 return
@@ -572,16 +572,18 @@ class PsSession:
 
     def _fail(self, exc: BaseException) -> None:
         """A callback raised, or a stranger threw something into the session's greenlet."""
-        if isinstance(exc, PsSendError) and not self._open:
-            # The session closed under a callback that was sending: no fault of the callback's.
-            logger.debug("%r: a callback ended with its session", self, exc_info=exc)
-        elif isinstance(exc, GreenletExit) and not self._open:
-            logger.warning("%r: a callback was ended", self, exc_info=exc)
-        else:
-            logger.error("%r: failed", self, exc_info=exc)
+        was_open = self._open
         self._request_close(PsCloseReason.FAILED, exc)
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._host.thread.raise_in_main(exc)
+        # Last, as a log handler may switch.
+        if isinstance(exc, PsSendError) and not was_open:
+            # The session closed under a callback that was sending: no fault of the callback's.
+            logger.debug("%r: a callback ended with its session", self, exc_info=exc)
+        elif isinstance(exc, GreenletExit) and not was_open:
+            logger.warning("%r: a callback was ended", self, exc_info=exc)
+        else:
+            logger.error("%r: failed", self, exc_info=exc)
 
     def _linger(self) -> None:
         """Let the peer take what was sent, before the close (design: point 2).
@@ -614,7 +616,7 @@ class PsSession:
                 left = deadline - monotonic()
                 if left <= 0:
                     return
-                self._wait_readable(min(look, left))
+                self._wait_readable(max(min(look, left), FIRST_LINGER_LOOK))
                 look = min(look * 2, LONGEST_LINGER_LOOK)
         except OSError as exc:
             logger.debug("%r: lingering ended: %s", self, exc)

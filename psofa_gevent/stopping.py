@@ -34,6 +34,8 @@ logger = logging.getLogger("psofa_gevent")
 NEVER = float("inf")
 LEAST_SECOND_BOUND = 1.0
 """Seconds that killed callbacks and their ``on_close`` have at least."""
+SHORTEST_WAIT = 0.001
+"""Seconds; libuv knows no shorter timer, and warns of one."""
 KILL_PERIOD = 0.05
 """Seconds between two kills of a callback that swallows them."""
 FIRST_LOOK = 0.01
@@ -166,7 +168,7 @@ class Stop:
             if left <= 0:
                 return False
             changed.clear()
-            changed.wait(None if left == NEVER else left)
+            changed.wait(None if left == NEVER else max(left, SHORTEST_WAIT))
         return True
 
 

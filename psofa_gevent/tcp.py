@@ -11,10 +11,11 @@ import errno
 import os
 import struct
 import sys
+from typing import Any
 
 __all__ = ["Endpoint", "endpoint", "reset", "set_no_delay", "unacknowledged"]
 
-Endpoint = tuple[object, ...]
+Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
