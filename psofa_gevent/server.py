@@ -122,6 +122,7 @@ class PsServer(SessionOwner):
             check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
         self._max_sessions = max_sessions
         self._listener: Listener | None = None
+        self._bound_to: Endpoint | None = None
 
     def __repr__(self) -> str:
         state = "stopped" if self._manager is None else "started"
@@ -142,11 +143,12 @@ class PsServer(SessionOwner):
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         try:
             listener = self._listener = Listener(self._bind(), manager)
+            self._bound_to = cast("Endpoint", listener.address)
             manager.dispatch.on_start(self)
         except BaseException:
             self._close_entrance()
             manager.release()
-            self._stopped()
+            self._forget()
             raise
         if self._listener is listener:  # unless on_start shut the server down
             listener.start()
@@ -225,15 +227,11 @@ class PsServer(SessionOwner):
 
     @property
     def address(self) -> Endpoint:
-        """Where the server listens, as (host, port) or (host, port, flow info, scope id).
+        """What the server is bound to: (host, port), or (host, port, flow info, scope id).
 
         While it is stopped: the host and port that were asked for.
         """
-        listener = self._listener
-        if listener is None:
-            return (self._host, self._port)
-        address: Any = listener.address
-        return cast("Endpoint", address)
+        return self._bound_to or (self._host, self._port)
 
     @property
     def started(self) -> bool:
@@ -284,6 +282,10 @@ class PsServer(SessionOwner):
 
     def _stopped(self) -> None:
         logger.info("%r: stopped", self)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._bound_to = None
         super()._stopped()
 
     @contextlib.contextmanager
