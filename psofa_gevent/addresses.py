@@ -34,13 +34,15 @@ def check_host(host: object) -> str:
     text = check_instance("host", host, str)
     if not text:
         raise ValueError("host must be an address or a name, not ''; 0.0.0.0 is every address")
+    if "\0" in text:
+        raise ValueError(f"host must not contain a null character: {text!r}")
     return text
 
 
 def check_port(port: object, *, least: int) -> int:
     """Return `port`, or raise `TypeError` or `ValueError`: not a number from `least` to 65535."""
     check_int("port", port, least, MAX_PORT)
-    return check_instance("port", port, int)
+    return int(check_instance("port", port, int))  # a subclass is not what the resolver takes
 
 
 def check_address_family(family: object) -> PsSocketAddressFamily:

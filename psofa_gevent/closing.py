@@ -10,7 +10,6 @@ All of it belongs to the hub's thread. Nothing switches but the close greenlet i
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -129,7 +128,7 @@ class CloseQueue:
                 self._thread.raise_in_main(exc)
         finally:
             if args:
-                _forget_frames(subject.close_cause)
+                _cut_traceback(subject.close_cause)
             if self._worker.is_me():
                 self._subject = None
                 self._one_less()
@@ -144,12 +143,20 @@ def _name(args: tuple[object, ...]) -> str:
     return "on_close" if args else "on_stop"
 
 
-def _forget_frames(exc: BaseException | None) -> None:
-    """Clear the variables in the frames of `exc` and of what it came from.
+def _cut_traceback(cause: BaseException | None) -> None:
+    """Take the traceback from `cause` and from all that it came from.
 
-    They hold the session, which holds the exception: a cycle that would keep both until the garbage
-    collector runs. The lines of the traceback stay.
+    Their frames hold the session, which holds the cause: a cycle that would keep all of it until the
+    garbage collector runs. By now the failure is logged, and ``on_close`` has seen it.
     """
-    while exc is not None:
-        traceback.clear_frames(exc.__traceback__)
-        exc = exc.__cause__ or exc.__context__
+    seen: set[int] = set()
+    left: list[BaseException | None] = [cause]
+    while left:
+        exc = left.pop()
+        if exc is None or id(exc) in seen:
+            continue
+        seen.add(id(exc))
+        exc.__traceback__ = None
+        left += [exc.__cause__, exc.__context__]
+        if isinstance(exc, BaseExceptionGroup):
+            left += exc.exceptions

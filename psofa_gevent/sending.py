@@ -176,11 +176,10 @@ class SendLine:
                 self._session._check_sending(in_callback=in_callback)
                 if self._senders[0] is sender:
                     taken = self._session._send_now(message)
-                    if taken:
-                        begun = True
-                        message = message[taken:]
-                        if not message:
-                            return
+                    begun = begun or taken > 0
+                    message = message[taken:]
+                    if not message:
+                        return
                 self._check_progress(sender, timeout)
                 if self._senders[0] is sender:
                     self._watcher.start(self._wake_first)
@@ -251,7 +250,10 @@ class SendLine:
             return
         error = PsSendError(f"{self._session!r}: the peer took nothing for {timeout:g} s")
         self._session._request_close(PsCloseReason.FAILED, error, linger=False)
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame, and must not be held by it
 
     def _count_acknowledged(self) -> int:
         """Bytes of the session that reached the peer; where nobody knows, those that left."""

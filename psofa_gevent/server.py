@@ -26,7 +26,7 @@ from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.listener import Listener, bind
 from psofa_gevent.owner import SessionOwner
-from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
+from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int, check_seconds
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.worker import may_wait
 
@@ -165,7 +165,9 @@ class PsServer(SessionOwner):
 
         Raises:
             PsServerError: called in another thread than the server's, in a coroutine or in the hub.
+            TypeError, ValueError: `timeout` is not a number of seconds.
         """
+        check_seconds("timeout", timeout)
         manager = self._manager
         if manager is None:
             return True

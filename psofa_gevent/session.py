@@ -207,7 +207,7 @@ class PsSession:
     def close_cause(self) -> BaseException | None:
         """The exception behind a `PsCloseReason.FAILED`; ``None`` for every other reason.
 
-        Its traceback keeps its frames' variables until ``on_close`` has returned, not longer.
+        It has its traceback until ``on_close`` has returned, not longer.
         """
         return self._close_cause
 
@@ -298,6 +298,8 @@ class PsSession:
             ValueError: `timeout` is negative.
         """
         data = message if type(message) is bytes else _encode(message)
+        if timeout is not DEFAULT:
+            check_seconds("timeout", timeout)
         if get_ident() != self._thread_ident:
             self._check_new_send(in_callback=False)
             self._host.thread.run(self.send, data, timeout)
@@ -307,7 +309,7 @@ class PsSession:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        limit = self._check_timeout(timeout)
+        limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
         in_a_callback = in_callback()
         self._check_new_send(in_callback=in_a_callback)
         if not may_wait():
@@ -328,6 +330,8 @@ class PsSession:
         In any asyncio loop, of the hub's thread or of another; arguments and errors as for `send`.
         """
         data = message if type(message) is bytes else _encode(message)
+        if timeout is not DEFAULT:
+            check_seconds("timeout", timeout)
         if get_ident() != self._thread_ident:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(None, self.send, data, timeout)
@@ -337,7 +341,7 @@ class PsSession:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        limit = self._check_timeout(timeout)
+        limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
         self._check_new_send(in_callback=True)
         await self._line_up().send(
             memoryview(data)[sent:], limit, TaskParking(), begun=sent > 0, in_callback=True
@@ -381,12 +385,6 @@ class PsSession:
         if self._released or not (shutting_down and in_callback):
             raise PsSendError(f"{self!r}: the session is closed")
 
-    def _check_timeout(self, timeout: float | Default | None) -> float | None:
-        if timeout is DEFAULT:
-            return self._host.settings.send_timeout
-        check_seconds("timeout", timeout)
-        return timeout
-
     def _refuse_to_wait(self, *, begun: bool) -> None:
         error = PsSendError(
             f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
@@ -394,7 +392,10 @@ class PsSession:
         )
         if begun:
             self._request_close(PsCloseReason.FAILED, error)
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame, and must not be held by it
 
     def _line_up(self) -> SendLine:
         if self._line is None:
@@ -451,7 +452,6 @@ class PsSession:
     def _abort(self) -> None:
         self._request_close(PsCloseReason.SELF_CLOSE, linger=False)
         if not self._released:
-            self._may_linger = False
             self._release(with_reset=True)
             self._wake()
 
@@ -459,11 +459,11 @@ class PsSession:
         self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
     ) -> None:
         """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
+        self._may_linger = self._may_linger and linger
         if self._reason is not PsCloseReason.NONE:
             return
         self._reason = reason
         self._close_cause = cause
-        self._may_linger = linger
         self._open = False
         self._wake()
         if self._line is not None:
@@ -492,6 +492,8 @@ class PsSession:
             self._linger()
         except BaseException as exc:
             # Killed while it lingered; the rest does not wait.
+            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+                self._host.thread.raise_in_main(exc)
             logger.debug("%r: did not linger to the end: %r", self, exc)
         finally:
             self._open = False

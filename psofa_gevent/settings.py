@@ -7,7 +7,6 @@ Nothing here touches a socket. A value of the wrong type raises `TypeError`, one
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
@@ -24,6 +23,8 @@ __all__ = [
 T = TypeVar("T")
 
 MAX_PORT = 65_535
+LONGEST_TIME = 1e9
+"""Seconds: 31 years. The event loop's timers take no infinity."""
 MAX_BUFFER = 2**31 - 1
 """SO_RCVBUF and recv take a C int."""
 
@@ -113,9 +114,15 @@ def check_seconds(
     wanted = "a number of seconds" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    if not math.isfinite(value) or value < 0 or (more_than_zero and value == 0):
+    if not 0 <= value <= LONGEST_TIME or (more_than_zero and value == 0):
         least = "more than 0" if more_than_zero else "0 or more"
-        raise ValueError(f"{name} must be {wanted}, {least}, not {value!r}")
+        raise ValueError(
+            f"{name} must be {wanted}, {least} and finite, not {_shorten(repr(value))}"
+        )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _a(name: str) -> str:
