@@ -1,0 +1,280 @@
+"""What several of our own tests need and users of the library do not.
+
+Processes, real OS threads, awkward peers, descriptor limits. As in `psofa_gevent.testing` all
+waiting goes through gevent's hub and ends at a deadline, except for `NativeThread.join`, whose
+point it is to block the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import gevent
+import gevent.socket
+import gevent.subprocess
+from gevent import monkey
+
+import psofa_gevent
+from psofa_gevent.testing import ScriptedClient, eventually
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+TINY_BUFFER = 4_096
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port on which nobody listened a moment ago: for a program that must be told one.
+
+    In our own processes ask for port 0 instead, which no one else can take in between.
+    """
+    family = gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET
+    with gevent.socket.socket(family, gevent.socket.SOCK_STREAM) as sock:
+        sock.bind((host, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def accepts_connections(address: tuple[Any, ...]) -> bool:
+    """Whether a connection to `address` can be made now."""
+    try:
+        ScriptedClient(address, timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_until_accepting(address: tuple[Any, ...], timeout: float = 10.0) -> None:
+    """Wait until a server, in another process for example, takes connections at `address`."""
+    eventually(
+        lambda: accepts_connections(address), timeout, f"nobody accepts connections at {address}"
+    )
+
+
+def stalled_peer(address: tuple[Any, ...]) -> ScriptedClient:
+    """A client with a tiny receive buffer: as long as its script doesn't read, sends to it stall.
+
+    The sender's own buffer takes up to some megabytes before they do.
+    """
+    return ScriptedClient(address, receive_buffer_size=TINY_BUFFER)
+
+
+class ScriptedServer:
+    """A listener that a test plays the server on, for tests of clients.
+
+    As a context manager it closes the listener, and the connections it accepted.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", backlog: int = 128) -> None:
+        family = gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET
+        self._listener = gevent.socket.socket(family, gevent.socket.SOCK_STREAM)
+        self._listener.bind((host, 0))
+        self._listener.listen(backlog)
+        self._accepted = contextlib.ExitStack()
+        self.address: tuple[Any, ...] = self._listener.getsockname()
+        self.port: int = self.address[1]
+
+    def accept(self, timeout: float = 5.0) -> ScriptedClient:
+        """The server's end of the next connection, as a script."""
+        self._listener.settimeout(timeout)
+        sock, _address = self._listener.accept()
+        return self._accepted.enter_context(ScriptedClient.from_socket(sock, timeout=timeout))
+
+    def close(self) -> None:
+        """Close the listener: further connections are refused."""
+        self._listener.close()
+
+    def __enter__(self) -> ScriptedServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._accepted.close()
+        self.close()
+
+
+class NativeThread(Generic[T]):
+    """A real OS thread, in a monkey-patched process too, running `function` once.
+
+    It starts at once. Where `function` makes gevent create a hub for the thread, that is destroyed.
+    """
+
+    def __init__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
+        self._results: list[T] = []
+        self._errors: list[BaseException] = []
+        self._running = monkey.get_original("_thread", "allocate_lock")()
+        self._running.acquire()
+
+        def body() -> None:
+            try:
+                self._results.append(function(*args, **kwargs))
+            except BaseException as error:
+                self._errors.append(error)
+            finally:
+                # Of no use if there was none; but gevent has no public way to ask.
+                gevent.get_hub().destroy(destroy_loop=True)
+                self._running.release()
+
+        monkey.get_original("_thread", "start_new_thread")(body, ())
+
+    @property
+    def ended(self) -> bool:
+        return not self._running.locked()
+
+    def join(self, timeout: float = 10.0) -> T:
+        """Block this thread, its hub included, until `function` is done; return what it returned.
+
+        What it raised is raised here.
+        """
+        if not self._running.acquire(True, timeout):
+            raise AssertionError(f"the thread did not end within {timeout} s")
+        self._running.release()
+        return self._outcome()
+
+    def wait(self, timeout: float = 10.0) -> T:
+        """The same, while the hub goes on."""
+        eventually(lambda: self.ended, timeout, "the thread did not end")
+        return self._outcome()
+
+    def _outcome(self) -> T:
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
+
+
+def child_environment(additional: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a program that is to import the same psofa_gevent as this process.
+
+    That may be an installed one: so no program is started in the repository's own directory, which
+    `python -c` and `python -m` would look into first.
+    """
+    package_folder = Path(psofa_gevent.__file__).resolve().parent.parent
+    path = [str(package_folder), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONUNBUFFERED": "1",
+        **(additional or {}),
+    }
+
+
+class PythonProcess:
+    """A Python program at work in a process of its own, its output read line by line."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str] | None) -> None:
+        self._process = gevent.subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=gevent.subprocess.DEVNULL,
+            stdout=gevent.subprocess.PIPE,
+            stderr=gevent.subprocess.STDOUT,
+            cwd=TESTS,
+            env=child_environment(environment),
+            text=True,
+        )
+        output = self._process.stdout
+        assert output is not None
+        self._output = output
+        self.pid: int = self._process.pid
+        self.lines: list[str] = []
+
+    def expect_line(self, containing: str, timeout: float = 20.0) -> str:
+        """Read lines until one contains `containing`, and return that."""
+        with contextlib.suppress(gevent.Timeout), gevent.Timeout(timeout):
+            for line in self._output:
+                self.lines.append(line.rstrip("\n"))
+                if containing in line:
+                    return self.lines[-1]
+        raise AssertionError(self._what_came(f"no line with {containing!r}", timeout))
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = 20.0) -> int:
+        """Read the output to its end, wait for the process and return its exit code."""
+        with contextlib.suppress(gevent.Timeout), gevent.Timeout(timeout):
+            for line in self._output:
+                self.lines.append(line.rstrip("\n"))
+            code: int = self._process.wait()
+            return code
+        raise AssertionError(self._what_came("the process did not end", timeout))
+
+    def _what_came(self, wanted: str, timeout: float) -> str:
+        return "\n".join([f"{wanted} within {timeout} s; it printed:", *self.lines])
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the signal's number; `None` while the process runs."""
+        code: int | None = self._process.returncode
+        return code
+
+    def end(self) -> None:
+        """Kill the process if it is still there, and release its pipes."""
+        # It may have ended just now. (Not poll(): on libuv that warns of its tiny sleep.)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        self._output.close()
+
+
+@contextlib.contextmanager
+def python_process(
+    *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[PythonProcess]:
+    """A running ``python *arguments``, killed at the end if it did not end by itself.
+
+    Its working directory is that of the tests: name a file by its whole path.
+    """
+    process = PythonProcess(arguments, environment)
+    try:
+        yield process
+    finally:
+        process.end()
+
+
+def run_python(
+    source: str,
+    *arguments: str,
+    timeout: float = 30.0,
+    descriptor_limit: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> gevent.subprocess.CompletedProcess[str]:
+    """Run Python source in a process of its own, in the directory of the tests.
+
+    Args:
+        source: The program, indented as you like.
+        *arguments: Its ``sys.argv[1:]``.
+        timeout: Seconds, after which it is killed.
+        descriptor_limit: Its soft RLIMIT_NOFILE.
+        environment: Additional variables.
+
+    Returns:
+        Exit code and output; nothing of it is checked.
+
+    Raises:
+        AssertionError: It did not end within `timeout`.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source), *arguments]
+    if descriptor_limit is not None:
+        command = ["sh", "-c", 'ulimit -Sn "$0" && exec "$@"', str(descriptor_limit), *command]
+    try:
+        return gevent.subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=TESTS,
+            env=child_environment(environment),
+        )
+    except gevent.subprocess.TimeoutExpired as error:
+        raise AssertionError(
+            f"the program did not end within {timeout} s; it printed {error.output!r} "
+            f"and {error.stderr!r}"
+        ) from error
