@@ -1,0 +1,25 @@
+"""``python -m psofa_gevent`` and the script ``psofa``: patch first, then run the command line.
+
+The command line is an application, so it decides what the library leaves to applications: the
+process is monkey-patched first of all, and a blocking library in a served callback blocks only its
+own session. Importing this file patches nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Patch the standard library, run the command line, and return its exit code."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    # Only now: what the command line imports, and what that serves, is to see the patched modules.
+    from psofa_gevent import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""The command ``serve``: find the callback, make room, listen, and say where to reach it.
+
+All of it runs in the main greenlet of the command line program, before the server accepts its first
+connection. What a user can get wrong raises `UsageError`, whose text is one line; what goes wrong
+inside the user's module is the user's, and comes out as it is, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import ipaddress
+import logging
+import os
+import resource
+import socket
+import sys
+
+import gevent
+
+from psofa_gevent.addresses import format_address
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.errors import PsCallbackError
+from psofa_gevent.network import local_addresses
+from psofa_gevent.server import PsServer
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import DEFAULT, Default
+
+__all__ = ["UsageError", "run"]
+
+logger = logging.getLogger(__name__)
+
+OPEN_MAX = 10_240
+"""What macOS grants where its hard limit says "unlimited", which it refuses (setrlimit(2))."""
+
+
+class UsageError(Exception):
+    """The command line asks for what is not there; its text is the one line that the user sees."""
+
+
+class EchoCallback(PsCallback):
+    """Sends back what it gets: what ``serve`` serves when it is told nothing else."""
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        session.send(message)
+
+
+class CommandLineServer(PsServer):
+    """A `PsServer` made from the command line, which stops as the command line says."""
+
+    def __init__(self, callback: PsCallback, args: argparse.Namespace) -> None:
+        ipv6 = args.ipv6 or ":" in (args.host or "")
+        super().__init__(
+            callback,
+            host=args.host or ("::1" if ipv6 else "127.0.0.1"),
+            port=args.port,
+            socket_address_family=(
+                PsSocketAddressFamily.IPV6 if ipv6 else PsSocketAddressFamily.IPV4
+            ),
+            backlog=args.backlog,
+            receive_buffer_size=args.receive_buffer_size,
+            max_sessions=args.max_sessions,
+            read_buffer_size=args.read_buffer_size,
+            divide=args.divide,
+            idle_milliseconds=args.idle_milliseconds,
+            send_timeout=args.send_timeout,
+            callback_timeout=args.callback_timeout,
+            linger_timeout=args.linger_timeout,
+            no_delay=args.no_delay == "on",
+            allow_half_open=args.allow_half_open,
+        )
+        self._shutdown_timeout: float | None = args.shutdown_timeout
+        self._drain: float = args.drain
+
+    def shutdown(
+        self,
+        timeout: float | Default | None = DEFAULT,
+        *,
+        drain: float | Default = DEFAULT,
+    ) -> None:
+        """As `PsServer.shutdown`; the times of the command line are the defaults."""
+        super().shutdown(
+            self._shutdown_timeout if isinstance(timeout, Default) else timeout,
+            drain=self._drain if isinstance(drain, Default) else drain,
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; waits until the server has been shut down. The exit code is 0.
+
+    Raises:
+        UsageError: the command line asks for what is not there, or cannot be.
+        PsServerError: the server could not start.
+        Exception: what the served module raises when it is loaded.
+    """
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    callback = load_callback(args.target) if args.target else EchoCallback()
+    raise_descriptor_limit()  # before the server derives its cap from it
+    try:
+        server = CommandLineServer(callback, args)
+    except (PsCallbackError, TypeError, ValueError) as exc:
+        raise UsageError(exc) from exc
+    server.start()
+    text = where_to_reach(server.address, args.target or "an echo")
+    # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
+    # script may send a signal as soon as it has read the first line.
+    gevent.spawn(announce, text)
+    server.serve_forever()
+    return 0
+
+
+def announce(text: str) -> None:
+    """Print `text` at once, also into a pipe. Who doesn't read it shall be served all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard_output()
+
+
+def discard_output() -> None:
+    """Let the standard output go nowhere: whoever read it (``| head``) has gone.
+
+    What is still in its buffer would raise `BrokenPipeError` once more when the interpreter ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def load_callback(target: str) -> PsCallback:
+    """The callback that `target`, a ``module:attribute``, names.
+
+    The attribute may be a subclass of `PsCallback` (made without arguments), an instance of one, or
+    a function that returns one. The current directory is looked in first, as by ``python -m``.
+
+    Raises:
+        UsageError: there is no such module or attribute, or it is not a callback.
+        Exception: whatever the module raises when it is imported, or the attribute when called.
+    """
+    module_name, _, attribute = target.partition(":")
+    names = [*module_name.split("."), *attribute.split(".")]
+    if not all(name.isidentifier() for name in names) or module_name.endswith(".py"):
+        raise UsageError(
+            f"{target!r} is not of the form module:attribute, such as app:Callback for the "
+            "class Callback in app.py"
+        )
+    found = _import_module(module_name)
+    for name in attribute.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            raise UsageError(f"module {module_name!r} has no attribute {attribute!r}") from None
+    return _as_callback(found, target)
+
+
+def _import_module(name: str) -> object:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        # The module itself, or a package around it. Anything else is what the module wants to
+        # import: its traceback tells the user where.
+        if exc.name is not None and f"{name}.".startswith(f"{exc.name}."):
+            raise UsageError(
+                f"no module named {exc.name!r}, neither installed nor in {os.getcwd()}"
+            ) from None
+        raise
+
+
+def _as_callback(found: object, target: str) -> PsCallback:
+    if isinstance(found, PsCallback):
+        return found
+    if (
+        not callable(found)
+        or (isinstance(found, type) and not issubclass(found, PsCallback))
+        or inspect.iscoroutinefunction(found)
+    ):
+        raise UsageError(
+            f"{target} is not a callback: it must be a subclass of PsCallback, an instance of "
+            f"one, or a function that returns one, not {_describe(found)}"
+        )
+    try:
+        inspect.signature(found).bind()
+    except ValueError:
+        pass  # written in C, and does not tell
+    except TypeError as exc:
+        raise UsageError(
+            f"{target} cannot be called without arguments ({exc}); serve a function that gives them"
+        ) from None
+    made = found()
+    if not isinstance(made, PsCallback):
+        raise UsageError(f"{target} is not a callback: it returned {_describe(made)}")
+    return made
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.iscoroutinefunction(value):
+        return "an async function"
+    return f"a value of the type {type(value).__name__}"
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one, as far as the system allows.
+
+    Each session takes a descriptor, and the soft limit is often 256 or 1,024 for the sake of old
+    programs that use `select.select`. A refusal is logged, and no error.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    for limit in (hard, OPEN_MAX):
+        if soft == unlimited or (limit != unlimited and limit <= soft):
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        except (OSError, ValueError) as exc:
+            logger.info(
+                "The limit of open files stays at %d: %d was refused (%s)", soft, limit, exc
+            )
+        else:
+            logger.info("The limit of open files was raised from %d to %d", soft, limit)
+            return
+
+
+def where_to_reach(address: tuple[object, ...], serving: str) -> str:
+    """What ``serve`` prints when it listens on `address`; its first line is for scripts too."""
+    host, port = _host_with_zone(address), address[1]
+    lines = [f"Listening on {format_address(host, port)}", _row("serving", serving)]
+    nearest = host
+    if ipaddress.ip_address(host).is_unspecified:
+        nearest = "::1" if ":" in host else "127.0.0.1"
+        lines += _reached_at(host, port)
+    lines += [_row("try", f"nc {nearest} {port}"), _row("stop", "Ctrl-C")]
+    return "\n".join(lines)
+
+
+def _reached_at(wildcard: str, port: object) -> list[str]:
+    """The machine's addresses, if the extra that tells them is installed."""
+    try:
+        addresses = local_addresses(PsSocketAddressFamily.IPV4)
+        if ":" in wildcard:  # dual-stack: both
+            addresses = local_addresses(PsSocketAddressFamily.IPV6) + addresses
+    except ImportError:
+        hint = 'all addresses of this machine; to see them: pip install "psofa_gevent[network]"'
+        return [_row("reached at", hint)]
+    except OSError as exc:
+        return [_row("reached at", f"all addresses of this machine ({exc})")]
+    endpoints = [format_address(address, port) for address in addresses]
+    return [_row("" if row else "reached at", text) for row, text in enumerate(endpoints)]
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:10}  {text}"
+
+
+def _host_with_zone(address: tuple[object, ...]) -> str:
+    """The host of a socket's name; a link-local one with its zone, which the tuple has apart."""
+    host = str(address[0])
+    scope_id = address[3] if len(address) > 3 else 0
+    if not isinstance(scope_id, int) or scope_id == 0:
+        return host
+    return f"{host.partition('%')[0]}%{socket.if_indextoname(scope_id)}"
