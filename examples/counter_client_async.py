@@ -1,0 +1,75 @@
+"""The counter client with async callbacks.
+
+    python examples/counter_client_async.py       # connects to 127.0.0.1:8710
+
+It ends by itself when one of the two sides has counted past three and closed the connection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from gevent.event import Event
+
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsClientError,
+    PsCloseReason,
+    PsSendError,
+    PsSession,
+)
+
+KEY = "inc"
+
+
+class CounterAsyncCallback(PsCallback):
+    """The async server's callback, and an event that tells when the one session is over."""
+
+    use_async_callback = True
+
+    def __init__(self) -> None:
+        # A gevent event: the main greenlet waits for it, and a coroutine may set it.
+        self.closed = Event()
+
+    async def on_open_async(self, session: PsSession) -> None:
+        print(f"on_open    {session}", flush=True)
+        session.set_value(KEY, 0)
+        await session.send_async("inc: 0")
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        print(f"on_message {session} {message.decode()}", flush=True)
+        inc = session.get_value(KEY) + 1
+        session.set_value(KEY, inc)
+        try:
+            await session.send_async(f"inc: {inc}")
+        except PsSendError:
+            return  # the other side has counted past three first and hung up
+        if inc > 3:
+            session.close()
+
+    async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        inc = session.get_value(KEY)
+        print(f"on_close   {session} {close_reason.name}, inc: {inc}", flush=True)
+        self.closed.set()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count messages with a counter server.")
+    parser.add_argument("--host", default="127.0.0.1", help="server's address (%(default)s)")
+    parser.add_argument("--port", type=int, default=8710, help="server's port (%(default)s)")
+    args = parser.parse_args()
+
+    callback = CounterAsyncCallback()
+    client = PsClient(callback, args.host, args.port)
+    try:
+        client.connect()
+    except PsClientError as error:
+        sys.exit(str(error))  # names the host, the port and the cause
+    callback.closed.wait()
+    client.disconnect()
+
+
+if __name__ == "__main__":
+    main()

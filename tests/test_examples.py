@@ -1,0 +1,293 @@
+"""Every example runs as its first lines say, and ends well; the proxy: test_example_proxy.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gevent
+import gevent.socket
+import pytest
+
+from example_process import (
+    EXAMPLES,
+    Address,
+    announced_address,
+    end,
+    ended_well,
+    example,
+    serving_example,
+)
+from helpers import PythonProcess, free_port, python_process, stalled_peer
+from psofa_gevent.testing import ScriptedClient, eventually
+
+ASK_TIMEOUT = "1.0"  # seconds: more than the steps between question and answer take in the tests
+IPV6_IS_THERE = gevent.socket.has_ipv6 and Path("/proc/net/if_inet6").is_file()
+
+
+def test_readme_lists_every_example() -> None:
+    listed = set(re.findall(r"\(([\w.]+\.py)\)", (EXAMPLES / "README.md").read_text()))
+    assert listed == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+# Counter
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "number"),
+    [
+        ("counter_server.py", "counter_client.py", signal.SIGTERM),
+        ("counter_server_async.py", "counter_client_async.py", signal.SIGINT),
+    ],
+    ids=["sync", "async"],
+)
+def test_counter_server_and_client_count_past_three(
+    server: str, client: str, number: signal.Signals
+) -> None:
+    with serving_example(server, "--port", "0", number=number) as (process, address):
+        with example(client, "--port", str(address[1])) as client_process:
+            ended_well(client_process)
+        process.expect_line("on_close")
+    for lines in (process.lines, client_process.lines):
+        text = "\n".join(lines)
+        assert "on_open" in text
+        assert "inc: 0" in text
+        assert len(re.findall("^on_close", text, re.MULTILINE)) == 1
+    # One of the two counts to four and closes, or both do.
+    assert "SELF_CLOSE, inc: 4" in "\n".join(process.lines + client_process.lines)
+
+
+@pytest.mark.parametrize("client", ["counter_client.py", "counter_client_async.py"])
+def test_counter_client_says_why_it_can_not_connect(client: str) -> None:
+    with gevent.socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with example(client, "--port", str(port)) as process:
+            assert process.wait() == 1
+    assert "Traceback" not in "\n".join(process.lines)
+    assert str(port) in process.lines[-1]
+
+
+# IPv6, multi client
+
+
+@pytest.mark.skipif(not IPV6_IS_THERE, reason="no IPv6 here")
+def test_ipv6_server_is_reached_over_both_protocols() -> None:
+    with example("ipv6.py", "--port", "0") as process:
+        ended_well(process)
+    assert process.lines[-3:] == [
+        "IPV6 client to ::1: you are ::1",
+        "IPV4 client to 127.0.0.1: you are ::ffff:127.0.0.1",
+        "IPV6 client to 127.0.0.1: you are ::ffff:127.0.0.1",
+    ]
+
+
+def test_multi_client_talks_to_three_servers() -> None:
+    with example("multi_client.py", "--port", "0") as process:
+        ended_well(process)
+    text = "\n".join(process.lines)
+    ports = re.findall(r"listening on 127\.0\.0\.1:(\d+)", text)
+    assert len(set(ports)) == 3
+    for port in ports:
+        assert re.findall(rf"port {port} answered (\d)", text) == ["1", "2", "3"]
+    assert text.count("closed: SELF_CLOSE") == 3
+
+
+# Chat
+
+
+def join(address: Address, name: str, others: str) -> ScriptedClient:
+    member = ScriptedClient(address)
+    member.expect("What is your name?\n")
+    member.send(f"{name}\n")
+    member.expect(f"* welcome, {name}. Here: {others}\n")
+    return member
+
+
+def test_chat_members_hear_each_other() -> None:
+    with (
+        serving_example("chat.py", "--port", "0") as (_, address),
+        join(address, "ann", "nobody else") as ann,
+        join(address, "bob", "ann") as bob,
+    ):
+        ann.expect("* bob joined\n")
+        with join(address, "cy", "ann, bob"):
+            for member in (ann, bob):
+                member.expect("* cy joined\n")
+            ann.send("hello\n")
+            bob.expect("ann: hello\n")
+        for member in (ann, bob):
+            member.expect("* cy left\n")
+        bob.send("half a ")
+        ann.expect_nothing()
+        bob.send("line\r\nand another\nthen")
+        ann.expect("bob: half a line\nbob: and another\n")
+
+
+def test_chat_refuses_a_name_that_is_taken_or_empty() -> None:
+    with (
+        serving_example("chat.py", "--port", "0") as (_, address),
+        join(address, "ann", "nobody else"),
+        ScriptedClient(address) as other,
+    ):
+        other.expect("What is your name?\n")
+        other.send("\nann\nbob\n")
+        other.expect("* a name has 1 to 20 letters. What is your name?\n")
+        other.expect("* ann is here already. What is your name?\n")
+        other.expect("* welcome, bob. Here: ann\n")
+
+
+def test_chat_ends_a_member_whose_line_never_ends() -> None:
+    with (
+        serving_example("chat.py", "--port", "0") as (_, address),
+        join(address, "ann", "nobody else") as ann,
+    ):
+        ann.send(b"x" * 2_000)
+        ann.expect_reset()
+
+
+def test_chat_drops_a_slow_member_and_the_others_do_not_wait() -> None:
+    line = b"x" * 900 + b"\n"
+    batch = 100
+    with (
+        serving_example("chat.py", "--port", "0") as (_, address),
+        join(address, "ann", "nobody else") as ann,
+        join(address, "bob", "ann") as bob,
+        stalled_peer(address) as slow,
+    ):
+        ann.expect("* bob joined\n")
+        slow.send("slow\n")
+        for member in (ann, bob):
+            member.expect("* slow joined\n")
+        # Its outbox and the kernel's buffers take some megabytes before it is dropped.
+        for _batch in range(300):
+            ann.send(line * batch)
+            heard = bob.receive(batch * len(b"ann: " + line))
+            if b"* slow left\n" in heard:
+                break
+        assert b"* slow left\n" in heard
+        ann.expect("* slow left\n")
+
+
+# Devices behind Flask
+
+
+def http(address: Address, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """Do one HTTP request; return the answer's status and body."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+    with ScriptedClient(address, timeout=10.0) as client:
+        client.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer_head, _, answer = client.receive_until_eof().partition(b"\r\n\r\n")
+    return int(answer_head.split()[1]), answer
+
+
+def ask(address: Address, name: str, question: str) -> gevent.Greenlet[..., tuple[int, bytes]]:
+    """Ask a device in a greenlet of its own, whose value is the answer's status and body."""
+    path = f"/devices/{name}/ask"
+    return gevent.spawn(http, address, "POST", path, question.encode())
+
+
+def list_devices(http_address: Address) -> list[str]:
+    status, answer = http(http_address, "GET", "/devices")
+    assert status == 200
+    names: list[str] = json.loads(answer)
+    return names
+
+
+def connect_device(devices: Address, http_address: Address, name: str) -> ScriptedClient:
+    device = ScriptedClient(devices)
+    device.send(f"HELLO {name}\n")
+    eventually(lambda: name in list_devices(http_address))
+    return device
+
+
+@contextlib.contextmanager
+def flask_under_pywsgi() -> Iterator[tuple[PythonProcess, Address, Address]]:
+    pytest.importorskip("flask")
+    ports = ("--http-port", "0", "--device-port", "0")
+    with example("wsgi_flask.py", *ports, "--ask-timeout", ASK_TIMEOUT) as process:
+        devices = announced_address(process, "devices on ")
+        yield process, devices, announced_address(process, "http on ")
+        end(process)
+
+
+@contextlib.contextmanager
+def flask_under_gunicorn(
+    device_port: int = 0,
+) -> Iterator[tuple[PythonProcess, Address, Address]]:
+    pytest.importorskip("flask")
+    pytest.importorskip("gunicorn")
+    settings = {"DEVICE_PORT": str(device_port), "ASK_TIMEOUT": ASK_TIMEOUT}
+    command = ("-m", "gunicorn", "-c", str(EXAMPLES / "gunicorn.conf.py"), "-b", "127.0.0.1:0")
+    with python_process(*command, environment=settings) as process:
+        http_address = announced_address(process, "Listening at: ")
+        yield process, announced_address(process, "devices on "), http_address
+        end(process)
+
+
+WsgiStack = Callable[[], contextlib.AbstractContextManager[tuple[PythonProcess, Address, Address]]]
+
+
+@pytest.mark.parametrize("wsgi_stack", [flask_under_pywsgi, flask_under_gunicorn])
+def test_http_requests_talk_to_devices(wsgi_stack: WsgiStack) -> None:
+    with wsgi_stack() as (_, devices, http_address):
+        assert list_devices(http_address) == []
+        assert http(http_address, "POST", "/devices/lamp/ask", b"on?")[0] == 404
+        with (
+            connect_device(devices, http_address, "lamp") as lamp,
+            connect_device(devices, http_address, "door") as door,
+        ):
+            assert list_devices(http_address) == ["door", "lamp"]
+            assert http(http_address, "POST", "/devices/lamp/ask", b"two\nlines")[0] == 400
+
+            # One question at a time for a device; another device is asked meanwhile.
+            first = ask(http_address, "lamp", "on?")
+            lamp.expect("on?\n")
+            second = ask(http_address, "lamp", "how bright?")
+            lamp.expect_nothing()
+            other = ask(http_address, "door", "open?")
+            door.expect("open?\n")
+            door.send("no\r\n")
+            assert other.get(timeout=5) == (200, b"no")
+            lamp.send("ye")
+            lamp.send("s\n")
+            assert first.get(timeout=5) == (200, b"yes")
+            lamp.expect("how bright?\n")
+            lamp.send("very\n")
+            assert second.get(timeout=5) == (200, b"very")
+
+            # A device that does not answer, and one that leaves.
+            assert ask(http_address, "lamp", "there?").get(timeout=5)[0] == 504
+            lamp.expect("there?\n")
+            lamp.expect_eof()
+            asked = ask(http_address, "door", "there?")
+            door.expect("there?\n")
+            door.close()
+            assert asked.get(timeout=5)[0] == 502
+        eventually(lambda: list_devices(http_address) == [])
+
+
+@pytest.mark.parametrize("wsgi_stack", [flask_under_pywsgi, flask_under_gunicorn])
+def test_wsgi_stack_closes_its_devices_when_it_ends(wsgi_stack: WsgiStack) -> None:
+    with (
+        wsgi_stack() as (process, devices, http_address),
+        connect_device(devices, http_address, "lamp") as old,
+        connect_device(devices, http_address, "lamp") as lamp,
+    ):
+        old.expect_eof()  # the same device has come back
+        process.send_signal(signal.SIGTERM)
+        lamp.expect_eof()
+
+
+def test_gunicorn_reload_hands_the_devices_port_over() -> None:
+    port = free_port()
+    with flask_under_gunicorn(port) as (process, devices, http_address):
+        with connect_device(devices, http_address, "lamp") as lamp:
+            process.send_signal(signal.SIGHUP)
+            lamp.expect_eof()
+        process.expect_line(f"devices on 127.0.0.1:{port}")
+        connect_device(devices, http_address, "lamp").close()
