@@ -146,8 +146,8 @@ def _name(args: tuple[object, ...]) -> str:
 def _cut_traceback(cause: BaseException | None) -> None:
     """Take the traceback from `cause` and from all that it came from.
 
-    Their frames hold the session, which holds the cause: a cycle that would keep all of it until the
-    garbage collector runs. By now the failure is logged, and ``on_close`` has seen it.
+    Their frames hold the session, which holds the cause: a cycle that would keep all of it until
+    the garbage collector runs. By now the failure is logged, and ``on_close`` has seen it.
     """
     seen: set[int] = set()
     left: list[BaseException | None] = [cause]

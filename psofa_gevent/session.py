@@ -32,7 +32,7 @@ from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub_thread import HubThread, get_ident
+from psofa_gevent.hub_thread import HubThread, get_ident, log_from_hub
 from psofa_gevent.sending import GreenletParking, SendLine, TaskParking, run_in_greenlet
 from psofa_gevent.settings import (
     DEFAULT,
@@ -392,6 +392,7 @@ class PsSession:
         )
         if begun:
             self._request_close(PsCloseReason.FAILED, error)
+            log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
         try:
             raise error
         finally:
