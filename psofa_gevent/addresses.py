@@ -61,11 +61,13 @@ def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketA
     Raises:
         OSError: the name is not known (`socket.gaierror`), or the resolver failed.
     """
-    wanted = _socket.AF_UNSPEC if family is PsSocketAddressFamily.IPV6 else _socket.AF_INET
     try:
-        found = socket.getaddrinfo(host, port, wanted, _socket.SOCK_STREAM)
-    except UnicodeError as exc:  # the name cannot be encoded for the DNS (a label is too long)
+        host.encode("idna")
+    except UnicodeError as exc:
+        # Here, for the resolver would fail in its thread, which prints.
         raise socket.gaierror(socket.EAI_NONAME, f"not a host name: {exc}") from exc
+    wanted = _socket.AF_UNSPEC if family is PsSocketAddressFamily.IPV6 else _socket.AF_INET
+    found = socket.getaddrinfo(host, port, wanted, _socket.SOCK_STREAM)
     addresses: list[SocketAddress] = []
     for found_family, _type, _protocol, _name, found_address in found:
         address = cast("SocketAddress", found_address)

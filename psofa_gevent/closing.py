@@ -50,7 +50,7 @@ class CloseQueue:
         self._subject: object = None
         self._since = 0.0
         self._kills = 0
-        self._worker = Worker(self._deliver_for_ever, self._has_work, runs_callbacks=True)
+        self._worker = Worker(self._deliver_for_ever, self._has_work)
         self.pending = 0
         """Calls that were put in and have not ended."""
         self._given_up = 0

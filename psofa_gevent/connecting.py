@@ -16,21 +16,17 @@ from gevent import Timeout, get_hub, getcurrent, socket
 
 from psofa_gevent.addresses import SocketAddress, format_address, resolve, socket_family
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_seconds
-from psofa_gevent.worker import may_wait
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
 
 __all__ = ["ConnectingOwner", "check_connect"]
-
-UNDO_TIMEOUT = 5.0
-"""Seconds that ``on_stop`` has after a first connect that failed."""
 
 
 class ConnectingOwner(SessionOwner):
@@ -46,20 +42,9 @@ class ConnectingOwner(SessionOwner):
     def _start(self) -> SessionManager:
         """Run ``on_start``; an exception from it undoes the start."""
         manager = self._manager = self._new_manager()
-        try:
+        with self._starting(manager):
             manager.dispatch.on_start(cast("Owner", self))
-        except BaseException:
-            manager.release()
-            self._stopped()
-            raise
         return manager
-
-    def _undo(self, manager: SessionManager) -> None:
-        """Stop a manager without sessions, ``on_stop`` included, and wait for it if possible."""
-        if self._manager is manager:
-            self._begin_stop(manager, PsCloseReason.SELF_CLOSE, UNDO_TIMEOUT, 0.0)
-        if may_wait():
-            manager.stopped.wait()
 
     def _connect(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 import gevent
 from gevent import get_hub, monkey
@@ -19,7 +19,9 @@ __all__ = ["HubThread", "NativeEvent", "get_ident", "log_from_hub"]
 logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
-R = TypeVar("R")
+
+LOOK_PERIOD = 0.05
+"""Seconds between two looks of a waiting OS thread whether there is still something to wait for."""
 
 # The originals: in a patched process the names in `_thread` are about greenlets.
 get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
@@ -34,6 +36,10 @@ class NativeEvent:
     def __init__(self) -> None:
         self._lock = _allocate_lock()
         self._lock.acquire()
+
+    def is_set(self) -> bool:
+        """Whether `set` was called and nobody has waited since."""
+        return not self._lock.locked()
 
     def set(self) -> None:
         """Release the waiting thread, now or when it comes. May be called more than once."""
@@ -64,36 +70,57 @@ class HubThread:
         """Have the hub call `function`, which must not block. From any thread; returns at once."""
         self.loop.run_callback_threadsafe(_discard_result, function, args, kwargs)
 
-    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(
+        self,
+        is_over: Callable[[], bool],
+        function: Callable[P, object],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> bool:
         """Run `function` in a greenlet of this thread; from *other* OS threads only.
 
         The caller is released in the moment in which `function` returns or raises, with no switch
         in between: the hub's thread may then join the caller natively.
+
+        Args:
+            is_over: asked now and then, in the calling thread: whether what `function` is about has
+                come to its end. The hub may never run again then.
+            function: what to run; what it raises is raised here.
+            *args: its arguments.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            False when it was over before `function` ran.
         """
         done = NativeEvent()
-        results: list[R] = []
         errors: list[BaseException] = []
 
         def body() -> None:
             try:
-                results.append(function(*args, **kwargs))
+                function(*args, **kwargs)
             except BaseException as exc:
                 errors.append(exc)
             finally:
                 done.set()
 
+        def killed_unstarted(_greenlet: object) -> None:
+            if not done.is_set():
+                errors.append(gevent.GreenletExit())
+                done.set()
+
         def start() -> None:
-            # The link covers a greenlet that is killed before its body runs.
-            gevent.spawn(body).rawlink(lambda _greenlet: done.set())
+            gevent.spawn(body).rawlink(killed_unstarted)
 
         self.call_soon(start)
-        done.wait()
-        try:
-            if results:
-                return results[0]
-            raise errors.pop() if errors else gevent.GreenletExit()
-        finally:
-            errors.clear()  # an exception and this frame would keep each other alive
+        while not done.wait(LOOK_PERIOD):
+            if is_over() and not done.is_set():
+                return False
+        if errors:
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # an exception and this frame would keep each other alive
+        return True
 
     def raise_in_main(self, exc: BaseException) -> None:
         """Have the hub raise `exc` in the main greenlet, wherever it waits, as gevent does."""

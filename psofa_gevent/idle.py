@@ -33,7 +33,7 @@ class IdleTimer:
         self._count = 0
         self._added = 0
         self._not_empty = Event()
-        self._worker = Worker(self._scan_for_ever, self._has_work, runs_callbacks=False)
+        self._worker = Worker(self._scan_for_ever, self._has_work)
 
     def add(self, session: PsSession) -> None:
         """Look at `session` from now on."""

@@ -3,10 +3,9 @@
 Resource handling: `bind` makes the socket and closes it again if it fails; `Listener.close` closes
 it at the end. An accepted socket belongs to its session as soon as there is one.
 
-Error handling: a connection that is gone before it is accepted is passed over (accept(2): treat the
-errors of the new socket like EAGAIN). Out of descriptors or memory, accepting pauses, from 10 ms to
-a second, and starts again by itself: the connections wait in the backlog, no session notices, and
-one warning tells. While the pool is full, `StreamServer` does not even accept.
+Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a second, and starts again
+by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
+session notices, and one warning tells. While the pool is full, `StreamServer` does not even accept.
 
 Everything here runs in the hub, where nothing may block or raise, but `bind`.
 """
@@ -32,7 +31,6 @@ __all__ = ["Listener", "bind"]
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
 
-OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 
 
@@ -127,25 +125,22 @@ class Listener(StreamServer):
             log_from_hub(logging.ERROR, "%s: could not be started", address, exc_info=exc)
 
     def _accept_failed(self, exc: OSError) -> None:
+        owner = self._manager.owner
+        self.stop_accepting()
         if exc.errno in LISTENER_IS_GONE:
-            self.stop_accepting()
+            log_from_hub(logging.ERROR, "%r: the listening socket is gone: %s", owner, exc)
+            return
+        if self._backoff == self.min_delay:
+            gone = exc.errno == errno.ECONNABORTED
             log_from_hub(
-                logging.ERROR, "%r: the listening socket is gone: %s", self._manager.owner, exc
+                logging.DEBUG if gone else logging.WARNING,
+                "%r: cannot accept: %s; connections wait in the backlog until it can",
+                owner,
+                exc,
             )
-        elif exc.errno in OUT_OF_RESOURCES:
-            if self._backoff == self.min_delay:
-                log_from_hub(
-                    logging.WARNING,
-                    "%r: cannot accept: %s; connections wait in the backlog until there is room",
-                    self._manager.owner,
-                    exc,
-                )
-            self.stop_accepting()
-            self._timer = self.loop.timer(self._backoff)
-            self._timer.start(self._try_accepting)
-            self._backoff = min(self.max_delay, self._backoff * 2)
-        else:
-            log_from_hub(logging.DEBUG, "a connection was gone before it was accepted: %s", exc)
+        self._timer = self.loop.timer(self._backoff)
+        self._timer.start(self._try_accepting)
+        self._backoff = min(self.max_delay, self._backoff * 2)
 
 
 def _never_called(_accepted: object, _address: object) -> None:

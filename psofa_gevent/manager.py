@@ -54,6 +54,10 @@ class SessionManager:
         """Set when a session ended, or the close queue ran empty: look again."""
         self.stopped = Event()
         """Set when the stop is over: no callback runs any more."""
+        self.starter: object = None
+        """The greenlet that starts the owner, until ``on_start`` has returned."""
+        self.has_started = False
+        """``on_start`` has returned, so ``on_stop`` is due."""
         self.sessions: dict[PsSession, None] = {}
         """All that have not ended, in the order in which they came."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)

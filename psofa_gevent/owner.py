@@ -6,19 +6,27 @@ It changes in the hub's thread only, and never in the middle of a switch.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
+from gevent import getcurrent
+
 from psofa_gevent.callback import PsCallback, check_callback
-from psofa_gevent.hub_thread import NativeEvent
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub_thread import LOOK_PERIOD, NativeEvent
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings, check_seconds
-from psofa_gevent.stopping import LEAST_SECOND_BOUND, Stop
+from psofa_gevent.stopping import Stop
+from psofa_gevent.worker import may_wait
 
 if TYPE_CHECKING:
-    from psofa_gevent.enums import PsCloseReason
     from psofa_gevent.session import Owner, PsSession
 
 __all__ = ["SessionOwner"]
+
+UNDO_TIMEOUT = 5.0
+"""Seconds that ``on_stop`` has when a start or a first connect failed after ``on_start``."""
 
 
 class SessionOwner:
@@ -49,6 +57,34 @@ class SessionOwner:
     def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
         return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
 
+    @contextlib.contextmanager
+    def _starting(self, manager: SessionManager) -> Iterator[None]:
+        """The time in which the caller starts; an exception undoes it, without ``on_stop``.
+
+        A stop that is asked for meanwhile waits until this is over.
+        """
+        manager.starter = getcurrent()
+        try:
+            yield
+            manager.has_started = True
+        except BaseException:
+            self._end_start(manager)
+            self._undo(manager)
+            raise
+        self._end_start(manager)
+
+    @staticmethod
+    def _end_start(manager: SessionManager) -> None:
+        manager.starter = None
+        manager.changed.set()
+
+    def _undo(self, manager: SessionManager) -> None:
+        """Stop a manager that has no sessions, and wait for it if possible."""
+        if self._manager is manager:
+            self._begin_stop(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
+        if may_wait():
+            manager.stopped.wait()
+
     def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
         """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread."""
         check_seconds("timeout", timeout)
@@ -61,8 +97,9 @@ class SessionOwner:
             return
         done = NativeEvent()
         manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
-        # Bounded, for the case that the hub's thread has stopped running its hub.
-        done.wait(None if timeout is None else drain + 4 * max(timeout, LEAST_SECOND_BOUND))
+        # When it is over, for whatever reason, the hub may never run again.
+        while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
+            pass
 
     def _stop_for_thread(
         self,

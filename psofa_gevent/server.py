@@ -141,16 +141,15 @@ class PsServer(SessionOwner):
         if self._manager is not None:
             raise PsServerError(f"{self!r} is started already")
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
-        try:
-            listener = self._listener = Listener(self._bind(), manager)
+        with self._starting(manager):
+            listening = self._bind()
+            if not self._is_running:
+                listening.close()
+                raise PsServerError(f"{self!r} was shut down while it started")
+            listener = self._listener = Listener(listening, manager)
             self._bound_to = cast("Endpoint", listener.address)
             manager.dispatch.on_start(self)
-        except BaseException:
-            self._close_entrance()
-            manager.release()
-            self._forget()
-            raise
-        if self._listener is listener:  # unless on_start shut the server down
+        if self._listener is listener:  # unless it was shut down in the meantime
             listener.start()
             logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
 
@@ -283,10 +282,8 @@ class PsServer(SessionOwner):
             listener.close()
 
     def _stopped(self) -> None:
-        logger.info("%r: stopped", self)
-        self._forget()
-
-    def _forget(self) -> None:
+        if self._manager is not None and self._manager.has_started:
+            logger.info("%r: stopped", self)
         self._bound_to = None
         super()._stopped()
 

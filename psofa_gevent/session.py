@@ -22,18 +22,26 @@ from __future__ import annotations
 
 import _socket
 import asyncio
+import contextlib
 import logging
 import uuid
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 
-from gevent import GreenletExit, getcurrent
+from gevent import Greenlet, GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import HubThread, get_ident, log_from_hub
-from psofa_gevent.sending import GreenletParking, SendLine, TaskParking, run_in_greenlet
+from psofa_gevent.sending import (
+    GreenletParking,
+    Parking,
+    SendLine,
+    TaskParking,
+    run_in_greenlet,
+)
 from psofa_gevent.settings import (
     DEFAULT,
     Default,
@@ -43,7 +51,7 @@ from psofa_gevent.settings import (
     check_seconds,
 )
 from psofa_gevent.tcp import Endpoint, endpoint, reset, set_no_delay, unacknowledged
-from psofa_gevent.worker import CallbackGreenlet, in_callback, may_wait
+from psofa_gevent.worker import LibraryGreenlet, in_callback, may_wait
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
@@ -57,6 +65,7 @@ __all__ = ["Host", "PsSession", "SessionGreenlet"]
 
 logger = logging.getLogger("psofa_gevent")
 
+T = TypeVar("T")
 Message = str | bytes | bytearray | memoryview
 
 READ = 1
@@ -82,7 +91,7 @@ class Host(Protocol):
         """The session has ended and its socket is released. Called in the session's greenlet."""
 
 
-class SessionGreenlet(CallbackGreenlet):
+class SessionGreenlet(LibraryGreenlet):
     """The greenlet of one session."""
 
     def __init__(self, session: PsSession) -> None:
@@ -102,6 +111,7 @@ class PsSession:
 
     __slots__ = (
         "__weakref__",
+        "_abort_asked",
         "_bytes_received",
         "_bytes_sent",
         "_close_cause",
@@ -161,6 +171,7 @@ class PsSession:
         self._reason = PsCloseReason.NONE
         self._close_cause: BaseException | None = None
         self._may_linger = True
+        self._abort_asked = False
         self._eof_requested = False
         self._eof_sent = False
         self._eof_received = False
@@ -301,28 +312,18 @@ class PsSession:
         if timeout is not DEFAULT:
             check_seconds("timeout", timeout)
         if get_ident() != self._thread_ident:
-            self._check_new_send(in_callback=False)
-            self._host.thread.run(self.send, data, timeout)
+            self._send_from_thread(data, timeout)
             return
+        if not self._open or self._eof_requested:
+            self._check_new_send()
         sent = 0
-        if self._open and self._line is None and not self._eof_requested:
+        if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
-        in_a_callback = in_callback()
-        self._check_new_send(in_callback=in_a_callback)
         if not may_wait():
             self._refuse_to_wait(begun=sent > 0)
-        run_in_greenlet(
-            self._line_up().send(
-                memoryview(data)[sent:],
-                limit,
-                GreenletParking(),
-                begun=sent > 0,
-                in_callback=in_a_callback,
-            )
-        )
+        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking()))
 
     async def send_async(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
         """`send` for coroutines: waits without holding up the loop.
@@ -333,19 +334,16 @@ class PsSession:
         if timeout is not DEFAULT:
             check_seconds("timeout", timeout)
         if get_ident() != self._thread_ident:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, self.send, data, timeout)
+            await self._send_from_other_loop(data, timeout)
             return
+        if not self._open or self._eof_requested:
+            self._check_new_send()
         sent = 0
-        if self._open and self._line is None and not self._eof_requested:
+        if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
-        self._check_new_send(in_callback=True)
-        await self._line_up().send(
-            memoryview(data)[sent:], limit, TaskParking(), begun=sent > 0, in_callback=True
-        )
+        await self._line_up(data, sent, timeout, TaskParking())
 
     def send_eof(self) -> None:
         """Send no more: the peer gets a FIN after the sends that have begun (half-close).
@@ -353,10 +351,11 @@ class PsSession:
         Never waits. Later sends raise `PsSendError`; receiving goes on, and the session stays open
         until the peer's FIN. From any greenlet and any OS thread.
         """
-        self._eof_requested = True
         if get_ident() != self._thread_ident:
-            self._host.thread.call_soon(self._shut_writing)
+            # All of it, for it must not overtake a send that another thread has begun.
+            self._host.thread.call_soon(self.send_eof)
         else:
+            self._eof_requested = True
             self._shut_writing()
 
     def _send_now(self, data: bytes | memoryview) -> int:
@@ -371,9 +370,9 @@ class PsSession:
         self._bytes_sent += sent
         return sent
 
-    def _check_new_send(self, *, in_callback: bool) -> None:
+    def _check_new_send(self) -> None:
         """Raise `PsSendError` where no send may begin."""
-        self._check_sending(in_callback=in_callback)
+        self._check_sending(in_callback=in_callback())
         if self._eof_requested:
             raise PsSendError(f"{self!r}: send after send_eof")
 
@@ -398,10 +397,61 @@ class PsSession:
         finally:
             del error  # it holds this frame, and must not be held by it
 
-    def _line_up(self) -> SendLine:
+    def _line_up(
+        self,
+        data: bytes | memoryview,
+        sent: int,
+        timeout: float | Default | None,
+        parking: Parking,
+    ) -> Coroutine[Any, Any, None]:
+        """Join the line of those who wait, with what is left of `data`."""
         if self._line is None:
             self._line = SendLine(self)
-        return self._line
+        return self._line.send(
+            memoryview(data)[sent:],
+            self._host.settings.send_timeout if timeout is DEFAULT else timeout,
+            parking,
+            begun=sent > 0,
+            in_callback=in_callback(),
+        )
+
+    def _send_from_thread(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
+        """Send for a caller in another OS thread, which blocks natively meanwhile."""
+        self._check_sending(in_callback=False)
+        if not self._host.thread.run(lambda: self._released, self.send, data, timeout):
+            raise PsSendError(f"{self!r}: the session is closed")
+
+    async def _send_from_other_loop(
+        self, data: bytes | memoryview, timeout: float | Default | None
+    ) -> None:
+        """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
+        self._check_sending(in_callback=False)
+        thread = self._host.thread
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[BaseException | None] = loop.create_future()
+        sender = Greenlet(_outcome, self.send, data, timeout)
+
+        def report(sender: Greenlet[..., BaseException | None]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(_resolve, ended, sender.value)
+
+        def start() -> None:
+            sender.rawlink(report)
+            sender.start()
+
+        thread.call_soon(start)
+        cancelled = False
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError:
+                cancelled = True
+                thread.call_soon(sender.kill, block=False)
+        error = ended.result()
+        if cancelled:
+            raise asyncio.CancelledError
+        if error is not None:
+            raise error
 
     def _line_is_empty(self, line: SendLine) -> None:
         """The last sender left: no more line, and what waited for that goes on."""
@@ -433,7 +483,7 @@ class PsSession:
         session ends when it returns. From any greenlet and any OS thread; again without effect.
         """
         if get_ident() != self._thread_ident:
-            self._open = False  # so that the caller sees it; the reason follows in the hub
+            self._open = False  # at once; the reason follows in the hub's thread
             self._host.thread.call_soon(self._request_close, PsCloseReason.SELF_CLOSE)
         else:
             self._request_close(PsCloseReason.SELF_CLOSE)
@@ -445,6 +495,7 @@ class PsSession:
         for another reason before. From any greenlet and any OS thread.
         """
         if get_ident() != self._thread_ident:
+            self._abort_asked = True
             self._open = False
             self._host.thread.call_soon(self._abort)
         else:
@@ -463,6 +514,8 @@ class PsSession:
         self._may_linger = self._may_linger and linger
         if self._reason is not PsCloseReason.NONE:
             return
+        if not self._open:  # another thread asked before; its request is on its way
+            reason, cause = PsCloseReason.SELF_CLOSE, None
         self._reason = reason
         self._close_cause = cause
         self._open = False
@@ -497,10 +550,8 @@ class PsSession:
                 self._host.thread.raise_in_main(exc)
             logger.debug("%r: did not linger to the end: %r", self, exc)
         finally:
-            self._open = False
-            if self._reason is PsCloseReason.NONE:  # closed by another thread, this moment
-                self._reason = PsCloseReason.SELF_CLOSE
-            self._release()
+            self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
+            self._release(with_reset=self._abort_asked)
             self._host.session_ended(self)
             self._greenlet = None
 
@@ -524,6 +575,7 @@ class PsSession:
             self._bytes_received += len(message)
             self._messages_received += 1
             on_message(self, message)
+            del message  # a session that waits owns no buffer
 
     def _wait_and_receive(self, recv: Any, size: int) -> bytes | None:
         """The next bytes, empty at the peer's FIN; ``None`` when the session is to close."""
@@ -589,40 +641,49 @@ class PsSession:
             logger.error("%r: failed", self, exc_info=exc)
 
     def _linger(self) -> None:
-        """Let the peer take what was sent, before the close (design: point 2).
+        """Let the peer take what was sent, before the close."""
+        if self._abort_asked:  # by another thread; its request is on its way
+            self._abort()
+        self._wait_for_callbacks_that_send()
+        may_linger = self._may_linger and self._reason is not PsCloseReason.PEER_CLOSE
+        if may_linger and not self._released:
+            try:
+                self._drain(monotonic() + self._host.settings.linger_timeout)
+            except OSError as exc:
+                logger.debug("%r: lingering ended: %s", self, exc)
 
-        A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525,
-        section 2.17). So: shut down writing, then read and drop, until the peer's FIN, or until
-        nothing is unacknowledged and nothing left to read, or for ``linger_timeout``.
-        """
+    def _wait_for_callbacks_that_send(self) -> None:
+        """On SHUTDOWN, let other sessions' callbacks finish their sends to this one."""
         self._waiting_since = monotonic()
         try:
             while self._line is not None and self._line.holds_callbacks and not self._released:
                 self._host.thread.hub.switch()
         finally:
             self._waiting_since = 0.0
-        if not self._may_linger or self._released or self._reason is PsCloseReason.PEER_CLOSE:
-            return
-        deadline = monotonic() + self._host.settings.linger_timeout
+
+    def _drain(self, deadline: float) -> None:
+        """Shut down writing, then read and drop, until the peer has taken all that was sent.
+
+        A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525,
+        section 2.17). It is over at the peer's FIN, or when nothing is unacknowledged and nothing
+        left to read, or at the deadline.
+        """
         look = FIRST_LINGER_LOOK
-        try:
-            if not self._eof_sent:
-                self._eof_sent = True
-                self._sock.shutdown(_socket.SHUT_WR)
-            while True:
-                try:
-                    if not self._sock.recv(DRAIN_SIZE):
-                        return
-                except BlockingIOError:
-                    if unacknowledged(self._sock) == 0:
-                        return
-                left = deadline - monotonic()
-                if left <= 0:
+        if not self._eof_sent:
+            self._eof_sent = True
+            self._sock.shutdown(_socket.SHUT_WR)
+        while True:
+            try:
+                if not self._sock.recv(DRAIN_SIZE):
                     return
-                self._wait_readable(max(min(look, left), FIRST_LINGER_LOOK))
-                look = min(look * 2, LONGEST_LINGER_LOOK)
-        except OSError as exc:
-            logger.debug("%r: lingering ended: %s", self, exc)
+            except BlockingIOError:
+                if unacknowledged(self._sock) == 0:
+                    return
+            left = deadline - monotonic()
+            if left <= 0:
+                return
+            self._wait_readable(max(min(look, left), FIRST_LINGER_LOOK))
+            look = min(look * 2, LONGEST_LINGER_LOOK)
 
     def _wait_readable(self, seconds: float) -> None:
         """Wait until bytes are there, at most `seconds`; ends early when the session is aborted."""
@@ -663,6 +724,19 @@ class PsSession:
         if self._greenlet is not None:
             self._greenlet.kill(block=False)
             self._greenlet = None
+
+
+def _outcome(function: Callable[..., None], *args: object) -> BaseException | None:
+    try:
+        function(*args)
+    except BaseException as exc:
+        return exc
+    return None
+
+
+def _resolve(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 def _encode(message: Message) -> bytes | memoryview:

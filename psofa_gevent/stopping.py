@@ -20,12 +20,12 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from gevent import spawn
+from gevent import getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import NativeEvent
 from psofa_gevent.manager import SessionManager
-from psofa_gevent.worker import may_wait_for_callbacks
+from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks
 
 __all__ = ["Stop"]
 
@@ -61,14 +61,16 @@ class Stop:
         self._drain_until = NEVER
         self._timeout = NEVER
         self._deadline = NEVER
+        self._begun_at = monotonic()
         self._closing = False
         self._stop_called = False
         self._waiting_threads: list[NativeEvent] = []
 
     def begin(self) -> None:
         """Start the greenlet that stops everything. Called once, after `shorten`."""
-        greenlet = spawn(self._run)
+        greenlet = LibraryGreenlet(self._run)
         greenlet.rawlink(self._ended)
+        greenlet.start()
 
     def shorten(self, timeout: float | None, drain: float) -> None:
         """Allow `drain` and then `timeout` seconds from now, unless less is allowed already."""
@@ -88,7 +90,7 @@ class Stop:
 
     def wait(self) -> None:
         """Wait until all is over, where the caller may wait for that; else return at once."""
-        if may_wait_for_callbacks():
+        if may_wait_for_callbacks() and getcurrent() is not self._manager.starter:
             self._manager.stopped.wait()
 
     def _ended(self, _greenlet: object) -> None:
@@ -98,6 +100,7 @@ class Stop:
 
     def _run(self) -> None:
         manager = self._manager
+        self._wait(lambda: manager.starter is None, lambda: self._begun_at + self._timeout)
         if not self._closing:
             self._wait(lambda: not manager.sessions, lambda: self._drain_until)
             self._begin_closing()
@@ -142,7 +145,7 @@ class Stop:
 
     def _call_on_stop(self) -> None:
         manager = self._manager
-        if not self._stop_called:
+        if not self._stop_called and manager.has_started:
             self._stop_called = True
             manager.closing.put_stop(manager.owner)
         if not self._wait(self._is_quiet, lambda: self._deadline):

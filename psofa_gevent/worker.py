@@ -1,7 +1,8 @@
 """The greenlets of the library, and the question whether a caller may wait.
 
-`CallbackGreenlet` marks the greenlets that run users' callbacks. A call that waits for callbacks to
-end must not wait inside one, nor in the hub: `may_wait_for_callbacks` tells.
+`LibraryGreenlet` marks them: users' callbacks run in some, and all of them are needed for a stop to
+come to its end. A call that waits for that end must not wait in one of them, nor in the hub:
+`may_wait_for_callbacks` tells. (A signal handler runs in whichever greenlet runs just then.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from gevent import Greenlet, get_hub, getcurrent
 
 from psofa_gevent.aio import in_coroutine
 
-__all__ = ["CallbackGreenlet", "Worker", "in_callback", "may_wait", "may_wait_for_callbacks"]
+__all__ = ["LibraryGreenlet", "Worker", "in_callback", "may_wait", "may_wait_for_callbacks"]
 
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ else:
     _Greenlet = Greenlet  # the oldest gevent's is not generic
 
 
-class CallbackGreenlet(_Greenlet):
-    """A greenlet of the library's in which callbacks run."""
+class LibraryGreenlet(_Greenlet):
+    """A greenlet of the library's own."""
 
 
 def in_callback() -> bool:
     """Whether the caller is a callback (or was called by one, in the same greenlet)."""
-    return isinstance(getcurrent(), CallbackGreenlet) or in_coroutine()
+    return isinstance(getcurrent(), LibraryGreenlet) or in_coroutine()
 
 
 def may_wait() -> bool:
@@ -49,19 +50,16 @@ class Worker:
     owner, so an owner that is dropped goes, greenlet and all.
     """
 
-    def __init__(
-        self, job: Callable[[], None], has_work: Callable[[], bool], *, runs_callbacks: bool
-    ) -> None:
+    def __init__(self, job: Callable[[], None], has_work: Callable[[], bool]) -> None:
         self._job = job
         self._has_work = has_work
-        self._class: type[Greenlet[..., None]] = CallbackGreenlet if runs_callbacks else Greenlet
         self._stopped = False
-        self.greenlet: Greenlet[..., None] | None = None
+        self.greenlet: LibraryGreenlet | None = None
 
     def ensure(self) -> None:
         """Start the greenlet unless it runs. Does not switch."""
         if self.greenlet is None and not self._stopped:
-            self.greenlet = self._class(self._job)
+            self.greenlet = LibraryGreenlet(self._job)
             self.greenlet.rawlink(self._ended)
             self.greenlet.start()
 
