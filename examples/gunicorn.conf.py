@@ -18,11 +18,13 @@ wsgi_app = "gunicorn_app:app"
 pythonpath = str(Path(__file__).resolve().parent)
 preload_app = False  # the application must be imported after the fork, in the worker
 graceful_timeout = 5  # seconds for requests that run when gunicorn is told to end
+control_socket_disable = True  # leaves nothing in the home directory; older gunicorns ignore it
 
 
 def post_worker_init(worker: object) -> None:
     """The worker is patched and has loaded the application; it serves requests right after this."""
-    import gevent  # both after the fork: see gunicorn_app.py
+    # After the fork and the patching: see gunicorn_app.py.
+    import gevent
 
     import gunicorn_app
 
@@ -30,7 +32,7 @@ def post_worker_init(worker: object) -> None:
 
 
 def worker_exit(server: object, worker: object) -> None:
-    """The worker has finished its requests. It may also end because it could not start."""
+    """The worker has finished its requests."""
     import gunicorn_app
 
     gunicorn_app.device_server.shutdown()

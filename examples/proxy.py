@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import logging
 import signal
+import sys
 import time
 import uuid
 from collections import deque
@@ -53,6 +54,7 @@ from psofa_gevent import (
     PsMultiClientError,
     PsSendError,
     PsServer,
+    PsServerError,
     PsSession,
     PsSocketAddressFamily,
 )
@@ -145,8 +147,7 @@ class Relay(PsCallback):
     def on_eof(self, session: PsSession) -> None:
         peer = find_peer(session)
         if peer is not None:
-            with contextlib.suppress(PsSendError):
-                peer.send_eof()  # comes after all bytes, which on_message has sent
+            peer.send_eof()  # comes after all bytes: on_message has returned for each of them
 
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         logger.debug("%s closed: %s", session, close_reason.name)
@@ -224,6 +225,14 @@ class Front(Relay):
         session.abort()
 
 
+def stop_signal() -> Event:
+    """An event that Ctrl-C and SIGTERM set from now on."""
+    stopping = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        gevent.signal_handler(number, stopping.set)
+    return stopping
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A TCP proxy.")
     parser.add_argument("listen", type=Address.parse, metavar="LISTEN_HOST:PORT")
@@ -249,18 +258,19 @@ def main() -> None:
         idle_milliseconds=None,
         send_timeout=STALL_TIMEOUT,
     )
-    stopping = Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        gevent.signal_handler(number, stopping.set)
-    with bundle, server:
-        host, port = server.address[:2]
-        print(f"listening on {Address(host, port, args.listen.family)}", flush=True)
-        stopping.wait()
-        # Not serve_forever: it shuts down the server alone and gives running callbacks time. Here
-        # they may be waiting for the other side to take something, so both sides close at once.
-        server.stop_accepting()
-        for session in (*server.sessions, *bundle.sessions):
-            session.close()
+    stopping = stop_signal()
+    try:
+        with bundle, server:
+            host, port = server.address[:2]
+            print(f"listening on {Address(host, port, args.listen.family)}", flush=True)
+            stopping.wait()
+            # Not serve_forever: it shuts down the server alone and gives running callbacks time.
+            # Here they may wait for the other side to take something, so both sides close at once.
+            server.stop_accepting()
+            for session in (*server.sessions, *bundle.sessions):
+                session.close()
+    except PsServerError as error:
+        sys.exit(str(error))  # the address to listen on is in use, or not ours
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ callback as if its connection had the machine for itself. Importing this package
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 
 from psofa_gevent.aio import await_greenlet, hub_loop, run_coroutine, spawn_coroutine
@@ -25,6 +24,8 @@ from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import DEFAULT
+
+__version__: str
 
 __all__ = [
     "DEFAULT",
@@ -49,9 +50,17 @@ __all__ = [
     "spawn_coroutine",
 ]
 
-try:
-    __version__ = importlib.metadata.version("psofa_gevent")
-except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0.0.0"
+
+def __getattr__(name: str) -> str:
+    # When it is asked for: importlib.metadata takes a quarter of the package's import.
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib.metadata  # noqa: PLC0415 - see above
+
+    try:
+        return importlib.metadata.version("psofa_gevent")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0.0.0"
+
 
 logging.getLogger("psofa_gevent").addHandler(logging.NullHandler())

@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return demo.run(program, sys.stdout) if args.command == "demo" else serve.run(args)
+        return run_demo(program) if args.command == "demo" else serve.run(args)
     except (serve.UsageError, PsServerError) as exc:
         print(f"{program} {args.command}: error: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, serve.UsageError) else 1
@@ -107,6 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130  # as a shell reports a program that SIGINT ended
+
+
+def run_demo(program: str) -> int:
+    """Run the demo; Ctrl-C ends it wherever it is.
+
+    Python would raise KeyboardInterrupt in whatever runs at the moment: in the hub's own code it
+    would be the end of the hub. gevent hands on what a greenlet raises to the main one, which waits.
+    """
+    gevent.signal_handler(signal.SIGINT, interrupt)
+    return demo.run(program, sys.stdout)
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def program_name() -> str:

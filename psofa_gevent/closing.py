@@ -63,22 +63,25 @@ class CloseQueue:
         """Have ``on_stop`` called, after all that was put in before."""
         self._put(self._dispatch.on_stop, owner)
 
-    def hurry(self, deadline: float) -> None:
+    def hurry(self, deadline: float) -> float:
         """End the running call if it has had its share of the time until `deadline`.
 
-        For the end of a shutdown, called again and again: every pending call gets its turn. One
+        For the end of a shutdown, called again and again, so that every pending call gets its turn:
+        half of its share is its own time, and in the other half it is killed, again and again. One
         that does not let itself be ended is left behind, and another greenlet goes on.
+
+        Returns:
+            Seconds after which to call again.
         """
-        if self._subject is None or self._worker.greenlet is None:
-            return
         now = monotonic()
-        if now - self._since < (deadline - now) / (2 * self.pending):
-            return
-        if self._kills < KILLS_BEFORE_GIVING_UP:
-            self._kills += 1
-            self._worker.greenlet.kill(block=False)
-        else:
-            self._give_up()
+        half_share = max(deadline - now, 0.0) / max(2 * self.pending, 1)
+        if self._subject is not None and now - self._since >= half_share:
+            if self._kills >= KILLS_BEFORE_GIVING_UP:
+                self._give_up()
+            elif self._worker.greenlet is not None:
+                self._kills += 1
+                self._worker.greenlet.kill(block=False)
+        return half_share / KILLS_BEFORE_GIVING_UP
 
     def abandon(self) -> int:
         """Give up what is still pending, and return how many calls were given up in all."""

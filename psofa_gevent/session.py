@@ -24,6 +24,7 @@ import _socket
 import asyncio
 import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -75,6 +76,8 @@ DRAIN_SIZE = 65_536
 FIRST_LINGER_LOOK = 0.001
 """Seconds until a lingering close looks again whether its bytes are acknowledged; then doubled."""
 LONGEST_LINGER_LOOK = 0.05
+HALF_OPEN_LOOK = 1.0
+"""Seconds between two looks for a reset, while the peer has closed its half."""
 
 _NEVER = float("inf")
 
@@ -612,15 +615,29 @@ class PsSession:
         self._host.dispatch.on_eof(self)
         if self._eof_sent:
             self._request_close(PsCloseReason.PEER_CLOSE)
+        self._wait_half_open()
+
+    def _wait_half_open(self) -> None:
+        """Wait for the close of a session whose peer sends no more.
+
+        The socket is readable for ever now, so nothing tells of a reset: look for one.
+        """
+        look = self._loop.timer(HALF_OPEN_LOOK, HALF_OPEN_LOOK)
+        look.start(self._resume)
         self._waiting_since = monotonic()
         try:
             while self._open:
-                if self._is_idle():
+                if error := self._sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR):
+                    cause = OSError(error, os.strerror(error))
+                    self._request_close(PsCloseReason.FAILED, cause, linger=False)
+                elif self._is_idle():
                     self._request_close(PsCloseReason.TIMEOUT)
                 else:
                     self._host.thread.hub.switch()
         finally:
             self._waiting_since = 0.0
+            look.stop()
+            look.close()
 
     def _is_idle(self) -> bool:
         return monotonic() - self._waiting_since >= self._idle

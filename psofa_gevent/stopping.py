@@ -131,10 +131,12 @@ class Stop:
             manager.closing.pending,
         )
         bound = monotonic() + max(self._timeout, LEAST_SECOND_BOUND)
+        next_kill = 0.0
         while not self._is_quiet() and monotonic() < bound:
-            manager.kill_sessions()
-            manager.closing.hurry(bound)
-            self._wait(self._is_quiet, _at(monotonic() + KILL_PERIOD))
+            if monotonic() >= next_kill:
+                manager.kill_sessions()
+                next_kill = monotonic() + KILL_PERIOD
+            self._hurry(bound)
         self._abandon()
 
     def _abandon(self) -> None:
@@ -151,8 +153,11 @@ class Stop:
         if not self._wait(self._is_quiet, lambda: self._deadline):
             bound = monotonic() + max(self._timeout, LEAST_SECOND_BOUND)
             while not self._is_quiet():
-                manager.closing.hurry(bound)
-                self._wait(self._is_quiet, _at(monotonic() + KILL_PERIOD))
+                self._hurry(bound)
+
+    def _hurry(self, bound: float) -> None:
+        pace = min(max(self._manager.closing.hurry(bound), SHORTEST_WAIT), KILL_PERIOD)
+        self._wait(self._is_quiet, _at(monotonic() + pace))
 
     def _finish(self) -> None:
         if self._manager.stopped.is_set():

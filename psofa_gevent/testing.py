@@ -84,9 +84,9 @@ def eventually(
     It is called every few milliseconds, in the calling greenlet; other greenlets run meanwhile.
 
     Args:
-        condition: Called without arguments; must not block. What it raises is passed on.
-        timeout: Seconds.
-        message: What the error says.
+        condition: called without arguments; must not block. What it raises is passed on.
+        timeout: seconds.
+        message: what the error says.
 
     Raises:
         AssertionError: `condition` returned nothing true for `timeout` seconds.
@@ -107,9 +107,9 @@ class ScriptedClient:
     `TimeoutError` does. As a context manager it closes itself at the end.
 
     Attributes:
-        socket: The gevent socket below, for whatever is missing here.
-        timeout: Seconds that each step may take.
-        local_endpoint: This end's address, which is the session's `remote_endpoint`; `None` for a
+        socket: the gevent socket below, for whatever is missing here.
+        timeout: seconds that each step may take.
+        local_endpoint: this end's address, which is the session's `remote_endpoint`; `None` for a
             Unix socket pair. Still known after `close`.
     """
 
@@ -123,14 +123,14 @@ class ScriptedClient:
         """Connect to `address`.
 
         Args:
-            address: Host and port, and what else an IPv6 address has. A host with a colon in it is
+            address: host and port, and what else an IPv6 address has. A host with a colon in it is
                 taken as IPv6, any other as IPv4; a wildcard address as the loopback one.
-            timeout: Seconds that each step may take, this one included.
+            timeout: seconds that each step may take, this one included.
             receive_buffer_size: SO_RCVBUF in bytes. A small one makes a peer's sends wait soon.
 
         Raises:
-            TimeoutError: Not connected within `timeout`.
-            OSError: The connection was refused, or could not be made for another reason.
+            TimeoutError: not connected within `timeout`.
+            OSError: the connection was refused, or could not be made for another reason.
         """
         host, *rest = address
         host = WILDCARDS.get(host, host)
@@ -177,8 +177,8 @@ class ScriptedClient:
         """Send all of `data`.
 
         Raises:
-            TimeoutError: The peer's buffers did not take it within `timeout`.
-            ConnectionError: The peer has reset the connection, or `eof` was called before.
+            TimeoutError: the peer's buffers did not take it within `timeout`.
+            ConnectionError: the peer has reset the connection, or `eof` was called before.
         """
         message = _to_bytes(data)
         self.socket.settimeout(self.timeout)
@@ -200,7 +200,7 @@ class ScriptedClient:
         """Close with RST, as a crashed peer's host or an impatient program does.
 
         Raises:
-            ValueError: This is not a TCP connection.
+            ValueError: this is not a TCP connection.
         """
         if self.local_endpoint is None:
             raise ValueError(
@@ -323,13 +323,13 @@ def serving(
     """A started server, shut down at the end of the ``with`` block.
 
     Args:
-        callback: What it serves.
-        host: By default the loopback address of the socket address family.
+        callback: what it serves.
+        host: by default the loopback address of the socket address family.
         port: 0 asks for a free one: see ``server.address``.
-        **settings: The other settings of `PsServer`.
+        **settings: the other settings of `PsServer`.
 
     Raises:
-        AssertionError: At the end: the server still counts sessions after its shutdown.
+        AssertionError: at the end: the server still counts sessions after its shutdown.
     """
     if host is None:
         ipv6 = settings.get("socket_address_family") is PsSocketAddressFamily.IPV6
@@ -346,8 +346,8 @@ class ConnectedSession:
     """What `connected_session` yields.
 
     Attributes:
-        session: The library's end of the connection.
-        peer: The other end.
+        session: the library's end of the connection.
+        peer: the other end.
     """
 
     session: PsSession
@@ -365,9 +365,9 @@ def connected_session(
     `PsCloseReason.SELF_CLOSE`; its ``on_close`` has run when the block is left.
 
     Args:
-        callback: What handles the session.
-        timeout: Seconds that each step of the peer may take.
-        **session_settings: Settings of `PsMultiClient`.
+        callback: what handles the session.
+        timeout: seconds that each step of the peer may take.
+        **session_settings: settings of `PsMultiClient`.
     """
     near, far = gevent.socket.socketpair()
     with (
@@ -388,9 +388,9 @@ class RecordedEvent(NamedTuple):
     """One call of a callback method.
 
     Attributes:
-        name: The method, without ``_async``: ``"on_message"``.
+        name: the method, without ``_async``: ``"on_message"``.
         session: `None` for ``on_start`` and ``on_stop``.
-        value: The message, the close reason or the owner; `None` for ``on_open`` and ``on_eof``.
+        value: the message, the close reason or the owner; `None` for ``on_open`` and ``on_eof``.
     """
 
     name: str
@@ -402,7 +402,7 @@ class RecordingCallback(PsCallback):
     """Records what is called, with what, in which order; answers messages if told how.
 
     Attributes:
-        events: All calls so far, in order, of all sessions.
+        events: all calls so far, in order, of all sessions.
     """
 
     def __init__(
@@ -414,9 +414,9 @@ class RecordingCallback(PsCallback):
         """Start with an empty record.
 
         Args:
-            reply: Makes the answer to a message, which is then sent: ``lambda message: message``
+            reply: makes the answer to a message, which is then sent: ``lambda message: message``
                 is an echo.
-            use_async_callback: Be an async callback; the record looks the same.
+            use_async_callback: be an async callback; the record looks the same.
         """
         self.use_async_callback = use_async_callback
         self.events: list[RecordedEvent] = []
@@ -428,13 +428,13 @@ class RecordingCallback(PsCallback):
         """Wait until `name` was called `count` times, and return those calls (more, if more came).
 
         Args:
-            name: The method, without ``_async``.
-            count: Calls since the beginning, not since the last wait.
-            timeout: Seconds.
-            session: Count the calls for this one only.
+            name: the method, without ``_async``.
+            count: calls since the beginning, not since the last wait.
+            timeout: seconds.
+            session: count the calls for this one only.
 
         Raises:
-            AssertionError: Too few calls within `timeout`; it lists what was called.
+            AssertionError: too few calls within `timeout`; it lists what was called.
         """
         try:
             eventually(lambda: len(self.named(name, session)) >= count, timeout)

@@ -297,6 +297,15 @@ def test_bad_address_is_refused(bad: str) -> None:
     assert bad in process.lines[-1]
 
 
+def test_address_in_use_is_named() -> None:
+    with ScriptedServer() as taken:
+        name = host_and_port(taken.address)
+        with example("proxy.py", name, name) as process:
+            assert process.wait() == 1
+    assert name in process.lines[-1]
+    assert "Traceback" not in "\n".join(process.lines)
+
+
 def test_ends_at_once_though_both_sides_of_a_pair_stall() -> None:
     with (
         ScriptedServer() as backend,

@@ -1,0 +1,320 @@
+"""What constructors and calls refuse, with an error that names the parameter and the value."""
+
+from __future__ import annotations
+
+import decimal
+import enum
+import inspect
+import math
+import socket
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsMultiClient,
+    PsServer,
+    PsSession,
+    PsSocketAddressFamily,
+)
+from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session
+
+Make = Callable[..., Any]
+
+NAN = math.nan
+INFINITY = math.inf
+TOO_LARGE_FOR_A_FLOAT = 10**400
+
+
+def make_server(**settings: Any) -> PsServer:
+    return PsServer(PsCallback(), **settings)
+
+
+def make_client(*, host: Any = "127.0.0.1", port: Any = 1, **settings: Any) -> PsClient:
+    return PsClient(PsCallback(), host, port, **settings)
+
+
+def make_multi_client(**settings: Any) -> PsMultiClient:
+    return PsMultiClient(PsCallback(), **settings)
+
+
+OWNERS: list[Make] = [make_server, make_client, make_multi_client]
+
+SESSION_SETTINGS = {
+    "read_buffer_size": 65536,
+    "divide": 10,
+    "idle_milliseconds": 60_000,
+    "send_timeout": 1.5,
+    "callback_timeout": None,
+    "linger_timeout": 1.0,
+    "no_delay": True,
+    "allow_half_open": False,
+}
+
+NOT_WHOLE_NUMBERS: list[Any] = ["10", b"10", 10.0, NAN, INFINITY, True, False, [10], object]
+NOT_SECONDS: list[Any] = ["1", b"1", True, False, [1.0], 1j, decimal.Decimal(1), object]
+SECONDS_OUT_OF_RANGE: list[Any] = [-1, -0.001, NAN, INFINITY, -INFINITY, TOO_LARGE_FOR_A_FLOAT]
+NOT_BOOLS: list[Any] = [0, 1, "yes", "", None, 1.0]
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    "read_buffer_size": [*NOT_WHOLE_NUMBERS, None],
+    "divide": [*NOT_WHOLE_NUMBERS, None],
+    "idle_milliseconds": NOT_WHOLE_NUMBERS,
+    "send_timeout": NOT_SECONDS,
+    "callback_timeout": NOT_SECONDS,
+    "linger_timeout": [*NOT_SECONDS, None],
+    "no_delay": NOT_BOOLS,
+    "allow_half_open": NOT_BOOLS,
+}
+OUT_OF_RANGE: dict[str, list[Any]] = {
+    "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
+    "divide": [0, -1, 2**63],
+    "idle_milliseconds": [0, -1, TOO_LARGE_FOR_A_FLOAT],
+    "send_timeout": SECONDS_OUT_OF_RANGE,
+    "callback_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
+    "linger_timeout": SECONDS_OUT_OF_RANGE,
+}
+WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
+    "host": [None, b"127.0.0.1", 127, ("127.0.0.1", 80), True],
+    "port": [*NOT_WHOLE_NUMBERS, None],
+    "socket_address_family": [None, "IPV4", 4, True, socket.AF_INET, PsSocketAddressFamily],
+    "backlog": [*NOT_WHOLE_NUMBERS, None],
+    "receive_buffer_size": NOT_WHOLE_NUMBERS,
+    "max_sessions": NOT_WHOLE_NUMBERS,
+}
+OUT_OF_RANGE_OF_SERVERS: dict[str, list[Any]] = {
+    "host": ["", "127.0.0.1\0", "local\0host"],
+    "port": [-1, 65_536, 2**63],
+    "backlog": [-1, 2**31],
+    "receive_buffer_size": [0, -1, 2**31],
+    "max_sessions": [0, -1],
+}
+
+
+def each(table: dict[str, list[Any]], *names: str) -> list[Any]:
+    """A test case for every value in `table`, or for those of the parameters `names`."""
+    return [
+        pytest.param(name, value, id=f"{name}={shown(value)}")
+        for name, values in table.items()
+        for value in values
+        if not names or name in names
+    ]
+
+
+def shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) < 40 else f"{text[:10]}..."
+
+
+def refuse(make: Make, error: type[Exception], name: str, value: object) -> None:
+    """Expect `error`, and a message that names parameter and value."""
+    with pytest.raises(error) as refused:
+        make(**{name: value})
+    message = str(refused.value)
+    assert name in message
+    assert repr(value) in message
+
+
+@pytest.mark.parametrize("make", OWNERS)
+@pytest.mark.parametrize(("name", "value"), each(WRONG_TYPES))
+def test_session_setting_of_the_wrong_type_is_a_type_error(
+    make: Make, name: str, value: object
+) -> None:
+    refuse(make, TypeError, name, value)
+
+
+@pytest.mark.parametrize("make", OWNERS)
+@pytest.mark.parametrize(("name", "value"), each(OUT_OF_RANGE))
+def test_session_setting_out_of_range_is_a_value_error(
+    make: Make, name: str, value: object
+) -> None:
+    refuse(make, ValueError, name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), each(WRONG_TYPES_OF_SERVERS))
+def test_server_setting_of_the_wrong_type_is_a_type_error(name: str, value: object) -> None:
+    refuse(make_server, TypeError, name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), each(OUT_OF_RANGE_OF_SERVERS))
+def test_server_setting_out_of_range_is_a_value_error(name: str, value: object) -> None:
+    refuse(make_server, ValueError, name, value)
+
+
+CLIENT_PARAMETERS = ("host", "port", "socket_address_family")
+
+
+@pytest.mark.parametrize(("name", "value"), each(WRONG_TYPES_OF_SERVERS, *CLIENT_PARAMETERS))
+def test_clients_refuse_a_target_of_the_wrong_type(name: str, value: object) -> None:
+    refuse(make_client, TypeError, name, value)
+    refuse(connect_one_of_many, TypeError, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*each(OUT_OF_RANGE_OF_SERVERS, *CLIENT_PARAMETERS), ("port", 0)]
+)
+def test_clients_refuse_a_target_out_of_range(name: str, value: object) -> None:
+    refuse(make_client, ValueError, name, value)
+    refuse(connect_one_of_many, ValueError, name, value)
+
+
+def connect(**arguments: Any) -> PsSession:
+    return make_client().connect(**arguments)
+
+
+def connect_one_of_many(*, host: Any = "127.0.0.1", port: Any = 1, **arguments: Any) -> None:
+    with PsMultiClient(PsCallback()) as bundle:
+        bundle.connect(host, port, **arguments)
+
+
+@pytest.mark.parametrize("make", [connect, connect_one_of_many])
+@pytest.mark.parametrize("value", [str(uuid.uuid4()), b"id", 7, 0, "", False])
+def test_connection_id_that_is_no_uuid_is_a_type_error(make: Make, value: object) -> None:
+    refuse(make, TypeError, "connection_id", value)
+
+
+def shut_down(**arguments: Any) -> None:
+    make_server().shutdown(**arguments)
+
+
+def shut_down_a_started_one(**arguments: Any) -> None:
+    server = PsServer(PsCallback(), host="127.0.0.1", port=0)
+    with server:
+        try:
+            server.shutdown(**arguments)
+        finally:
+            assert server.started
+
+
+def disconnect(**arguments: Any) -> None:
+    make_client().disconnect(**arguments)
+
+
+def destroy_bundle(**arguments: Any) -> None:
+    make_multi_client().destroy_bundle(**arguments)
+
+
+CALLS_WITH_TIMEOUT: list[Make] = [
+    connect,
+    connect_one_of_many,
+    shut_down,
+    shut_down_a_started_one,
+    disconnect,
+    destroy_bundle,
+]
+
+
+@pytest.mark.parametrize("call", CALLS_WITH_TIMEOUT)
+def test_timeout_that_is_no_number_is_a_type_error(call: Make) -> None:
+    for value in NOT_SECONDS:
+        refuse(call, TypeError, "timeout", value)
+
+
+@pytest.mark.parametrize("call", CALLS_WITH_TIMEOUT)
+def test_timeout_out_of_range_is_a_value_error(call: Make) -> None:
+    for value in SECONDS_OUT_OF_RANGE:
+        refuse(call, ValueError, "timeout", value)
+
+
+@pytest.mark.parametrize("call", [shut_down, shut_down_a_started_one])
+def test_drain_must_be_a_number_of_seconds(call: Make) -> None:
+    for value in [*NOT_SECONDS, None]:
+        refuse(call, TypeError, "drain", value)
+    for value in SECONDS_OUT_OF_RANGE:
+        refuse(call, ValueError, "drain", value)
+
+
+def test_wait_for_refuses_what_is_no_timeout(ps_server: ServerFactory) -> None:
+    for server in (make_server(), ps_server(PsCallback())):
+        for value in NOT_SECONDS:
+            refuse(server.wait_for, TypeError, "timeout", value)
+        for value in SECONDS_OUT_OF_RANGE:
+            refuse(server.wait_for, ValueError, "timeout", value)
+
+
+def test_session_calls_refuse_bad_times_and_stay_open() -> None:
+    callback = RecordingCallback()
+    with connected_session(callback) as connected:
+        session = connected.session
+        for value in NOT_WHOLE_NUMBERS:
+            refuse(session.change_idle_milliseconds, TypeError, "idle_milliseconds", value)
+        for value in OUT_OF_RANGE["idle_milliseconds"]:
+            refuse(session.change_idle_milliseconds, ValueError, "idle_milliseconds", value)
+        assert session.is_open
+
+
+def test_bad_send_timeout_is_refused_before_anything_is_sent() -> None:
+    """Not only where the send happens to wait: a wrong call fails in the first test of it."""
+    with connected_session(RecordingCallback()) as connected:
+        for value in NOT_SECONDS:
+            with pytest.raises(TypeError, match="timeout"):
+                connected.session.send(b"x", timeout=value)
+        for value in SECONDS_OUT_OF_RANGE:
+            with pytest.raises(ValueError, match="timeout"):
+                connected.session.send(b"x", timeout=value)
+        assert connected.session.bytes_sent == 0
+        assert connected.session.is_open
+
+
+GOOD_VALUES: dict[str, list[Any]] = {
+    "read_buffer_size": [1, 2**31 - 1],
+    "divide": [1, 100],
+    "idle_milliseconds": [1, 2**31, None],
+    "send_timeout": [0, 0.5, 3, 1e6, None],
+    "callback_timeout": [0.001, 3, 1e6, None],
+    "linger_timeout": [0, 0.0, 0.5, 1e6],
+    "no_delay": [True, False],
+    "allow_half_open": [True, False],
+}
+
+
+@pytest.mark.parametrize("make", OWNERS)
+@pytest.mark.parametrize(("name", "value"), each(GOOD_VALUES))
+def test_session_setting_within_its_range_is_taken(make: Make, name: str, value: object) -> None:
+    make(**{name: value})
+
+
+@pytest.mark.parametrize("owner", [PsServer, PsClient, PsMultiClient])
+def test_session_settings_and_their_defaults_are_the_same_on_all_owners(owner: type) -> None:
+    parameters = inspect.signature(owner).parameters
+    assert {name: parameters[name].default for name in SESSION_SETTINGS} == SESSION_SETTINGS
+    for name in SESSION_SETTINGS:
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_server_defaults_are_those_of_the_original_where_it_has_them() -> None:
+    parameters = inspect.signature(PsServer).parameters
+    defaults = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in SESSION_SETTINGS and name != "callback"
+    }
+    assert defaults == {
+        "host": "0.0.0.0",
+        "port": 8710,
+        "socket_address_family": PsSocketAddressFamily.IPV4,
+        "backlog": 1024,
+        "receive_buffer_size": None,
+        "max_sessions": None,
+    }
+
+
+def test_numbers_that_are_named_constants_are_numbers(ps_server: ServerFactory) -> None:
+    class Our(enum.IntEnum):
+        PORT = 0
+        SIZE = 1024
+
+    server = ps_server(PsCallback(), port=Our.PORT, read_buffer_size=Our.SIZE)
+    assert server.started
+
+
+def test_constructors_open_nothing() -> None:
+    """Two servers for one port: only one of them can start, but both can be made."""
+    first, second = make_server(port=8710), make_server(port=8710)
+    assert not first.started
+    assert not second.started
+    assert first.address == second.address == ("0.0.0.0", 8710)
