@@ -37,6 +37,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import resource
 import signal
 import sys
 import time
@@ -72,9 +73,8 @@ STALL_TIMEOUT = 600.0
 have its reasons to pause; not endless, as the other side may be gone, which nobody notices while
 all wait for this one."""
 
-MAX_PAIRS = 400
-"""A pair has two descriptors, and 1,024 are usual; further clients wait in the backlog. The
-server's own default would count fronts only."""
+SPARE_DESCRIPTORS = 64
+"""Left to the rest of the process."""
 
 PEER = "peer"
 
@@ -233,6 +233,15 @@ def stop_signal() -> Event:
     return stopping
 
 
+def most_pairs() -> int:
+    """How many pairs the process has descriptors for; further clients wait in the backlog.
+
+    A pair has two of them: the server's own default would count the fronts only.
+    """
+    limit, _hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (limit - SPARE_DESCRIPTORS) // 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A TCP proxy.")
     parser.add_argument("listen", type=Address.parse, metavar="LISTEN_HOST:PORT")
@@ -253,7 +262,7 @@ def main() -> None:
         host=args.listen.host,
         port=args.listen.port,
         socket_address_family=args.listen.family,
-        max_sessions=MAX_PAIRS,
+        max_sessions=most_pairs(),
         allow_half_open=True,
         idle_milliseconds=None,
         send_timeout=STALL_TIMEOUT,

@@ -1,24 +1,30 @@
 """One hub and its OS thread, as seen from that thread and from others.
 
 gevent's objects belong to the thread whose hub runs them. Everything that a caller in another OS
-thread asks for is handed to the hub here, and the caller waits, if it must, on a native lock: a
-lock of gevent's would need the caller's own hub to run.
+thread asks for is handed to the hub here. The caller waits, if it must, in the way of its own
+thread (`CallerEvent`): a thread with a hub switches to that, so that its other greenlets go on, and
+one without waits on a native lock, so that nobody's hub must run for it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import gevent
-from gevent import get_hub, monkey
+from gevent import Greenlet, get_hub, getcurrent, monkey
+from gevent._hub_local import get_hub_if_exists  # there is no public way to ask without making one
 
-__all__ = ["HubThread", "NativeEvent", "get_ident", "log_from_hub"]
+__all__ = ["CallerEvent", "HubThread", "NativeEvent", "get_ident", "log_from_hub"]
 
 logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 LOOK_PERIOD = 0.05
 """Seconds between two looks of a waiting OS thread whether there is still something to wait for."""
@@ -52,6 +58,52 @@ class NativeEvent:
         return acquired
 
 
+class CallerEvent:
+    """Lets the caller who made it wait until another OS thread calls `set`.
+
+    A greenlet of a thread with a hub waits in gevent's way; any other caller blocks its thread.
+    """
+
+    __slots__ = ("_greenlet", "_hub", "_native")
+
+    def __init__(self) -> None:
+        hub = get_hub_if_exists()
+        self._hub: Any = None if getcurrent() is hub else hub
+        self._native = NativeEvent()
+        self._greenlet: Any = None
+
+    def is_set(self) -> bool:
+        """Whether `set` was called; before `wait` has returned true."""
+        return self._native.is_set()
+
+    def set(self) -> None:
+        """Release the waiting caller, now or when it comes. From any thread, more than once."""
+        self._native.set()
+        loop = None if self._hub is None else self._hub.loop
+        if loop is not None:  # else the hub is gone, and with it the caller
+            loop.run_callback_threadsafe(self._wake)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for `set`, for at most `timeout` seconds; whether it was called."""
+        if self._hub is None or self._native.is_set():
+            return self._native.wait(timeout)
+        timer = self._hub.loop.timer(timeout)
+        timer.start(self._wake)
+        self._greenlet = getcurrent()
+        try:
+            self._hub.switch()
+        finally:
+            self._greenlet = None
+            timer.stop()
+            timer.close()
+        return self._native.is_set()
+
+    def _wake(self) -> None:
+        # A late one must not disturb what the greenlet waits for now.
+        if self._greenlet is not None:
+            self._greenlet.switch()
+
+
 class HubThread:
     """The thread in which this object was made, and its hub."""
 
@@ -77,7 +129,7 @@ class HubThread:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> bool:
-        """Run `function` in a greenlet of this thread; from *other* OS threads only.
+        """Run `function` in a greenlet of this thread, and wait; from *other* OS threads only.
 
         The caller is released in the moment in which `function` returns or raises, with no switch
         in between: the hub's thread may then join the caller natively.
@@ -92,7 +144,7 @@ class HubThread:
         Returns:
             False when it was over before `function` ran.
         """
-        done = NativeEvent()
+        done = CallerEvent()
         errors: list[BaseException] = []
 
         def body() -> None:
@@ -103,15 +155,7 @@ class HubThread:
             finally:
                 done.set()
 
-        def killed_unstarted(_greenlet: object) -> None:
-            if not done.is_set():
-                errors.append(gevent.GreenletExit())
-                done.set()
-
-        def start() -> None:
-            gevent.spawn(body).rawlink(killed_unstarted)
-
-        self.call_soon(start)
+        self.call_soon(_run_now, body)
         while not done.wait(LOOK_PERIOD):
             if is_over() and not done.is_set():
                 return False
@@ -122,9 +166,77 @@ class HubThread:
                 errors.clear()  # an exception and this frame would keep each other alive
         return True
 
+    async def run_async(
+        self,
+        is_over: Callable[[], bool],
+        function: Callable[P, object],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> bool:
+        """`run` for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile.
+
+        Cancelling kills the greenlet, and waits until it has ended.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[BaseException | None] = loop.create_future()
+        greenlets: list[Greenlet[..., BaseException | None]] = []
+
+        def report(greenlet: Greenlet[..., BaseException | None]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(_resolve, ended, greenlet.value)
+
+        def start() -> None:
+            greenlets.append(_run_now(_outcome, partial(function, *args, **kwargs)))
+            greenlets[0].rawlink(report)
+
+        def kill() -> None:
+            greenlets[0].kill(block=False)
+
+        self.call_soon(start)
+        cancelled = False
+        while not ended.done():
+            try:
+                await asyncio.wait({ended}, timeout=LOOK_PERIOD)
+            except asyncio.CancelledError:
+                cancelled = True
+                self.call_soon(kill)
+            if is_over() and not greenlets:
+                break
+        if cancelled:
+            raise asyncio.CancelledError
+        if not ended.done():
+            return False
+        error = ended.result()
+        if error is not None:
+            raise error
+        return True
+
     def raise_in_main(self, exc: BaseException) -> None:
         """Have the hub raise `exc` in the main greenlet, wherever it waits, as gevent does."""
         self.loop.run_callback(self.hub.handle_system_error, type(exc), exc, exc.__traceback__)
+
+
+def _run_now(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Greenlet[..., T]:
+    """Run `function` in a new greenlet up to where it first waits. In the hub.
+
+    Not `gevent.spawn`, which begins a little later: what is asked for next must not overtake it.
+    """
+    greenlet: Greenlet[..., T] = Greenlet(function, *args, **kwargs)
+    greenlet.switch()
+    return greenlet
+
+
+def _outcome(function: Callable[[], object]) -> BaseException | None:
+    try:
+        function()
+    except BaseException as exc:
+        return exc
+    return None
+
+
+def _resolve(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from gevent import getcurrent
 
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import LOOK_PERIOD, NativeEvent
+from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings, check_seconds
 from psofa_gevent.stopping import Stop
@@ -95,7 +95,7 @@ class SessionOwner:
         if manager.thread.is_current():
             self._begin_stop(manager, reason, timeout, drain).wait()
             return
-        done = NativeEvent()
+        done = CallerEvent()
         manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
         # When it is over, for whatever reason, the hub may never run again.
         while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
@@ -107,7 +107,7 @@ class SessionOwner:
         reason: PsCloseReason,
         timeout: float | None,
         drain: float,
-        done: NativeEvent,
+        done: CallerEvent,
     ) -> None:
         if self._manager is manager:
             self._begin_stop(manager, reason, timeout, drain).add_thread(done)

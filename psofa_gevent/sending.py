@@ -250,10 +250,7 @@ class SendLine:
             return
         error = PsSendError(f"{self._session!r}: the peer took nothing for {timeout:g} s")
         self._session._request_close(PsCloseReason.FAILED, error, linger=False)
-        try:
-            raise error
-        finally:
-            del error  # it holds this frame, and must not be held by it
+        raise PsSendError(*error.args)  # not the one that the session keeps
 
     def _count_acknowledged(self) -> int:
         """Bytes of the session that reached the peer; where nobody knows, those that left."""

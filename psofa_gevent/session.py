@@ -21,17 +21,15 @@ thread; callers in other OS threads are handed over (`HubThread`).
 from __future__ import annotations
 
 import _socket
-import asyncio
-import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
 
-from gevent import Greenlet, GreenletExit, getcurrent
+from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
@@ -66,7 +64,6 @@ __all__ = ["Host", "PsSession", "SessionGreenlet"]
 
 logger = logging.getLogger("psofa_gevent")
 
-T = TypeVar("T")
 Message = str | bytes | bytearray | memoryview
 
 READ = 1
@@ -395,10 +392,7 @@ class PsSession:
         if begun:
             self._request_close(PsCloseReason.FAILED, error)
             log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
-        try:
-            raise error
-        finally:
-            del error  # it holds this frame, and must not be held by it
+        raise PsSendError(*error.args)  # not the one that the session keeps
 
     def _line_up(
         self,
@@ -429,32 +423,8 @@ class PsSession:
     ) -> None:
         """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
         self._check_sending(in_callback=False)
-        thread = self._host.thread
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[BaseException | None] = loop.create_future()
-        sender = Greenlet(_outcome, self.send, data, timeout)
-
-        def report(sender: Greenlet[..., BaseException | None]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(_resolve, ended, sender.value)
-
-        def start() -> None:
-            sender.rawlink(report)
-            sender.start()
-
-        thread.call_soon(start)
-        cancelled = False
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError:
-                cancelled = True
-                thread.call_soon(sender.kill, block=False)
-        error = ended.result()
-        if cancelled:
-            raise asyncio.CancelledError
-        if error is not None:
-            raise error
+        if not await self._host.thread.run_async(lambda: self._released, self.send, data, timeout):
+            raise PsSendError(f"{self!r}: the session is closed")
 
     def _line_is_empty(self, line: SendLine) -> None:
         """The last sender left: no more line, and what waited for that goes on."""
@@ -741,19 +711,6 @@ class PsSession:
         if self._greenlet is not None:
             self._greenlet.kill(block=False)
             self._greenlet = None
-
-
-def _outcome(function: Callable[..., None], *args: object) -> BaseException | None:
-    try:
-        function(*args)
-    except BaseException as exc:
-        return exc
-    return None
-
-
-def _resolve(future: asyncio.Future[T], value: T) -> None:
-    if not future.done():
-        future.set_result(value)
 
 
 def _encode(message: Message) -> bytes | memoryview:

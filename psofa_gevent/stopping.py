@@ -23,7 +23,7 @@ from time import monotonic
 from gevent import getcurrent
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import NativeEvent
+from psofa_gevent.hub_thread import CallerEvent
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks
 
@@ -64,7 +64,7 @@ class Stop:
         self._begun_at = monotonic()
         self._closing = False
         self._stop_called = False
-        self._waiting_threads: list[NativeEvent] = []
+        self._waiting_threads: list[CallerEvent] = []
 
     def begin(self) -> None:
         """Start the greenlet that stops everything. Called once, after `shorten`."""
@@ -81,7 +81,7 @@ class Stop:
             self._deadline = min(self._deadline, now + timeout)
         self._manager.changed.set()
 
-    def add_thread(self, event: NativeEvent) -> None:
+    def add_thread(self, event: CallerEvent) -> None:
         """Set `event` when all is over, for an OS thread that waits."""
         if self._manager.stopped.is_set():
             event.set()

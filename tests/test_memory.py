@@ -1,0 +1,560 @@
+"""Point 10 of the design: a session that nobody keeps goes at once, without the garbage collector.
+
+While each test runs the collector is off, so a reference cycle that holds a session holds it to the
+test's end. Nothing is logged, as pytest would keep the records, and with them the sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import gevent
+import gevent.event
+import pytest
+
+from acting import STALLING, wait_until_stalled
+from helpers import NativeThread, stalled_peer
+from psofa_gevent import PsCallback, PsCloseReason, PsMultiClient, PsSendError, PsServer, PsSession
+from psofa_gevent.testing import (
+    ClientFactory,
+    RecordingCallback,
+    ScriptedClient,
+    ServerFactory,
+    eventually,
+    serving,
+)
+
+FOREVER = 600.0
+
+pytestmark = pytest.mark.logs_errors
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collector() -> Iterator[None]:
+    logger = logging.getLogger("psofa_gevent")
+    gc.collect()
+    gc.disable()
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+        gc.enable()
+
+
+class Forgetful(PsCallback):
+    """Keeps of its sessions no more than weak references, to each and to what runs on_open."""
+
+    def __init__(
+        self,
+        *,
+        on_message: Callable[[PsSession], object] | None = None,
+        on_close: Callable[[PsSession], object] | None = None,
+    ) -> None:
+        self.references: list[weakref.ref[object]] = []
+        self.reasons: list[PsCloseReason] = []
+        self._on_message = on_message
+        self._on_close = on_close
+
+    def on_open(self, session: PsSession) -> None:
+        session.set_value("name", [session.connection_id])
+        self.references += [weakref.ref(session), weakref.ref(self.runner())]
+
+    def runner(self) -> object:
+        return gevent.getcurrent()
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        if self._on_message is not None:
+            self._on_message(session)
+
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        self.reasons.append(close_reason)
+        if self._on_close is not None:
+            self._on_close(session)
+
+    @property
+    def session(self) -> PsSession:
+        """The first session, which has been opened or is about to be. Keep it in no variable."""
+        session = eventually(lambda: self.references)[0]()
+        assert isinstance(session, PsSession)
+        return session
+
+    def assert_freed(self, count: int = 1) -> None:
+        """Wait for `count` sessions to be closed, and then for nothing else."""
+        eventually(lambda: len(self.reasons) == count)
+        # The end of the greenlets that run now: the session's, the closing one's turn, a sender's.
+        gevent.sleep(0.01)
+        alive = [each for reference in self.references if (each := reference()) is not None]
+        assert alive == [], [gc.get_referrers(each) for each in alive]
+
+
+# Each reason to close
+
+
+def raise_value_error(session: PsSession) -> NoReturn:
+    raise ValueError
+
+
+def raise_from_another(session: PsSession) -> None:
+    """An error with a cause and a context, whose frames all hold the session."""
+
+    def deeper(_session: PsSession, kind: type[Exception]) -> NoReturn:
+        raise kind
+
+    try:
+        deeper(session, IndexError)
+    except IndexError as error:
+        cause = error
+    try:
+        deeper(session, KeyError)
+    except KeyError:
+        raise ValueError from cause
+
+
+def raise_group(session: PsSession) -> None:
+    errors = []
+    try:
+        raise_value_error(session)
+    except ValueError as error:
+        errors.append(error)
+    raise ExceptionGroup("several", errors)
+
+
+def raise_cyclic(session: PsSession) -> None:
+    error, another = ValueError(), KeyError()
+    another.__cause__ = error
+    raise error from another
+
+
+def raise_with_session(session: PsSession) -> NoReturn:
+    """The error's own attributes are the user's affair; a name in the message is harmless."""
+    raise ValueError(f"{session!r}")
+
+
+def send_too_much(session: PsSession) -> None:
+    session.send(STALLING, 0.05)
+
+
+def send_too_much_and_go_on(session: PsSession) -> None:
+    try:
+        session.send(STALLING, 0.05)
+    except PsSendError:
+        pass
+    gevent.sleep(0)
+
+
+Ending = Callable[[PsServer, PsSession, ScriptedClient], object]
+
+
+def kill(session: PsSession) -> None:
+    for each in gc.get_objects():
+        if isinstance(each, gevent.Greenlet) and getattr(each, "session", None) is session:
+            each.kill(block=False)
+
+
+ENDINGS: dict[str, tuple[PsCloseReason, Ending]] = {
+    "peer's FIN": (PsCloseReason.PEER_CLOSE, lambda server, session, client: client.eof()),
+    "peer's RST": (PsCloseReason.FAILED, lambda server, session, client: client.reset()),
+    "close": (PsCloseReason.SELF_CLOSE, lambda server, session, client: session.close()),
+    "abort": (PsCloseReason.SELF_CLOSE, lambda server, session, client: session.abort()),
+    "idle": (
+        PsCloseReason.TIMEOUT,
+        lambda server, session, client: session.change_idle_milliseconds(1),
+    ),
+    "shutdown": (PsCloseReason.SHUTDOWN, lambda server, session, client: server.shutdown()),
+    "kill": (PsCloseReason.FAILED, lambda server, session, client: kill(session)),
+}
+CALLBACKS = [
+    raise_value_error,
+    raise_from_another,
+    raise_group,
+    raise_cyclic,
+    raise_with_session,
+    send_too_much,
+    send_too_much_and_go_on,
+]
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+@pytest.mark.parametrize("lingers", [False, True])
+def test_a_closed_session_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, how: str, lingers: bool
+) -> None:
+    reason, end = ENDINGS[how]
+    callback = Forgetful(on_message=lambda session: session.send(STALLING[: lingers * 1_000_000]))
+    server = ps_server(callback, linger_timeout=0.05)
+    with stalled_peer(server.address) as client:
+        client.send("x")
+        eventually(lambda: callback.session.messages_received)
+        end(server, callback.session, client)
+        callback.assert_freed()
+    assert callback.reasons == [reason]
+
+
+@pytest.mark.parametrize("on_message", CALLBACKS)
+def test_a_session_whose_callback_failed_goes_at_once(
+    ps_server: ServerFactory, on_message: Callable[[PsSession], object]
+) -> None:
+    callback = Forgetful(on_message=on_message)
+    with stalled_peer(ps_server(callback).address) as client:
+        client.send("x")
+        callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.FAILED]
+
+
+def test_a_session_that_is_kept_has_the_cause_of_its_failure_and_then_goes_with_it(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    kept: list[PsSession] = []
+    callback = Forgetful(on_message=raise_from_another, on_close=kept.append)
+    ps_client(ps_server(callback)).send("x")
+    eventually(lambda: kept)
+    gevent.sleep(0.01)
+    cause = kept[0].close_cause
+    assert isinstance(cause, ValueError)
+    assert isinstance(cause.__cause__, IndexError)
+    assert isinstance(cause.__context__, KeyError)
+    # Keeping the error alone keeps no session either.
+    kept.clear()
+    callback.assert_freed()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_session_goes_at_once_whose_exception_went_to_the_main_greenlet(
+    ps_server: ServerFactory, ps_client: ClientFactory, kind: type[BaseException]
+) -> None:
+    def fail(session: PsSession) -> None:
+        raise kind
+
+    callback = Forgetful(on_message=fail)
+    ps_client(ps_server(callback)).send("x")
+    try:
+        gevent.sleep(10)
+    except kind:
+        pass
+    else:
+        pytest.fail("nothing was raised")
+    callback.assert_freed()
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+def test_a_session_whose_callback_took_too_long_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, swallow: bool
+) -> None:
+    def take_long(session: PsSession) -> None:
+        try:
+            gevent.sleep(FOREVER)
+        except TimeoutError:
+            if not swallow:
+                raise
+
+    callback = Forgetful(on_message=take_long)
+    ps_client(ps_server(callback, callback_timeout=0.05)).send("x")
+    callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.FAILED]
+
+
+@pytest.mark.parametrize("kind", [ValueError, gevent.GreenletExit, gevent.Timeout])
+def test_a_session_whose_on_close_failed_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, kind: type[BaseException]
+) -> None:
+    def fail(session: PsSession) -> None:
+        raise kind
+
+    callback = Forgetful(on_close=fail)
+    server = ps_server(callback)
+    ps_client(server).eof()
+    callback.assert_freed()
+
+
+def test_a_session_half_closed_both_ways_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = Forgetful()
+    client = ps_client(ps_server(callback, allow_half_open=True))
+    callback.session.send_eof()
+    client.expect_eof()
+    client.eof()
+    callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.PEER_CLOSE]
+
+
+def test_the_session_of_a_client_goes_at_once_when_nobody_keeps_it(
+    ps_server: ServerFactory,
+) -> None:
+    server = ps_server(RecordingCallback())
+    callback = Forgetful(on_message=raise_value_error)
+    with PsMultiClient(callback) as bundle:
+        bundle.connect("127.0.0.1", server.address[1])
+        callback.session.close()
+        callback.assert_freed()
+
+
+# Senders
+
+
+@pytest.mark.parametrize("how", ["close", "abort", "peer's FIN", "peer's RST", "shutdown"])
+def test_a_session_whose_senders_were_interrupted_goes_at_once(
+    ps_server: ServerFactory, how: str
+) -> None:
+    def send() -> None:
+        try:
+            callback.session.send(STALLING, None)
+        except PsSendError:
+            pass
+        go_on.wait()
+
+    go_on = gevent.event.Event()
+    callback = Forgetful()
+    server = ps_server(callback, linger_timeout=0.05)
+    with stalled_peer(server.address) as client:
+        senders = [gevent.spawn(send) for _ in range(3)]
+        wait_until_stalled(callback.session)
+        ENDINGS[how][1](server, callback.session, client)
+        callback.assert_freed()
+        go_on.set()
+        gevent.joinall(senders)
+
+
+def test_a_session_whose_senders_all_succeeded_after_a_wait_goes_at_once(
+    ps_server: ServerFactory,
+) -> None:
+    def send() -> None:
+        callback.session.send(STALLING, None)
+
+    callback = Forgetful()
+    with stalled_peer(ps_server(callback).address) as client:
+        senders = [gevent.spawn(send) for _ in range(2)]
+        wait_until_stalled(callback.session)
+        client.receive(2 * len(STALLING))
+        gevent.joinall(senders, raise_error=True)
+        client.eof()
+        callback.assert_freed()
+
+
+@pytest.mark.parametrize("way", ["send timeout", "gevent.Timeout", "kill"])
+def test_a_session_goes_when_the_greenlet_has_ended_whose_send_broke_it(
+    ps_server: ServerFactory, way: str
+) -> None:
+    """That greenlet catches the error, and lives on with the session in a variable."""
+
+    def send(session: PsSession) -> None:
+        try:
+            with gevent.Timeout(0.05 if way == "gevent.Timeout" else None):
+                session.send(STALLING, 0.05 if way == "send timeout" else None)
+        except (PsSendError, gevent.Timeout, gevent.GreenletExit):
+            pass
+        go_on.wait()
+
+    go_on = gevent.event.Event()
+    callback = Forgetful()
+    with stalled_peer(ps_server(callback, linger_timeout=0.0).address):
+        sender = gevent.spawn(send, callback.session)
+        wait_until_stalled(callback.session)
+        if way == "kill":
+            sender.kill(block=False)
+        eventually(lambda: callback.reasons)
+        gevent.sleep(0.01)
+        go_on.set()
+        sender.join()
+        del sender
+        callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.FAILED]
+
+
+def test_a_session_goes_though_the_error_of_its_send_is_raised_on_after_on_close(
+    ps_server: ServerFactory,
+) -> None:
+    """Each frame that an error passes is added to its traceback, whoever else holds the error."""
+
+    def send(session: PsSession) -> None:
+        try:
+            session.send(STALLING, 0.05)
+        except PsSendError:
+            eventually(lambda: callback.reasons)
+            gevent.sleep(0.01)
+            raise
+
+    def catch(session: PsSession) -> None:
+        try:
+            send(session)
+        except PsSendError:
+            pass
+
+    callback = Forgetful()
+    with stalled_peer(ps_server(callback).address):
+        gevent.spawn(catch, callback.session).join()
+        callback.assert_freed()
+
+
+def test_a_session_goes_whose_send_of_another_os_thread_failed(ps_server: ServerFactory) -> None:
+    def send() -> None:
+        try:
+            callback.session.send(STALLING, 0.05)
+        except PsSendError:
+            pass
+
+    callback = Forgetful()
+    with stalled_peer(ps_server(callback, linger_timeout=0.0).address):
+        eventually(lambda: callback.references)
+        NativeThread(send).wait()
+        callback.assert_freed()
+
+
+def test_a_session_goes_whose_send_was_refused_in_the_hub(ps_server: ServerFactory) -> None:
+    def send() -> None:
+        try:
+            callback.session.send(STALLING)
+        except PsSendError as error:
+            errors.append(str(error))
+
+    errors: list[str] = []
+    callback = Forgetful()
+    with stalled_peer(ps_server(callback, linger_timeout=0.0).address):
+        eventually(lambda: callback.references)
+        gevent.get_hub().loop.run_callback(send)
+        eventually(lambda: errors)
+        callback.assert_freed()
+
+
+def test_a_session_goes_whose_send_timed_out_after_another_reason(
+    ps_server: ServerFactory,
+) -> None:
+    callback = Forgetful(on_message=send_too_much_and_go_on)
+    server = ps_server(callback, linger_timeout=0.0)
+    with stalled_peer(server.address) as client:
+        client.send("x")
+        wait_until_stalled(callback.session)
+        server.shutdown()
+        callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.SHUTDOWN]
+
+
+# Async callbacks
+
+
+class ForgetfulAsync(Forgetful):
+    use_async_callback = True
+
+    def runner(self) -> object:
+        return asyncio.current_task()
+
+    async def on_open_async(self, session: PsSession) -> None:
+        self.on_open(session)
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await asyncio.sleep(0)
+        self.on_message(session, message)
+
+    async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        self.on_close(session, close_reason)
+
+
+@pytest.mark.parametrize("how", [how for how in ENDINGS if how != "idle"])
+def test_a_closed_session_with_async_callbacks_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, how: str
+) -> None:
+    reason, end = ENDINGS[how]
+    callback = ForgetfulAsync()
+    server = ps_server(callback, linger_timeout=0.05)
+    client = ps_client(server)
+    client.send("x")
+    eventually(lambda: callback.session.messages_received)
+    gevent.sleep(0.01)
+    end(server, callback.session, client)
+    callback.assert_freed()
+    assert callback.reasons == [reason]
+
+
+@pytest.mark.parametrize(
+    "on_message", [raise_value_error, raise_from_another, raise_group, raise_cyclic]
+)
+def test_a_session_whose_async_callback_failed_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, on_message: Callable[[PsSession], object]
+) -> None:
+    callback = ForgetfulAsync(on_message=on_message)
+    ps_client(ps_server(callback)).send("x")
+    callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.FAILED]
+
+
+# What else is held
+
+
+def test_a_thousand_sessions_leave_nothing_behind(ps_client: ClientFactory) -> None:
+    callback = Forgetful(on_message=lambda session: session.send("reply"))
+    with serving(callback) as server:
+        for number in range(1_000):
+            with ScriptedClient(server.address) as client:
+                client.send("x")
+                client.expect("reply")
+                if number % 2:
+                    client.reset()
+        callback.assert_freed(1_000)
+
+
+def test_an_idle_session_keeps_no_message(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    """Up to read_buffer_size bytes each: a gigabyte for 15,000 sessions that once had traffic."""
+
+    class Keeping(PsCallback):
+        def __init__(self) -> None:
+            self.messages: list[bytes] = []
+
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            self.messages.append(message)
+
+    callback = Keeping()
+    client = ps_client(ps_server(callback))
+    client.send("the first and only")
+    eventually(lambda: callback.messages)
+    gevent.sleep(0.01)
+    mine = [bytes(bytearray(b"the same, made here"))]
+    assert sys.getrefcount(callback.messages[0]) == sys.getrefcount(mine[0])
+
+
+def test_a_session_keeps_no_message_that_was_sent(
+    ps_server: ServerFactory,
+) -> None:
+    callback = Forgetful()
+    message = bytearray(STALLING)
+    with stalled_peer(ps_server(callback).address) as client:
+        sender = gevent.spawn(lambda: callback.session.send(message, None))
+        wait_until_stalled(callback.session)
+        client.receive(len(message))
+        sender.get()
+        message.clear()  # raises BufferError while a view of it is left
+
+
+def test_a_user_who_keeps_a_closed_session_keeps_no_other_and_no_greenlet(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    kept: list[PsSession] = []
+    callback = Forgetful(on_close=lambda session: kept.append(session) if not kept else None)
+    server = ps_server(callback)
+    clients = [ps_client(server) for _ in range(3)]
+    eventually(lambda: len(callback.references) == 6)
+    for client in clients:
+        client.eof()
+    eventually(lambda: len(callback.reasons) == 3)
+    gevent.sleep(0.01)
+    assert [each for reference in callback.references if (each := reference())] == kept
+
+
+def test_a_server_that_was_shut_down_goes_at_once() -> None:
+    server = PsServer(Forgetful(), host="127.0.0.1", port=0)
+    server.start()
+    with ScriptedClient(server.address) as client:
+        client.send("x")
+        eventually(server.get_session_count)
+        server.shutdown()
+    reference = weakref.ref(server)
+    del server
+    eventually(lambda: reference() is None)
