@@ -26,11 +26,10 @@ from psofa_gevent.errors import PsCallbackError
 from psofa_gevent.network import local_addresses
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import DEFAULT, Default
 
 __all__ = ["UsageError", "run"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("psofa_gevent")
 
 OPEN_MAX = 10_240
 """What macOS grants where its hard limit says "unlimited", which it refuses (setrlimit(2))."""
@@ -47,44 +46,26 @@ class EchoCallback(PsCallback):
         session.send(message)
 
 
-class CommandLineServer(PsServer):
-    """A `PsServer` made from the command line, which stops as the command line says."""
-
-    def __init__(self, callback: PsCallback, args: argparse.Namespace) -> None:
-        ipv6 = args.ipv6 or ":" in (args.host or "")
-        super().__init__(
-            callback,
-            host=args.host or ("::1" if ipv6 else "127.0.0.1"),
-            port=args.port,
-            socket_address_family=(
-                PsSocketAddressFamily.IPV6 if ipv6 else PsSocketAddressFamily.IPV4
-            ),
-            backlog=args.backlog,
-            receive_buffer_size=args.receive_buffer_size,
-            max_sessions=args.max_sessions,
-            read_buffer_size=args.read_buffer_size,
-            divide=args.divide,
-            idle_milliseconds=args.idle_milliseconds,
-            send_timeout=args.send_timeout,
-            callback_timeout=args.callback_timeout,
-            linger_timeout=args.linger_timeout,
-            no_delay=args.no_delay == "on",
-            allow_half_open=args.allow_half_open,
-        )
-        self._shutdown_timeout: float | None = args.shutdown_timeout
-        self._drain: float = args.drain
-
-    def shutdown(
-        self,
-        timeout: float | Default | None = DEFAULT,
-        *,
-        drain: float | Default = DEFAULT,
-    ) -> None:
-        """As `PsServer.shutdown`; the times of the command line are the defaults."""
-        super().shutdown(
-            self._shutdown_timeout if isinstance(timeout, Default) else timeout,
-            drain=self._drain if isinstance(drain, Default) else drain,
-        )
+def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
+    """The server that the command line describes; raises as `PsServer` does."""
+    ipv6 = args.ipv6 or ":" in (args.host or "")
+    return PsServer(
+        callback,
+        host=args.host or ("::1" if ipv6 else "127.0.0.1"),
+        port=args.port,
+        socket_address_family=PsSocketAddressFamily.IPV6 if ipv6 else PsSocketAddressFamily.IPV4,
+        backlog=args.backlog,
+        receive_buffer_size=args.receive_buffer_size,
+        max_sessions=args.max_sessions,
+        read_buffer_size=args.read_buffer_size,
+        divide=args.divide,
+        idle_milliseconds=args.idle_milliseconds,
+        send_timeout=args.send_timeout,
+        callback_timeout=args.callback_timeout,
+        linger_timeout=args.linger_timeout,
+        no_delay=args.no_delay == "on",
+        allow_half_open=args.allow_half_open,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     callback = load_callback(args.target) if args.target else EchoCallback()
     raise_descriptor_limit()  # before the server derives its cap from it
     try:
-        server = CommandLineServer(callback, args)
+        server = make_server(callback, args)
     except (PsCallbackError, TypeError, ValueError) as exc:
         raise UsageError(exc) from exc
     server.start()
@@ -109,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
     # script may send a signal as soon as it has read the first line.
     gevent.spawn(announce, text)
-    server.serve_forever()
+    server.serve_forever(shutdown_timeout=args.shutdown_timeout, drain=args.drain)
     return 0
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import resource
-import signal
 import socket
-from collections.abc import Iterator
-from types import FrameType, TracebackType
-from typing import Any, Self, cast
+from types import TracebackType
+from typing import Self, cast
 
 import gevent
 
@@ -27,6 +24,7 @@ from psofa_gevent.errors import PsServerError
 from psofa_gevent.listener import Listener, bind
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int, check_seconds
+from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.worker import may_wait
 
@@ -126,7 +124,7 @@ class PsServer(SessionOwner):
 
     def __repr__(self) -> str:
         state = "stopped" if self._manager is None else "started"
-        if self._stop is not None:
+        if self._is_stopping:
             state = "shutting down"
         return f"<PsServer {format_address(*self.address[:2])} {state}>"
 
@@ -174,23 +172,46 @@ class PsServer(SessionOwner):
             raise PsServerError("wait_for belongs to a greenlet of the server's own thread")
         return bool(manager.stopped.wait(timeout))
 
-    def serve_forever(self) -> None:
+    def serve_forever(
+        self, *, shutdown_timeout: float | None = SHUTDOWN_TIMEOUT, drain: float = 0.0
+    ) -> None:
         """Start, unless started, and serve until shut down.
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
         once. On any other way out (an exception) the server is shut down too.
 
+        Args:
+            shutdown_timeout: the ``timeout`` of that `shutdown`, in seconds.
+            drain: the ``drain`` of that `shutdown`, in seconds.
+
         Raises:
             PsServerError: as of `start`.
+            TypeError, ValueError: a time is not a number of seconds.
         """
-        if self._manager is None:
-            self.start()
-        with self._shut_down_on_signals():
+        check_seconds("shutdown_timeout", shutdown_timeout)
+        check_seconds("drain", drain, optional=False)
+        signals: list[str] = []
+
+        def shut_down() -> None:
+            logger.info("%r: %s: shutting down", self, signals[0])
+            self.shutdown(shutdown_timeout, drain=drain)
+
+        def ask(name: str) -> None:
+            signals.append(name)
+            if self._manager is not None:
+                self._manager.thread.call_soon(gevent.spawn, shut_down)
+
+        with ask_on_signals(ask):
             try:
+                if self._manager is None and not signals:
+                    self.start()
                 self.wait_for()
+            except PsServerError:
+                if not signals:  # else it was shut down while it started
+                    raise
             finally:
-                self.shutdown()
+                self.shutdown(shutdown_timeout, drain=drain)
 
     def stop_accepting(self) -> None:
         """Let new connections wait in the backlog; the open sessions go on.
@@ -286,31 +307,6 @@ class PsServer(SessionOwner):
             logger.info("%r: stopped", self)
         self._bound_to = None
         super()._stopped()
-
-    @contextlib.contextmanager
-    def _shut_down_on_signals(self) -> Iterator[None]:
-        def shut_down(number: int, _frame: FrameType | None) -> None:
-            for each in before:
-                signal.signal(each, signal.SIG_DFL)
-            manager = self._manager
-            if manager is not None:
-                # Not here: the handler may run in any greenlet, and must not wait in it.
-                name = signal.Signals(number).name
-                manager.thread.call_soon(gevent.spawn, self._shut_down_on_signal, name)
-
-        before: dict[signal.Signals, Any] = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
-            for each in (signal.SIGINT, signal.SIGTERM):
-                before[each] = signal.signal(each, shut_down) or signal.SIG_DFL
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-    def _shut_down_on_signal(self, name: str) -> None:
-        logger.info("%r: %s: shutting down", self, name)
-        self.shutdown()
 
 
 def _default_cap() -> int:

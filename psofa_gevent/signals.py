@@ -1,0 +1,93 @@
+"""SIGINT and SIGTERM while servers are in ``serve_forever``: the first one ends them gracefully.
+
+The handlers are the process's, not a server's: the first server installs them, the last one
+restores what was there before, and a signal asks all of them. From then on the signals have their
+default action, so that a second one ends the process at once, whatever still runs.
+
+They are Python's handlers and not gevent's, whose signals wait until the hub runs: a callback that
+never gives way could not be ended by any of them. But gevent's loop looks for Python's signals only
+before it waits, and one that comes just then would wait with it. So Python also writes each to a
+socket that the loop watches (`signal.set_wakeup_fd`).
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from gevent import get_hub
+
+__all__ = ["ask_on_signals"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+READ = 1
+"""The event mask of gevent's io watchers (libev's EV_READ)."""
+
+
+@contextlib.contextmanager
+def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
+    """Have `ask` called with the signal's name when one comes, until the block is left.
+
+    `ask` runs in whichever greenlet of the main thread runs just then, or in the hub: it must not
+    wait. Outside of the main thread nothing is installed: signals are not handled there.
+    """
+    if not _asked:
+        try:
+            _installed.enter_context(_handlers())
+        except ValueError:  # not in the main thread
+            yield
+            return
+    _asked.append(ask)
+    try:
+        yield
+    finally:
+        _asked.remove(ask)
+        if not _asked:
+            _installed.close()
+
+
+@contextlib.contextmanager
+def _handlers() -> Iterator[None]:
+    with contextlib.ExitStack() as undo:
+        for each in SIGNALS:
+            undo.callback(signal.signal, each, signal.signal(each, _handle) or signal.SIG_DFL)
+        undo.enter_context(_waking_the_loop())
+        yield
+
+
+@contextlib.contextmanager
+def _waking_the_loop() -> Iterator[None]:
+    watched, written = _socket.socketpair()
+    watched.setblocking(False)
+    written.setblocking(False)
+    watcher = get_hub().loop.io(watched.fileno(), READ, ref=False)
+    watcher.start(_drain, watched)
+    before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        watcher.stop()
+        watcher.close()
+        watched.close()
+        written.close()
+
+
+def _drain(watched: _socket.socket) -> None:
+    # Running Python code is all it takes for the handler to be called.
+    with contextlib.suppress(BlockingIOError):
+        watched.recv(4096)
+
+
+def _handle(number: int, _frame: FrameType | None) -> None:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    for ask in _asked:
+        ask(signal.Signals(number).name)
+
+
+_asked: list[Callable[[str], None]] = []
+_installed = contextlib.ExitStack()

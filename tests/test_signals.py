@@ -1,0 +1,760 @@
+"""Shutdown from everywhere (design, points 7 and 8), and signals.
+
+A ``signal.signal`` handler runs in whichever greenlet the signal hits: in the hub while all wait.
+None of these calls may deadlock on itself: where the caller is something that the shutdown has to
+wait for, it returns at once, and the work goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import gevent
+import pytest
+
+from helpers import NativeThread, PythonProcess, ScriptedServer, python_process, run_python
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsCloseReason,
+    PsMultiClient,
+    PsServer,
+    PsSession,
+    run_coroutine,
+)
+from psofa_gevent.testing import (
+    ClientFactory,
+    RecordingCallback,
+    ScriptedClient,
+    ServerFactory,
+    eventually,
+)
+
+SOON = 5.0
+"""Seconds: nothing here comes near it, unless something waits for itself."""
+
+SIGNAL = signal.SIGUSR1
+
+Stop: TypeAlias = Callable[[], object]
+
+
+class StopsIn(RecordingCallback):
+    """Calls `stop` in one of its methods, sync or async, and notes when that has returned."""
+
+    def __init__(self, method: str, *, use_async_callback: bool = False) -> None:
+        super().__init__(reply=bytes, use_async_callback=use_async_callback)
+        self._method = method
+        self.stop: Stop = lambda: None
+        self.returned: list[list[str]] = []
+
+    def _act(self, method: str) -> None:
+        if method == self._method and not self.returned:
+            self.stop()
+            self.returned.append([event.name for event in self.events])
+
+    def on_open(self, session: PsSession) -> None:
+        super().on_open(session)
+        self._act("on_open")
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        super().on_message(session, message)
+        self._act("on_message")
+
+    def on_eof(self, session: PsSession) -> None:
+        super().on_eof(session)
+        self._act("on_eof")
+
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        super().on_close(session, close_reason)
+        self._act("on_close")
+
+    def on_stop(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+        super().on_stop(owner)
+        self._act("on_stop")
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await super().on_message_async(session, message)
+        self._act("on_message")
+
+
+METHODS = ["on_open", "on_message", "on_eof", "on_close", "on_stop"]
+sync_and_async = pytest.mark.parametrize("use_async_callback", [False, True], ids=["sync", "async"])
+
+
+def provoke(method: str, peer: ScriptedClient, session: PsSession, stop: Stop) -> None:
+    """Have `method` of the session called."""
+    match method:
+        case "on_message":
+            peer.send("x")
+        case "on_eof":
+            peer.eof()
+        case "on_close":
+            session.close()
+        case "on_stop":
+            gevent.spawn(stop)
+
+
+# From callbacks
+
+
+@sync_and_async
+@pytest.mark.parametrize("method", METHODS)
+def test_shutdown_in_a_callback_returns_at_once_and_goes_on(
+    method: str, use_async_callback: bool, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = StopsIn(method, use_async_callback=use_async_callback)
+    server = ps_server(callback, allow_half_open=True)
+    callback.stop = server.shutdown
+    client = ps_client(server)
+    opened = callback.wait_for("on_open")[0].session
+    assert opened is not None
+    provoke(method, client, opened, server.shutdown)
+    assert server.wait_for(SOON)
+    expect_one_life_each(callback, 1)
+    # It had returned before the things that come after the callback.
+    after = METHODS[METHODS.index(method) + 1 :] if method in ("on_close", "on_stop") else []
+    assert callback.returned
+    assert not set(callback.returned[0]) & set(after)
+    server.start()  # and all is as new
+    server.shutdown()
+
+
+def expect_one_life_each(callback: RecordingCallback, sessions: int) -> None:
+    closed = [event.session for event in callback.named("on_close")]
+    assert len(closed) == len(set(closed)) == sessions
+    assert len(callback.named("on_stop")) == 1
+    assert callback.events[-1].name == "on_stop"
+
+
+@sync_and_async
+@pytest.mark.parametrize("method", METHODS)
+def test_disconnect_of_a_client_in_a_callback_returns_at_once_and_goes_on(
+    method: str, use_async_callback: bool
+) -> None:
+    callback = StopsIn(method, use_async_callback=use_async_callback)
+    with ScriptedServer() as listener:
+        client = PsClient(callback, *listener.address, allow_half_open=True)
+        callback.stop = client.disconnect
+        session = client.connect()
+        provoke(method, listener.accept(), session, client.disconnect)
+        callback.wait_for("on_stop")
+        client.disconnect()
+        expect_one_life_each(callback, 1)
+        assert callback.named("on_close")[0].value is PsCloseReason.SELF_CLOSE
+        assert len(callback.returned) == 1
+        client.connect()
+        client.disconnect()
+
+
+@sync_and_async
+@pytest.mark.parametrize("method", METHODS)
+def test_destroy_bundle_in_a_callback_returns_at_once_and_goes_on(
+    method: str, use_async_callback: bool
+) -> None:
+    callback = StopsIn(method, use_async_callback=use_async_callback)
+    with ScriptedServer() as listener:
+        bundle = PsMultiClient(callback, allow_half_open=True)
+        callback.stop = bundle.destroy_bundle
+        bundle.init_bundle()
+        session = bundle.connect(*listener.address).session
+        provoke(method, listener.accept(), session, bundle.destroy_bundle)
+        callback.wait_for("on_stop")
+        bundle.destroy_bundle()
+        expect_one_life_each(callback, 1)
+        assert len(callback.returned) == 1
+        bundle.init_bundle()
+        bundle.destroy_bundle()
+
+
+def test_shutdown_in_a_greenlet_that_a_callback_spawned_waits_for_the_end(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    seen: list[str] = []
+
+    class Spawns(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            gevent.spawn(self.shut_down)
+
+        def shut_down(self) -> None:
+            server.shutdown()
+            seen.append(self.events[-1].name)
+
+    callback = Spawns()
+    server = ps_server(callback)
+    ps_client(server).send("x")
+    eventually(lambda: seen)
+    assert seen == ["on_stop"]
+
+
+def test_shutdown_in_a_coroutine_outside_a_callback_returns_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    ps_client(server)
+    callback.wait_for("on_open")
+
+    async def shut_down() -> bool:
+        server.shutdown()
+        still_stopping = not callback.named("on_stop")
+        await asyncio.sleep(0)
+        return still_stopping
+
+    assert run_coroutine(shut_down()) is True
+    assert server.wait_for(SOON)
+    expect_one_life_each(callback, 1)
+
+
+def test_shutdown_in_the_hub_returns_at_once_and_goes_on(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    ps_client(server)
+    callback.wait_for("on_open")
+    gevent.get_hub().loop.run_callback(server.shutdown)
+    assert server.wait_for(SOON)
+    expect_one_life_each(callback, 1)
+
+
+def test_disconnect_in_the_hub_returns_at_once_and_goes_on() -> None:
+    callback = RecordingCallback()
+    with ScriptedServer() as listener:
+        client = PsClient(callback, *listener.address)
+        client.connect()
+        gevent.get_hub().loop.run_callback(client.disconnect)
+        callback.wait_for("on_stop")
+        client.disconnect()
+        expect_one_life_each(callback, 1)
+
+
+def test_shutdown_from_everywhere_at_once_stops_once(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = StopsIn("on_message")
+    server = ps_server(callback)
+    callback.stop = server.shutdown
+    clients = [ps_client(server) for _ in range(10)]
+    callback.wait_for("on_open", 10)
+    for client in clients:
+        client.send("x")
+    greenlets = [gevent.spawn(server.shutdown) for _ in range(3)]
+    threads = [NativeThread(server.shutdown) for _ in range(3)]
+    gevent.get_hub().loop.run_callback(server.shutdown)
+    server.shutdown()
+    gevent.joinall(greenlets, timeout=SOON, raise_error=True)
+    for thread in threads:
+        thread.join(SOON)
+    expect_one_life_each(callback, 10)
+
+
+def test_two_servers_that_shut_each_other_down_both_stop(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callbacks = [StopsIn("on_message"), StopsIn("on_message")]
+    servers = [ps_server(callback) for callback in callbacks]
+    callbacks[0].stop, callbacks[1].stop = servers[1].shutdown, servers[0].shutdown
+    clients = [ps_client(server) for server in servers]
+    for callback in callbacks:
+        callback.wait_for("on_open")
+    for client in clients:
+        client.send("x")
+    for server, callback in zip(servers, callbacks, strict=True):
+        assert server.wait_for(SOON)
+        expect_one_life_each(callback, 1)
+
+
+@pytest.mark.parametrize("method", ["on_close", "on_stop"])
+def test_two_servers_that_shut_each_other_down_at_the_end_both_stop(
+    method: str, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callbacks = [StopsIn(method), StopsIn(method)]
+    servers = [ps_server(callback) for callback in callbacks]
+    callbacks[0].stop, callbacks[1].stop = servers[1].shutdown, servers[0].shutdown
+    for server in servers:
+        ps_client(server)
+    for callback in callbacks:
+        callback.wait_for("on_open")
+    servers[0].shutdown()
+    for server, callback in zip(servers, callbacks, strict=True):
+        assert server.wait_for(SOON)
+        expect_one_life_each(callback, 1)
+
+
+# From signal handlers
+
+
+@pytest.fixture
+def on_signal() -> Iterator[Callable[[Stop], None]]:
+    """Sets a ``signal.signal`` handler for `SIGNAL`, which calls what it is given."""
+    before = signal.getsignal(SIGNAL)
+
+    def handle_by(stop: Stop) -> None:
+        signal.signal(SIGNAL, lambda _number, _frame: stop() and None)
+
+    yield handle_by
+    signal.signal(SIGNAL, before)
+
+
+OnSignal: TypeAlias = Callable[[Stop], None]
+
+
+def send_signal_while_all_greenlets_wait() -> NativeThread[None]:
+    """By a thread, which needs no greenlet of ours to run."""
+    return NativeThread(os.kill, os.getpid(), SIGNAL)
+
+
+def test_shutdown_in_a_signal_handler_while_all_greenlets_wait(
+    on_signal: OnSignal, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    on_signal(server.shutdown)
+    ps_client(server)
+    callback.wait_for("on_open")
+    sender = send_signal_while_all_greenlets_wait()
+    assert server.wait_for(SOON)
+    sender.join()
+    expect_one_life_each(callback, 1)
+
+
+def test_disconnect_in_a_signal_handler_while_all_greenlets_wait(on_signal: OnSignal) -> None:
+    callback = RecordingCallback()
+    with ScriptedServer() as listener:
+        client = PsClient(callback, *listener.address)
+        on_signal(client.disconnect)
+        client.connect()
+        sender = send_signal_while_all_greenlets_wait()
+        callback.wait_for("on_stop")
+        sender.join()
+        client.disconnect()
+        expect_one_life_each(callback, 1)
+
+
+def test_shutdown_in_a_signal_handler_that_hits_the_main_greenlet_waits_there(
+    on_signal: OnSignal, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    on_signal(server.shutdown)
+    ps_client(server)
+    callback.wait_for("on_open")
+    signal.raise_signal(SIGNAL)
+    expect_one_life_each(callback, 1)
+    assert server.wait_for(0)
+
+
+@sync_and_async
+@pytest.mark.parametrize("method", METHODS)
+def test_shutdown_in_a_signal_handler_that_hits_a_callback_returns_at_once(
+    method: str,
+    use_async_callback: bool,
+    on_signal: OnSignal,
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+) -> None:
+    callback = StopsIn(method, use_async_callback=use_async_callback)
+    callback.stop = lambda: signal.raise_signal(SIGNAL)
+    server = ps_server(callback, allow_half_open=True)
+    on_signal(server.shutdown)
+    client = ps_client(server)
+    opened = callback.wait_for("on_open")[0].session
+    assert opened is not None
+    provoke(method, client, opened, server.shutdown)
+    assert server.wait_for(SOON)
+    expect_one_life_each(callback, 1)
+
+
+class SignalsWhenLogged(logging.Handler):
+    """Raises the signal wherever the library logs: in its own greenlets, between two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = False
+        self.greenlets: set[object] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.armed:
+            self.greenlets.add(gevent.getcurrent())
+            signal.raise_signal(SIGNAL)
+
+
+@pytest.fixture
+def signals_when_logged() -> Iterator[SignalsWhenLogged]:
+    logger = logging.getLogger("psofa_gevent")
+    handler, level = SignalsWhenLogged(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.mark.logs_errors
+def test_shutdown_in_a_signal_handler_that_hits_the_librarys_own_greenlets(
+    on_signal: OnSignal,
+    signals_when_logged: SignalsWhenLogged,
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+) -> None:
+    class Hangs(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            gevent.sleep(60)
+
+    callback = Hangs()
+    server = ps_server(callback)
+    client = ps_client(server)
+    client.send("x")
+    callback.wait_for("on_message")
+    on_signal(lambda: server.shutdown(0.1))
+    signals_when_logged.armed = True
+    stopping = gevent.spawn(server.shutdown, 0.1)
+    assert server.wait_for(SOON)
+    stopping.get(timeout=SOON)
+    assert len(signals_when_logged.greenlets) > 1
+    expect_one_life_each(callback, 1)
+
+
+def test_shutdown_by_gevents_signal_handler(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    ps_client(server)
+    callback.wait_for("on_open")
+    with cancelled_at_the_end(gevent.signal_handler(SIGNAL, server.shutdown)):
+        sender = send_signal_while_all_greenlets_wait()
+        assert server.wait_for(SOON)
+        sender.join()
+    expect_one_life_each(callback, 1)
+
+
+@contextlib.contextmanager
+def cancelled_at_the_end(handler: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handler.cancel()
+
+
+STORM = """
+    import signal
+    import sys
+
+    if sys.argv[1] == "patched":
+        from gevent import monkey
+        monkey.patch_all()
+    import gevent
+    from psofa_gevent import PsServer
+    from psofa_gevent.testing import RecordingCallback, ScriptedClient
+
+    # A few signals hit whatever runs: main, hub, sessions, timers, the stop itself.
+    def handler(number, frame):
+        global left
+        left -= 1
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, 50e-6)
+        server.shutdown()
+
+    left = 0
+    signal.signal(signal.SIGALRM, handler)
+    for number in range(300):
+        callback = RecordingCallback()
+        server = PsServer(callback, host="127.0.0.1", port=0, idle_milliseconds=1, divide=1_000)
+        server.start()
+        with ScriptedClient(server.address) as client:
+            callback.wait_for("on_open")
+            left = 1 + number % 3
+            signal.setitimer(signal.ITIMER_REAL, 5e-6 * (1 + number % 40))
+            server.shutdown()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert server.wait_for(5)
+        names = [event.name for event in callback.events]
+        assert names == ["on_start", "on_open", "on_close", "on_stop"], names
+        assert gevent.wait(timeout=5), "something is left"
+    print("survived")
+"""
+
+
+@pytest.mark.parametrize("mode", ["unpatched", "patched"])
+def test_shutdown_in_a_signal_handler_whatever_it_hits(mode: str) -> None:
+    done = run_python(STORM, mode, timeout=60.0)
+    assert done.stderr == ""
+    assert (done.stdout, done.returncode) == ("survived\n", 0)
+
+
+# serve_forever
+
+SERVE = """
+    import signal
+    import sys
+    import time
+
+    if "patched" in sys.argv:
+        from gevent import monkey
+        monkey.patch_all()
+    import asyncio
+    import gevent
+    from gevent import monkey
+    from psofa_gevent import PsCallback, PsServer
+
+    def say(*words):
+        print(*words, flush=True)
+
+    class Callback(PsCallback):
+        use_async_callback = "async" in sys.argv
+
+        def on_message(self, session, message):
+            session.send(message)
+            say("message", message.decode())
+            if message == b"hang":
+                gevent.sleep(600)
+            if message == b"swallow":
+                while True:
+                    try:
+                        gevent.sleep(600)
+                    except BaseException:
+                        pass
+            if message == b"block":
+                monkey.get_original("time", "sleep")(600)
+            if message == b"exit":
+                raise SystemExit(3)
+            if message == b"shutdown":
+                server.shutdown()
+
+        def on_close(self, session, close_reason):
+            say("close", close_reason.name)
+
+        def on_stop(self, owner):
+            say("stop")
+
+        async def on_message_async(self, session, message):
+            if message == b"hang":
+                say("message hang")
+                await asyncio.sleep(600)
+            self.on_message(session, message)
+
+        async def on_close_async(self, session, close_reason):
+            self.on_close(session, close_reason)
+
+        async def on_stop_async(self, owner):
+            self.on_stop(owner)
+
+    def own_handler(number, frame):
+        say("own handler")
+
+    server = PsServer(Callback(), host="127.0.0.1", port=0)
+    server.start()
+    signal.signal(signal.SIGTERM, own_handler)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    say("port", server.address[1])
+    try:
+        server.serve_forever()
+        say("returned", server.started, server.get_session_count())
+    finally:
+        after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        say("restored" if after == before else f"not restored: {after}")
+"""
+
+
+@contextlib.contextmanager
+def serving_process(*arguments: str) -> Iterator[tuple[PythonProcess, ScriptedClient]]:
+    """A program in ``serve_forever``, its signal handlers set, and a client of it."""
+    with python_process("-c", textwrap.dedent(SERVE), *arguments) as process:
+        port = int(process.expect_line("port").split()[1])
+        with ScriptedClient(("127.0.0.1", port)) as client:
+            client.send("ping")
+            client.expect("ping")
+            yield process, client
+
+
+both_signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+END_OF_A_GRACEFUL_SHUTDOWN = ["close SHUTDOWN", "stop", "returned False 0", "restored"]
+
+
+@both_signals
+@pytest.mark.parametrize("arguments", [(), ("async",), ("patched",)])
+def test_signal_shuts_serve_forever_down_gracefully(
+    number: signal.Signals, arguments: tuple[str, ...]
+) -> None:
+    with serving_process(*arguments) as (process, client):
+        process.send_signal(number)
+        client.expect_eof()
+        assert process.wait() == 0
+        assert process.lines[-4:] == END_OF_A_GRACEFUL_SHUTDOWN
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", ["hang", "swallow"])
+def test_second_signal_ends_serve_forever_at_once_while_a_callback_hangs(
+    first: signal.Signals, second: signal.Signals, how: str
+) -> None:
+    with serving_process() as (process, client):
+        client.send(how)
+        process.expect_line(f"message {how}")
+        process.send_signal(first)
+        # The shutdown has begun when nobody can connect any more.
+        eventually(lambda: not can_connect(client))
+        process.send_signal(second)
+        assert process.wait(timeout=3.0) == -second
+
+
+def can_connect(client: ScriptedClient) -> bool:
+    try:
+        ScriptedClient(client.socket.getpeername()).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_second_signal_ends_serve_forever_at_once_while_an_async_callback_hangs() -> None:
+    with serving_process("async") as (process, client):
+        client.send("hang")
+        process.expect_line("message hang")
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: not can_connect(client))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=3.0) == -signal.SIGTERM
+
+
+def test_second_signal_ends_serve_forever_at_once_while_a_callback_blocks_the_thread() -> None:
+    with serving_process() as (process, client):
+        client.send("block")
+        process.expect_line("message block")
+        process.send_signal(signal.SIGINT)
+        gevent.sleep(0.5)  # nothing tells from outside that the first has been handled
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=3.0) == -signal.SIGINT
+
+
+def test_one_signal_ends_serve_forever_although_a_callback_hangs() -> None:
+    with serving_process() as (process, client):
+        client.send("hang")
+        process.expect_line("message hang")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=15.0) == 0
+        assert process.lines[-4:] == END_OF_A_GRACEFUL_SHUTDOWN
+
+
+def test_serve_forever_returns_after_a_shutdown_by_a_callback() -> None:
+    with serving_process() as (process, client):
+        client.send("shutdown")
+        assert process.wait() == 0
+        assert process.lines[-4:] == END_OF_A_GRACEFUL_SHUTDOWN
+
+
+def test_serve_forever_shuts_down_on_the_way_out_of_an_exception() -> None:
+    with serving_process() as (process, client):
+        client.send("exit")
+        assert process.wait() == 3
+        assert process.lines[-3:] == ["close FAILED", "stop", "restored"]
+
+
+def test_signal_for_serve_forever_is_not_for_the_programs_own_handler() -> None:
+    with serving_process() as (process, _client):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert "own handler" not in process.lines
+
+
+def test_serve_forever_again_after_a_signal_handles_the_next_one() -> None:
+    program = """
+        import gevent
+        from psofa_gevent import PsCallback, PsServer
+
+        server = PsServer(PsCallback(), host="127.0.0.1", port=0)
+        for number in (1, 2, 3):
+            server.start()
+            # Printed when the main greenlet waits, its handlers set.
+            gevent.spawn(print, "serving", number, flush=True)
+            server.serve_forever()
+        print("done", flush=True)
+    """
+    with python_process("-c", textwrap.dedent(program)) as process:
+        for number in (1, 2, 3):
+            process.expect_line(f"serving {number}")
+            process.send_signal(signal.SIGINT)
+        process.expect_line("done")
+        assert process.wait() == 0
+
+
+def test_serve_forever_in_this_process_restores_the_handlers(on_signal: OnSignal) -> None:
+    callback = RecordingCallback()
+    server = PsServer(callback, host="127.0.0.1", port=0)
+
+    def own_handler(_number: int, _frame: object) -> None:
+        pytest.fail("the signal was for serve_forever")
+
+    before = signal.signal(signal.SIGTERM, own_handler)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        server.start()
+        with ScriptedClient(server.address) as client:
+            callback.wait_for("on_open")
+            terminate = gevent.spawn_later(0.05, signal.raise_signal, signal.SIGTERM)
+            server.serve_forever()
+            client.expect_eof()
+            terminate.get(timeout=SOON)
+        assert signal.getsignal(signal.SIGTERM) is own_handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    expect_one_life_each(callback, 1)
+    assert callback.named("on_close")[0].value is PsCloseReason.SHUTDOWN
+
+
+def test_serve_forever_in_another_thread_works_without_signals() -> None:
+    callback = RecordingCallback(reply=bytes)
+    server = PsServer(callback, host="127.0.0.1", port=0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = NativeThread(server.serve_forever)
+    eventually(lambda: server.started and server.address[1])
+    with ScriptedClient(server.address) as client:
+        client.send("ping")
+        client.expect("ping")
+        assert {number: signal.getsignal(number) for number in before} == before
+        server.shutdown()
+        client.expect_eof()
+    thread.join(SOON)
+    expect_one_life_each(callback, 1)
+
+
+def test_serve_forever_in_a_greenlet_of_the_main_thread_handles_signals() -> None:
+    server = PsServer(PsCallback(), host="127.0.0.1", port=0)
+    serving = gevent.spawn(server.serve_forever)
+    eventually(lambda: server.started)
+    gevent.sleep(0)
+    signal.raise_signal(signal.SIGTERM)
+    serving.get(timeout=SOON)
+
+
+def test_two_servers_in_serve_forever_stop_at_one_signal_and_restore_the_handlers() -> None:
+    program = """
+        import gevent
+        import signal
+        from psofa_gevent import PsCallback, PsServer
+
+        before = signal.getsignal(signal.SIGINT)
+        servers = [PsServer(PsCallback(), host="127.0.0.1", port=0) for _ in range(2)]
+        for server in servers:
+            server.start()
+        greenlets = [gevent.spawn(server.serve_forever) for server in servers]
+        # Printed when both wait, their handlers set.
+        gevent.spawn(print, "serving", flush=True)
+        gevent.joinall(greenlets, raise_error=True)
+        print("restored" if signal.getsignal(signal.SIGINT) is before else "not restored")
+    """
+    with python_process("-c", textwrap.dedent(program)) as process:
+        process.expect_line("serving")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5.0) == 0
+        assert process.lines[-1] == "restored"
