@@ -11,32 +11,35 @@ Which greenlet runs what:
   ``asyncio.run`` in another greenlet works beside ours in a patched process.
 - A step that waits in gevent's way (``gevent.sleep``, a sync ``send``, a blocking library in a
   patched process) holds the loop: other coroutines wait until it is through, other greenlets go on.
-  ``asyncio.timeout`` can't interrupt it; a kill of the greenlet that waits for the task can, and
-  ``gevent.Timeout`` too. Around an ``await``, ``gevent.Timeout`` is of no use: it is dropped there
-  and reported to the loop's exception handler. A step that blocks the thread blocks everyone.
+  ``asyncio.timeout`` can't interrupt it; a ``gevent.Timeout`` in the coroutine can, and a kill of
+  the greenlet that waits for the task. Around an ``await`` a ``gevent.Timeout`` is of no use: it is
+  dropped, and reported to the loop's exception handler. A step that blocks the thread blocks all.
 
-``to_thread`` uses asyncio's own executor: OS threads, or greenlets where ``threading`` is patched.
-Set ``loop.set_task_factory`` as you like, but not to ``asyncio.eager_task_factory``: a step runs in
-the loop's greenlet or it fails.
+``asyncio.to_thread`` uses OS threads, or greenlets where ``threading`` is patched: then a function
+that blocks in C blocks all. ``await await_greenlet(gevent.spawn(get_hub().threadpool.apply, f))``
+runs ``f`` in an OS thread there too.
 
-Why a loop of our own and not the `asyncio-gevent` package: with it one greenlet at a time can run
-coroutines ("Cannot run the event loop while another loop is running"), or each brings a loop of its
-own, and then objects made on one are used on another; a step that waits in gevent's way lets the
-next task be entered ("Cannot enter into task"); its ``select(0)`` returns without the hub having
-polled. And it is slower, since each wake-up goes through a pipe. A coroutine that returns at once,
-µs of CPU for each, run by 100 greenlets side by side and by one alone (CPython 3.11, 3.13; libev):
+Why a loop of our own and not the ``asyncio-gevent`` package (0.2.5): its helpers run a coroutine on
+the running loop that they find, else on a loop of their own. So two greenlets that do so at once
+end in "attached to a different loop", "no running event loop", or a hang when the loop that the
+second one found ends with the first one's coroutine; its users report the same. Each call leaves a
+loop behind, with two descriptors, and its event loop policy is something that Python gives up. With
+one loop of its class for all, kept running and called from greenlets by ``call_soon_threadsafe``,
+coroutines run side by side, but each wake-up goes through a pipe. CPU time for a coroutine that
+returns at once, in µs, where 100 greenlets run one after the other each, and where a single one
+does (CPython 3.11 and 3.13, gevent 26.9 on libev):
 
-==============================================  ===========  ==========
-                                                100 at once   one alone
-==============================================  ===========  ==========
-`run_task`                                        TODO          TODO
-`asyncio_gevent` loop, ``call_soon_threadsafe``   TODO          TODO
-`asyncio_gevent.async_to_sync`                      fails       TODO
-==============================================  ===========  ==========
+============================================  ============  ============
+                                              100 at once   one alone
+============================================  ============  ============
+`run_task`                                     9, 10         17, 17
+``asyncio_gevent.EventLoop``, kept running     16, 18         115, 135
+``asyncio_gevent.async_to_sync``               fails          450, 530
+============================================  ============  ============
 
-What makes the difference: no pipe (the hub's own callback list wakes the loop), the selector's
-watchers stay where they are, and a finished task wakes the greenlet that waits for it in the moment
-in which it finishes instead of in the loop's next round.
+What makes the difference: no pipe (the hub's own callback list wakes the loop), watchers that stay
+where they are, and that a finished task wakes the greenlet that waits for it in the moment in which
+it finishes instead of in the loop's next round (which alone saves a sixth).
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ import gevent
 from gevent import Greenlet, getcurrent
 from greenlet import greenlet
 
-from psofa_gevent.hub_loop import HubLoop, hub_loop
-from psofa_gevent.loop_greenlet import LoopGreenlet
+from psofa_gevent.aio_greenlet import LoopGreenlet
+from psofa_gevent.aio_loop import HubLoop, hub_loop
 
 __all__ = [
     "await_greenlet",

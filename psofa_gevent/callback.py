@@ -119,7 +119,10 @@ def _check_method(callback: PsCallback, name: str, *, is_async: bool) -> None:
     where = f"{type(callback).__name__}.{name}"
     if not callable(method):
         raise PsCallbackError(f"{where} must be a method, not {method!r}")
-    written_async = inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
+    written_async = any(
+        inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+        for function in (method, getattr(method, "__call__", None))  # noqa: B004 - not a test
+    )
     if written_async and not is_async:
         raise PsCallbackError(
             f"{where} is written 'async def', but is a sync callback: override "

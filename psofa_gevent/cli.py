@@ -114,7 +114,7 @@ def run_demo(program: str) -> int:
     """Run the demo; Ctrl-C ends it wherever it is.
 
     Python would raise KeyboardInterrupt in whatever runs at the moment: in the hub's own code it
-    would be the end of the hub. gevent hands on what a greenlet raises to the main one, which waits.
+    would end the hub. What a greenlet raises, gevent hands on to the main one, which waits.
     """
     gevent.signal_handler(signal.SIGINT, interrupt)
     return demo.run(program, sys.stdout)

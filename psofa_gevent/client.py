@@ -115,8 +115,10 @@ class PsClient(ConnectingOwner):
             Exception: what ``on_start`` raised.
         """
         check_connect(connection_id, timeout)
-        if self._stop is not None:
+        if self._is_stopping:
             raise PsClientError(f"{self!r} is disconnecting")
+        if self._is_starting:
+            raise PsClientError(f"{self!r} is starting: on_start has not returned")
         if self._connectors or self.session is not None:
             raise PsClientError(f"{self!r} is connected, or connecting, already")
         manager = self._manager

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Dispatch"]
 
+SHORTEST_TIMER = 0.001
+"""Seconds: libuv knows no shorter timer, and warns of one."""
 LONGEST_RETHROW = 1.0
 """Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
 
@@ -117,12 +119,13 @@ class _Limit:
 
     def __init__(self, name: str, timeout: float, expired: Callable[[TimeoutError], None]) -> None:
         self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
-        self._timeout = timeout
+        self._timeout = max(timeout, SHORTEST_TIMER)
         self._expired: Callable[[TimeoutError], None] | None = expired
 
     def __enter__(self) -> None:
         self._greenlet = getcurrent()
-        self._timer = get_hub().loop.timer(self._timeout, min(self._timeout, LONGEST_RETHROW))
+        again = min(self._timeout, LONGEST_RETHROW)
+        self._timer = get_hub().loop.timer(self._timeout, again)
         self._timer.start(self._throw)
 
     def __exit__(self, *_exc_info: object) -> None:

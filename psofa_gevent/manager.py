@@ -29,6 +29,7 @@ from psofa_gevent.settings import SessionSettings
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
+    from psofa_gevent.stopping import Stop
 
 __all__ = ["SessionManager"]
 
@@ -56,6 +57,9 @@ class SessionManager:
         """Set when the stop is over: no callback runs any more."""
         self.starter: object = None
         """The greenlet that starts the owner, until ``on_start`` has returned."""
+        self.stop: Stop | None = None
+        """What stops this manager, once that has begun."""
+        self._stops: list[Stop] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
         self.sessions: dict[PsSession, None] = {}
@@ -83,6 +87,12 @@ class SessionManager:
         self.pool.start(greenlet)
         return session
 
+    def set_stop(self, stop: Stop) -> Stop:
+        """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""
+        self._stops.append(stop)
+        self.stop = self._stops[0]
+        return self._stops[0]
+
     def session_ended(self, session: PsSession) -> None:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
@@ -98,6 +108,10 @@ class SessionManager:
         if not self.sessions:
             self.changed.set()
         return True
+
+    def is_quiet(self) -> bool:
+        """No session is left, and no callback is due."""
+        return not self.sessions and not self.closing.pending
 
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""

@@ -176,6 +176,8 @@ class PsMultiClient(ConnectingOwner):
         return self._running_manager().open(sock, sock.getpeername())
 
     def _running_manager(self) -> SessionManager:
-        if self._manager is None or self._stop is not None:
+        if self._manager is None or self._is_stopping:
             raise PsMultiClientError(f"{self!r}: call init_bundle first")
+        if self._is_starting:
+            raise PsMultiClientError(f"{self!r} is starting: on_start has not returned")
         return self._manager

@@ -37,7 +37,6 @@ class SessionOwner:
         self._callback = callback
         self._settings = settings
         self._manager: SessionManager | None = None
-        self._stop: Stop | None = None
 
     def get_session_count(self) -> int:
         """How many sessions have not ended: open ones, and those whose close is on its way."""
@@ -52,7 +51,15 @@ class SessionOwner:
 
     @property
     def _is_running(self) -> bool:
-        return self._manager is not None and self._stop is None
+        return self._manager is not None and self._manager.stop is None
+
+    @property
+    def _is_starting(self) -> bool:
+        return self._manager is not None and self._manager.starter is not None
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._manager is not None and self._manager.stop is not None
 
     def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
         return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
@@ -93,7 +100,7 @@ class SessionOwner:
         if manager is None:
             return
         if manager.thread.is_current():
-            self._begin_stop(manager, reason, timeout, drain).wait()
+            self._begin_stop(manager, reason, timeout, drain).wait(manager)
             return
         done = CallerEvent()
         manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
@@ -117,21 +124,21 @@ class SessionOwner:
     def _begin_stop(
         self, manager: SessionManager, reason: PsCloseReason, timeout: float | None, drain: float
     ) -> Stop:
-        """Begin the stop, or shorten the one that is on its way. Does not switch."""
-        stop = self._stop
-        if stop is None:
+        """Begin the stop, or shorten the one that is on its way. Does not switch.
+
+        A signal handler may do the same in the middle of this: so there is no look before a leap,
+        and each step may be done twice.
+        """
+        stop = manager.set_stop(Stop(manager, reason, self._stopped))
+        if self._manager is manager:
             self._close_entrance()
-            stop = self._stop = Stop(manager, reason, self._stopped)
-            stop.shorten(timeout, drain)
-            stop.begin()
-        else:
-            stop.shorten(timeout, drain)
+        stop.shorten(timeout, drain)
+        stop.begin(manager)
         return stop
 
     def _close_entrance(self) -> None:
-        """Let no new connection in. Does not switch."""
+        """Let no new connection in. Does not switch, and may be called again."""
         raise NotImplementedError
 
     def _stopped(self) -> None:
         self._manager = None
-        self._stop = None

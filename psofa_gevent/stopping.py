@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
+from typing import NamedTuple
 
 from gevent import getcurrent
 
@@ -42,87 +44,110 @@ FIRST_LOOK = 0.01
 """Seconds that sessions have even with a timeout of 0: those that wait for bytes end by then."""
 
 
+class _Asked(NamedTuple):
+    """One call that asked for the stop: when, and what it allows."""
+
+    at: float
+    timeout: float
+    drain: float
+
+
 class Stop:
-    """One stop of one manager. Made, and its methods called, in the hub's thread."""
+    """One stop of one manager. Made, and its methods called, in the hub's thread.
+
+    It is kept by its manager and does not keep it: what has stopped goes when its owner is dropped.
+    """
 
     def __init__(
         self, manager: SessionManager, reason: PsCloseReason, finished: Callable[[], None]
     ) -> None:
-        """Begin to stop.
+        """Prepare to stop.
 
         Args:
-            manager: what is stopped. It opens no session from now on.
+            manager: what is to be stopped.
             reason: SHUTDOWN, or SELF_CLOSE for clients.
             finished: called at the end, before those who wait go on.
         """
-        self._manager = manager
+        self._changed = manager.changed
+        self._stopped = manager.stopped
         self._reason = reason
         self._finished = finished
-        self._drain_until = NEVER
-        self._timeout = NEVER
-        self._deadline = NEVER
-        self._begun_at = monotonic()
-        self._closing = False
+        self._asked_for: list[_Asked] = []
+        self._closing_since: float | None = None
         self._stop_called = False
         self._waiting_threads: list[CallerEvent] = []
-
-    def begin(self) -> None:
-        """Start the greenlet that stops everything. Called once, after `shorten`."""
-        greenlet = LibraryGreenlet(self._run)
-        greenlet.rawlink(self._ended)
-        greenlet.start()
+        self._greenlets: list[LibraryGreenlet] = []
 
     def shorten(self, timeout: float | None, drain: float) -> None:
         """Allow `drain` and then `timeout` seconds from now, unless less is allowed already."""
-        now = monotonic()
-        self._drain_until = min(self._drain_until, now + drain)
-        self._timeout = min(self._timeout, NEVER if timeout is None else timeout)
-        if self._closing and timeout is not None:
-            self._deadline = min(self._deadline, now + timeout)
-        self._manager.changed.set()
+        limit = NEVER if timeout is None else timeout
+        self._asked_for.append(_Asked(monotonic(), limit, drain))
+        self._changed.set()
+
+    def begin(self, manager: SessionManager) -> None:
+        """Start the greenlet that stops `manager`, after a `shorten`. May be called again."""
+        if not self._greenlets:
+            self._greenlets.append(self._new_greenlet(manager))
+        self._greenlets[0].start()
 
     def add_thread(self, event: CallerEvent) -> None:
         """Set `event` when all is over, for an OS thread that waits."""
-        if self._manager.stopped.is_set():
+        if self._stopped.is_set():
             event.set()
         else:
             self._waiting_threads.append(event)
 
-    def wait(self) -> None:
+    def wait(self, manager: SessionManager) -> None:
         """Wait until all is over, where the caller may wait for that; else return at once."""
-        if may_wait_for_callbacks() and getcurrent() is not self._manager.starter:
-            self._manager.stopped.wait()
+        if may_wait_for_callbacks() and getcurrent() is not manager.starter:
+            self._stopped.wait()
 
-    def _ended(self, _greenlet: object) -> None:
+    def _new_greenlet(self, manager: SessionManager) -> LibraryGreenlet:
+        greenlet = LibraryGreenlet(partial(self._run, manager))
+        greenlet.rawlink(partial(self._ended, manager))
+        return greenlet
+
+    def _ended(self, manager: SessionManager, _greenlet: object) -> None:
         # Killed by a stranger: each phase looks at what is there, so it may be entered again.
-        if not self._manager.stopped.is_set():
-            self.begin()
+        if not self._stopped.is_set():
+            self._greenlets[0] = self._new_greenlet(manager)
+            self._greenlets[0].start()
 
-    def _run(self) -> None:
-        manager = self._manager
-        self._wait(lambda: manager.starter is None, lambda: self._begun_at + self._timeout)
-        if not self._closing:
-            self._wait(lambda: not manager.sessions, lambda: self._drain_until)
-            self._begin_closing()
-        if not self._wait(self._is_quiet, lambda: self._deadline):
-            self._force()
-        self._call_on_stop()
+    @property
+    def _timeout(self) -> float:
+        return min(asked.timeout for asked in self._asked_for)
+
+    def _start_deadline(self) -> float:
+        return min(asked.at + asked.timeout for asked in self._asked_for)
+
+    def _drain_deadline(self) -> float:
+        return min(asked.at + asked.drain for asked in self._asked_for)
+
+    def _deadline(self) -> float:
+        since = self._closing_since
+        assert since is not None
+        first = min(max(since, asked.at) + asked.timeout for asked in self._asked_for)
+        return max(first, since + FIRST_LOOK)
+
+    def _run(self, manager: SessionManager) -> None:
+        self._wait(lambda: manager.starter is None, self._start_deadline)
+        if self._closing_since is None:
+            self._wait(lambda: not manager.sessions, self._drain_deadline)
+            self._begin_closing(manager)
+        if not self._wait(manager.is_quiet, self._deadline):
+            self._force(manager)
+        self._call_on_stop(manager)
         manager.release()
         self._finish()
 
-    def _begin_closing(self) -> None:
-        self._closing = True
-        self._deadline = monotonic() + max(self._timeout, FIRST_LOOK)
+    def _begin_closing(self, manager: SessionManager) -> None:
+        self._closing_since = monotonic()
         if self._reason is PsCloseReason.SHUTDOWN:
-            self._manager.drop_unstarted()
-        self._manager.request_closes(self._reason)
+            manager.drop_unstarted()
+        manager.request_closes(self._reason)
 
-    def _is_quiet(self) -> bool:
-        return not self._manager.sessions and not self._manager.closing.pending
-
-    def _force(self) -> None:
+    def _force(self, manager: SessionManager) -> None:
         """Kill what runs until it has ended or the second bound is over."""
-        manager = self._manager
         logger.warning(
             "%r: after %g s %d sessions and %d on_close calls have not ended: killing them",
             manager.owner,
@@ -130,55 +155,49 @@ class Stop:
             len(manager.sessions),
             manager.closing.pending,
         )
-        bound = monotonic() + max(self._timeout, LEAST_SECOND_BOUND)
+        bound = self._second_bound()
         next_kill = 0.0
-        while not self._is_quiet() and monotonic() < bound:
+        while not manager.is_quiet() and monotonic() < bound:
             if monotonic() >= next_kill:
                 manager.kill_sessions()
                 next_kill = monotonic() + KILL_PERIOD
-            self._hurry(bound)
-        self._abandon()
-
-    def _abandon(self) -> None:
-        manager = self._manager
+            self._hurry(manager, bound)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
         if abandoned:
             logger.error("%r: %d callbacks did not end: left behind", manager.owner, abandoned)
 
-    def _call_on_stop(self) -> None:
-        manager = self._manager
+    def _call_on_stop(self, manager: SessionManager) -> None:
         if not self._stop_called and manager.has_started:
             self._stop_called = True
             manager.closing.put_stop(manager.owner)
-        if not self._wait(self._is_quiet, lambda: self._deadline):
-            bound = monotonic() + max(self._timeout, LEAST_SECOND_BOUND)
-            while not self._is_quiet():
-                self._hurry(bound)
+        if not self._wait(manager.is_quiet, self._deadline):
+            bound = self._second_bound()
+            while not manager.is_quiet():
+                self._hurry(manager, bound)
 
-    def _hurry(self, bound: float) -> None:
-        pace = min(max(self._manager.closing.hurry(bound), SHORTEST_WAIT), KILL_PERIOD)
-        self._wait(self._is_quiet, _at(monotonic() + pace))
+    def _second_bound(self) -> float:
+        return monotonic() + max(self._timeout, LEAST_SECOND_BOUND)
+
+    def _hurry(self, manager: SessionManager, bound: float) -> None:
+        pace = min(max(manager.closing.hurry(bound), SHORTEST_WAIT), KILL_PERIOD)
+        until = monotonic() + pace
+        self._wait(manager.is_quiet, lambda: until)
 
     def _finish(self) -> None:
-        if self._manager.stopped.is_set():
+        if self._stopped.is_set():
             return
         self._finished()
         # The threads first: one that is woken by `stopped` may join them natively at once.
         for event in self._waiting_threads:
             event.set()
-        self._manager.stopped.set()
+        self._stopped.set()
 
     def _wait(self, condition: Callable[[], bool], until: Callable[[], float]) -> bool:
         """Wait until `condition` holds, or the time `until`, which may change, has come."""
-        changed = self._manager.changed
         while not condition():
             left = until() - monotonic()
             if left <= 0:
                 return False
-            changed.clear()
-            changed.wait(None if left == NEVER else max(left, SHORTEST_WAIT))
+            self._changed.clear()
+            self._changed.wait(None if left == NEVER else max(left, SHORTEST_WAIT))
         return True
-
-
-def _at(time: float) -> Callable[[], float]:
-    return lambda: time

@@ -56,6 +56,8 @@ GRACE_SECONDS = 2.0
 PATIENCE_WITH_GARBAGE = 0.1
 """Seconds before the garbage collector is asked, which takes 20 ms or more each time."""
 WATCHED_LOGGERS = ("psofa_gevent", "asyncio")
+EXECUTOR_THREAD = "<Thread(asyncio_"
+"""A greenlet in a patched process which the hub's asyncio loop keeps for the next `to_thread`."""
 DESCRIPTORS = Path("/proc/self/fd") if Path("/proc/self/fd").is_dir() else Path("/dev/fd")
 FILE_TYPES = {
     stat.S_IFREG: "file",
@@ -87,7 +89,11 @@ class SpawnedGreenlets:
         gevent.Greenlet.add_spawn_callback(self._spawned.add)
 
     def alive(self) -> set[gevent.Greenlet[..., object]]:
-        return {greenlet for greenlet in list(self._spawned) if not greenlet.dead}
+        return {
+            greenlet
+            for greenlet in list(self._spawned)
+            if not greenlet.dead and EXECUTOR_THREAD not in repr(greenlet)
+        }
 
 
 class ErrorRecords(logging.Handler):

@@ -249,11 +249,11 @@ def run_python(
     """Run Python source in a process of its own, in the directory of the tests.
 
     Args:
-        source: The program, indented as you like.
-        *arguments: Its ``sys.argv[1:]``.
-        timeout: Seconds, after which it is killed.
-        descriptor_limit: Its soft RLIMIT_NOFILE.
-        environment: Additional variables.
+        source: the program, indented as you like.
+        *arguments: its ``sys.argv[1:]``.
+        timeout: seconds, after which it is killed.
+        descriptor_limit: its soft RLIMIT_NOFILE.
+        environment: additional variables.
 
     Returns:
         Exit code and output; nothing of it is checked.

@@ -209,6 +209,20 @@ def test_a_close_in_the_callback_right_after_its_sends_loses_nothing(
     assert callback.closed(callback.opened()) is PsCloseReason.SELF_CLOSE
 
 
+def test_a_peer_that_half_closed_gets_the_whole_answer(ps_server: ServerFactory) -> None:
+    def answer(session: PsSession) -> None:
+        session.send(DATA, None)
+        session.close()
+
+    callback = ActingCallback(on_eof=answer)
+    server = ps_server(callback, linger_timeout=FOREVER, allow_half_open=True)
+    with stalled_peer(server.address) as client:
+        client.eof()
+        wait_until_stalled(callback.opened())
+        assert client.receive_until_eof() == DATA
+        assert callback.closed(callback.opened()) is PsCloseReason.SELF_CLOSE
+
+
 # How long a close lingers
 
 

@@ -260,6 +260,17 @@ def test_a_session_whose_callback_took_too_long_goes_at_once(
     assert callback.reasons == [PsCloseReason.FAILED]
 
 
+def test_a_session_whose_callbacks_have_a_time_limit_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = Forgetful(on_message=lambda session: gevent.sleep(0.001))
+    client = ps_client(ps_server(callback, callback_timeout=FOREVER))
+    client.send("x")
+    client.eof()
+    callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.PEER_CLOSE]
+
+
 @pytest.mark.parametrize("kind", [ValueError, gevent.GreenletExit, gevent.Timeout])
 def test_a_session_whose_on_close_failed_goes_at_once(
     ps_server: ServerFactory, ps_client: ClientFactory, kind: type[BaseException]
@@ -546,15 +557,3 @@ def test_a_user_who_keeps_a_closed_session_keeps_no_other_and_no_greenlet(
     eventually(lambda: len(callback.reasons) == 3)
     gevent.sleep(0.01)
     assert [each for reference in callback.references if (each := reference())] == kept
-
-
-def test_a_server_that_was_shut_down_goes_at_once() -> None:
-    server = PsServer(Forgetful(), host="127.0.0.1", port=0)
-    server.start()
-    with ScriptedClient(server.address) as client:
-        client.send("x")
-        eventually(server.get_session_count)
-        server.shutdown()
-    reference = weakref.ref(server)
-    del server
-    eventually(lambda: reference() is None)

@@ -6,6 +6,7 @@ the races one by one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import random
@@ -31,6 +32,7 @@ from psofa_gevent.testing import (
     ScriptedClient,
     ServerFactory,
     eventually,
+    serving,
 )
 
 FOREVER = 600.0
@@ -244,6 +246,9 @@ def test_the_first_reason_wins(
             wait_until_stalled(session)
         ENDINGS[first](server, session, client)
         ENDINGS[second](server, session, client)
+        if state == "in a callback" and second != "kill":
+            gevent.sleep(0.005)
+            assert not callback.named("on_close")
         busy.set()
         if first == "shutdown" and state == "sending" and second != "peer's RST":
             session.abort()  # a shutdown lets the callback send on, and this peer takes nothing
@@ -380,10 +385,97 @@ def test_a_session_killed_while_it_lingers_keeps_its_reason(ps_server: ServerFac
 
 
 @pytest.mark.logs_errors
-def test_on_close_comes_once_when_a_stranger_kills_every_greenlet_there_is(
+@pytest.mark.parametrize("use_async_callback", [False, True])
+@pytest.mark.parametrize("turns", range(8))
+def test_a_session_killed_as_it_begins_gets_both_callbacks_or_neither(
+    ps_server: ServerFactory, turns: int, use_async_callback: bool
+) -> None:
+    """However far it has come: a task, too, that is cancelled before its first step never runs."""
+    server = ps_server(RecordingCallback())
+    callback = RecordingCallback(use_async_callback=use_async_callback)
+    with PsMultiClient(callback) as bundle:
+        session = bundle.connect(*server.address[:2]).session
+        [greenlet] = session_greenlets(session)
+        for _ in range(turns):
+            gevent.sleep(0)
+        greenlet.kill()
+    names = [event.name for event in callback.events if event.session is session]
+    assert names in ([], ["on_open", "on_close"])
+    assert session.is_open is False
+
+
+class Holding(RecordingCallback):
+    """An async callback that holds the asyncio loop when told to, so that other tasks wait."""
+
+    def __init__(self) -> None:
+        super().__init__(use_async_callback=True)
+        self.go_on = gevent.event.Event()
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        self.on_message(session, message)
+        self.go_on.wait()
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("end", ["kill", "shutdown"])
+def test_a_session_killed_before_its_async_on_open_began_gets_both_callbacks_or_neither(
+    ps_client: ClientFactory, end: str
+) -> None:
+    callback = Holding()
+    with serving(callback) as server:
+        ps_client(server).send("hold")
+        callback.wait_for("on_message")
+        ps_client(server)
+        eventually(lambda: len(server.sessions) == 2)
+        gevent.sleep(0.01)
+        session = server.sessions[1]
+        if end == "kill":
+            gevent.killall(session_greenlets(session), block=False)
+            gevent.sleep(0.01)
+        else:
+            server.shutdown(timeout=0.05)
+        callback.go_on.set()
+    names = [event.name for event in callback.events if event.session is session]
+    assert names in ([], ["on_open", "on_close"])
+
+
+@pytest.mark.logs_errors
+def test_an_async_on_close_comes_though_its_greenlet_was_killed_before_it_began(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
-    callback = ActingCallback(on_close=lambda session, reason: gevent.sleep(0.001))
+    callback = Holding()
+    server = ps_server(callback)
+    first, second = ps_client(server), ps_client(server)
+    callback.wait_for("on_open", 2)
+    first.send("hold")
+    callback.wait_for("on_message")
+    second.eof()
+    eventually(lambda: server.get_session_count() == 1)
+    gevent.sleep(0.01)
+    for each in gc.get_objects():
+        if isinstance(each, gevent.Greenlet) and not hasattr(each, "session"):
+            each.kill(block=False)
+    gevent.sleep(0.01)
+    callback.go_on.set()
+    callback.wait_for("on_close")
+
+
+class SlowToClose(RecordingCallback):
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        super().on_close(session, close_reason)
+        gevent.sleep(0.001)
+
+    async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        super().on_close(session, close_reason)
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("use_async_callback", [False, True])
+def test_on_close_comes_once_when_a_stranger_kills_every_greenlet_there_is(
+    ps_server: ServerFactory, ps_client: ClientFactory, use_async_callback: bool
+) -> None:
+    callback = SlowToClose(use_async_callback=use_async_callback)
     server = ps_server(callback, idle_milliseconds=1)
     for _ in range(30):
         ps_client(server)
@@ -445,24 +537,17 @@ PATTERN = random.Random(0).randbytes(100_000)
 class Chronicle(RecordingCallback):
     """Checks the order while it happens, and makes trouble with the sessions at random."""
 
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__()
+    def __init__(self, rng: random.Random, *, use_async_callback: bool) -> None:
+        super().__init__(use_async_callback=use_async_callback)
         self.claims: dict[PsSession, PsCloseReason] = {}
         self.faults: list[str] = []
         self.attackers: list[gevent.Greenlet[..., object]] = []
         self._rng = rng
         self._running: set[PsSession] = set()
-        self._greenlets: dict[PsSession, gevent.Greenlet[..., object]] = {}
 
     def on_open(self, session: PsSession) -> None:
         super().on_open(session)
-        greenlet = gevent.getcurrent()
-        assert isinstance(greenlet, gevent.Greenlet)
-        self._greenlets[session] = greenlet
-        for _ in range(self._rng.choice([0, 0, 1, 2, 3])):
-            delay = self._rng.random() * 0.5
-            attack = self._rng.choice([self.close, self.abort, self.kill, self.idle, self.send])
-            self.attackers.append(gevent.spawn_later(delay, attack, session))
+        self.send_attackers(session)
         self.work(session)
 
     def on_message(self, session: PsSession, message: bytes) -> None:
@@ -471,27 +556,78 @@ class Chronicle(RecordingCallback):
 
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         super().on_close(session, close_reason)
+        if session in self._running:
+            self.faults.append(f"{session!r}: on_close while another callback ran")
         if self._rng.random() < 0.1:
             raise ValueError("in on_close")
 
+    async def on_open_async(self, session: PsSession) -> None:
+        super().on_open(session)
+        self.send_attackers(session)
+        await self.work_async(session)
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        super().on_message(session, message)
+        await self.work_async(session)
+
+    # Callbacks that take their time, send, fail, close
+
     def work(self, session: PsSession) -> None:
-        """A callback: takes its time, sends, closes, fails."""
+        with self.alone(session):
+            chance = self._rng.random()
+            if chance < 0.3:
+                gevent.sleep(0.001 + chance * 0.01)
+            elif chance < 0.6:
+                self.send(session)
+            else:
+                self.fail_or_close(session, chance)
+
+    async def work_async(self, session: PsSession) -> None:
+        with self.alone(session):
+            chance = self._rng.random()
+            if chance < 0.3:
+                await asyncio.sleep(0.001 + chance * 0.01)
+            elif chance < 0.6:
+                with self.send_error_means_closed(session):
+                    await session.send_async(self.any_message(), 0.05)
+            else:
+                self.fail_or_close(session, chance)
+
+    @contextlib.contextmanager
+    def alone(self, session: PsSession) -> Iterator[None]:
         if session in self._running:
             self.faults.append(f"{session!r}: two callbacks at a time")
         self._running.add(session)
         try:
-            chance = self._rng.random()
-            if chance < 0.3:
-                gevent.sleep(chance * 0.01)
-            elif chance < 0.6:
-                self.send(session)
-            elif chance < 0.63:
-                self.claim(session, PsCloseReason.FAILED)
-                raise self._rng.choice([ValueError, gevent.Timeout, gevent.GreenletExit])
-            elif chance < 0.66:
-                self.close(session)
+            yield
         finally:
             self._running.discard(session)
+
+    def fail_or_close(self, session: PsSession, chance: float) -> None:
+        if chance > 0.97:
+            self.claim(session, PsCloseReason.FAILED)
+            raise self._rng.choice([ValueError, gevent.Timeout, gevent.GreenletExit])
+        if chance > 0.94:
+            self.close(session)
+
+    def any_message(self) -> bytes:
+        return bytes(self._rng.choice([0, 1, 1_000, 3_000_000]))
+
+    @contextlib.contextmanager
+    def send_error_means_closed(self, session: PsSession) -> Iterator[None]:
+        try:
+            yield
+        except PsSendError:
+            if session.is_open:
+                self.faults.append(f"{session!r}: a failed send left it open")
+
+    # Attacks from elsewhere
+
+    def send_attackers(self, session: PsSession) -> None:
+        attacks = [self.close, self.close_in_thread, self.abort, self.kill, self.idle, self.send]
+        for _ in range(self._rng.choice([0, 0, 1, 2, 3])):
+            delay = 0.001 + self._rng.random() * 0.5
+            self.attackers.append(gevent.spawn_later(delay, self._rng.choice(attacks), session))
 
     def claim(self, session: PsSession, reason: PsCloseReason) -> None:
         """What is about to be asked for is the session's reason, if nothing was before."""
@@ -502,67 +638,72 @@ class Chronicle(RecordingCallback):
         self.claim(session, PsCloseReason.SELF_CLOSE)
         session.close()
 
+    def close_in_thread(self, session: PsSession) -> None:
+        gevent.get_hub().threadpool.apply(session.close)
+
     def abort(self, session: PsSession) -> None:
         self.claim(session, PsCloseReason.SELF_CLOSE)
         session.abort()
 
     def kill(self, session: PsSession) -> None:
-        self._greenlets[session].kill(block=False)
+        gevent.killall(session_greenlets(session), block=False)
 
     def idle(self, session: PsSession) -> None:
         session.change_idle_milliseconds(1)
 
     def send(self, session: PsSession) -> None:
-        try:
-            session.send(bytes(self._rng.choice([1, 1_000, 3_000_000])), 0.05)
-        except PsSendError:
-            if session.is_open:
-                self.faults.append(f"{session!r}: a failed send left it open")
+        with self.send_error_means_closed(session):
+            session.send(self.any_message(), 0.05)
 
 
 def random_peer(rng: random.Random, address: tuple[object, ...], sent: dict[object, int]) -> None:
-    """Sends pieces of `PATTERN`; notes in `sent` how much, if it sent all that it wanted to."""
-    with ScriptedClient(address) as peer:
-        reader: gevent.Greenlet[..., object] | None = None
-        if rng.random() < 0.7:
-            reader = gevent.spawn(read_all, peer)
-        total = 0
+    """Sends pieces of `PATTERN`; notes in `sent` how much, if it could send all that it wanted."""
+    # Its session is ended at any time, or the server is.
+    with contextlib.suppress(OSError), ScriptedClient(address) as peer:
+        reader = gevent.spawn(read_all, peer) if rng.random() < 0.7 else None
         try:
-            for _ in range(rng.randrange(20)):
-                size = rng.choice([1, 10, 3_000])
-                peer.send(PATTERN[total : total + size])
-                total += size
-                gevent.sleep(rng.random() * 0.02)
-            sent[peer.local_endpoint] = total
+            sent[peer.local_endpoint] = send_randomly(rng, peer)
             ending = rng.choice(["FIN", "RST", "nothing"])
             if ending == "FIN":
                 peer.eof()
             elif ending == "RST":
                 peer.reset()
-        except OSError:
-            pass  # the session was ended meanwhile
-        if reader is not None:
-            reader.join()
+        finally:
+            if reader is not None:
+                reader.join()
+
+
+def send_randomly(rng: random.Random, peer: ScriptedClient) -> int:
+    total = 0
+    for _ in range(rng.randrange(20)):
+        size = rng.choice([1, 10, 3_000])
+        peer.send(PATTERN[total : total + size])
+        total += size
+        gevent.sleep(0.001 + rng.random() * 0.02)
+    return total
 
 
 def read_all(peer: ScriptedClient) -> None:
-    try:
+    # AssertionError: a reset; OSError: `random_peer` closed it.
+    with contextlib.suppress(AssertionError, OSError):
         peer.receive_until_eof()
-    except (AssertionError, OSError):
-        pass  # a reset, or `random_peer` closed it
 
 
 @pytest.mark.logs_errors
-@pytest.mark.parametrize("seed", range(4))
-def test_order_holds_for_many_sessions_when_everything_races(seed: int) -> None:
+@pytest.mark.parametrize("use_async_callback", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_order_holds_for_many_sessions_when_everything_races(
+    seed: int, use_async_callback: bool
+) -> None:
     rng = random.Random(seed)
-    callback = Chronicle(rng)
+    callback = Chronicle(rng, use_async_callback=use_async_callback)
     sent: dict[object, int] = {}
     server = PsServer(callback, host="127.0.0.1", port=0, linger_timeout=0.2)
     server.start()
     counts = [server.get_session_count()]
     peers = [
-        gevent.spawn_later(rng.random(), random_peer, rng, server.address, sent) for _ in range(80)
+        gevent.spawn_later(0.001 + rng.random(), random_peer, rng, server.address, sent)
+        for _ in range(80)
     ]
     for _ in range(rng.randrange(110, 140)):
         gevent.sleep(0.01)

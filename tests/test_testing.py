@@ -511,15 +511,24 @@ def test_the_fixtures_work_in_a_users_conftest(tmp_path: Path) -> None:
 
 
 LEAVES_NOTHING = """
+    import asyncio
     import logging
+    import time
     import gevent
     import pytest
-    from gevent import socket, subprocess
+    from gevent import socket
+    from psofa_gevent import run_coroutine
 
     def test_clean():
         gevent.spawn(gevent.sleep, 0.01)
         pair = socket.socketpair()
         gevent.spawn_later(0.01, lambda: [end.close() for end in pair])
+
+    def test_clean_but_for_what_the_asyncio_loop_of_the_hub_keeps():
+        async def use_a_thread():
+            await asyncio.to_thread(time.sleep, 0.01)
+
+        run_coroutine(use_a_thread())
 
     @pytest.mark.logs_errors
     @pytest.mark.hub_errors

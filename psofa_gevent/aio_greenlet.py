@@ -1,0 +1,215 @@
+"""The greenlet in which the asyncio loop of a hub runs.
+
+At any time it runs, is parked (in the selector, between two rounds of the loop), or is held (a step
+of a task waits in gevent's way). Only `LoopGreenlet.wake` ends the parking, and only what the step
+waits for ends the holding: a stale wake must never switch into a step that waits for other things.
+
+While it is switched out, the thread looks as if there were no such loop: the running loop, the
+current task and the hooks for async generators are those that were there before it was switched to.
+Parking does that itself; a step that waits goes through gevent's ``Hub.switch``, which calls
+`LoopGreenlet.switch_out`, and is switched to and thrown into by the methods of this class.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio import AbstractEventLoop, CancelledError, Task
+from typing import TYPE_CHECKING, Any
+
+from gevent import GreenletExit, getcurrent
+from greenlet import greenlet
+
+if TYPE_CHECKING:
+    from gevent.hub import Hub
+
+    from psofa_gevent.aio_loop import HubLoop
+
+__all__ = ["LoopGreenlet"]
+
+CLAIM_SECONDS = 0.1
+"""How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
+
+Tasks that await it raise it again, a `TaskGroup` once its other tasks have ended: if it comes to a
+waiting greenlet in this time, that has it; if not, the main greenlet gets it.
+"""
+
+# Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
+_switch = greenlet.switch
+
+
+class LoopGreenlet(greenlet):
+    """Runs a `HubLoop`, and hides it while it is switched out."""
+
+    def __init__(self, loop: HubLoop, hub: Hub) -> None:
+        super().__init__(None, hub)
+        self.loop = loop
+        self.hub = hub
+        self.parked = False
+        self._held = False
+        self._held_task: Task[Any] | None = None
+        self._ending = False
+        # Of the one whose turn it was before ours: an asyncio.run in another greenlet, or nobody.
+        self._other_loop: AbstractEventLoop | None = None
+        self._other_task: Task[Any] | None = None
+        self._other_hooks = sys.get_asyncgen_hooks()
+        self._hooks: tuple[Any, ...] | None = None
+        self._claimed: BaseException | None = None
+        self._unclaimed: BaseException | None = None
+        self._keep_alive: Any = hub.loop.async_(ref=False)
+        self._keep_alive.start(_do_nothing)
+        self._keeps_alive = False
+        self._wake = self._wake_threadsafe = hub.loop.run_callback(self.switch)
+
+    def run(self) -> None:
+        """Run the loop until `end`, whatever happens in it."""
+        self._enter()
+        try:
+            while not self.loop.is_closed():
+                asyncio._set_running_loop(None)
+                try:
+                    self.loop.run_forever()
+                except (KeyboardInterrupt, SystemExit) as exc:
+                    self._interrupted(exc)
+        except GreenletExit:
+            if not self._ending:
+                raise
+        finally:
+            self._leave()
+
+    def end(self) -> None:
+        """End this greenlet. To be called in its thread, when nothing can wake it any more."""
+        self._ending = True
+        self._wake.stop()
+        if not self.dead:
+            self.parent = getcurrent()  # the hub may be gone
+            if self._held:
+                self._switch_in()
+            greenlet.throw(self, GreenletExit)
+        if self.hub.loop is not None:  # else the hub was destroyed, watchers and all
+            self._keep_alive.stop()
+            self._keep_alive.close()
+
+    def abandon(self) -> None:
+        """Never switch to this greenlet again, nor end it: it came with a fork."""
+        self.parked = False
+        self._keep_alive.ref = False
+
+    def park(self) -> None:
+        """Switch to the hub until woken. In this greenlet, between two rounds of the loop."""
+        if self._ending:
+            raise GreenletExit
+        needed = self.loop.waiting > 0
+        if needed is not self._keeps_alive:
+            self._keep_alive.ref = self._keeps_alive = needed
+        self._leave()
+        self.parked = True
+        try:
+            _switch(self.hub)
+        finally:
+            self.parked = False
+            self._enter()
+
+    def wake(self) -> None:
+        """Let the loop go on, if it is parked, soon. In the hub's thread."""
+        if self.parked and not self._wake.pending:
+            self._wake = self.hub.loop.run_callback(self._unpark)
+
+    def wake_threadsafe(self) -> None:
+        """Let the loop go on, if it is parked by then. From any thread."""
+        # One that is pending has yet to look at what the caller has just given to the loop.
+        if not self._wake_threadsafe.pending:
+            self._wake_threadsafe = self.hub.loop.run_callback_threadsafe(self._unpark)
+
+    def _unpark(self) -> None:
+        if self.parked:
+            _switch(self)
+
+    def cancel(self, task: Task[Any]) -> None:
+        """Cancel a task; if it is the one that is held, where it waits. In any other greenlet."""
+        if task is self._held_task:
+            self.hub.loop.run_callback(self._interrupt, task)
+        else:
+            task.cancel()
+
+    def _interrupt(self, task: Task[Any]) -> None:
+        if task is self._held_task:
+            self.throw(CancelledError())
+        elif not task.done():
+            task.cancel()
+
+    def claim(self, exc: BaseException) -> None:
+        """Remember that a waiting greenlet gets `exc`, so the main greenlet shall not."""
+        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+            self._claimed = exc
+            if self._unclaimed is exc:
+                self._unclaimed = None
+
+    def _interrupted(self, exc: BaseException) -> None:
+        if exc is self._claimed:
+            self._claimed = None
+        elif exc is not self._unclaimed:
+            self._unclaimed = exc
+            self.loop.call_later(CLAIM_SECONDS, self._raise_in_main, exc)
+
+    def _raise_in_main(self, exc: BaseException) -> None:
+        if exc is self._unclaimed:
+            self._unclaimed = None
+            self.loop.thread.raise_in_main(exc)
+
+    def switch_out(self) -> None:
+        """Called by gevent when a step is about to wait."""
+        self._held = True
+        self._held_task = asyncio.current_task(self.loop)
+        if self._held_task is not None:
+            asyncio._leave_task(self.loop, self._held_task)
+        self._leave()
+
+    def switch(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by gevent when what a step waits for has come."""
+        if self._held:
+            self._switch_in()
+        return super().switch(*args, **kwargs)
+
+    def throw(self, *args: Any) -> Any:
+        """Called by gevent to interrupt a step that waits."""
+        if self._held:
+            self._switch_in()
+        elif self.parked:
+            # A gevent.Timeout around an await, or a stranger's kill.
+            message = f"{args!r} was thrown into an asyncio loop between two steps: dropped"
+            self.loop.call_soon(self.loop.call_exception_handler, {"message": message})
+            return None
+        return super().throw(*args)
+
+    def _switch_in(self) -> None:
+        self._held = False
+        self._enter()
+        if self._held_task is not None:
+            asyncio._enter_task(self.loop, self._held_task)
+            self._held_task = None
+
+    def _enter(self) -> None:
+        other = self._other_loop = asyncio._get_running_loop()
+        if other is not None and (task := asyncio.current_task(other)) is not None:
+            # Since Python 3.14 a thread has one current task, not one for each loop.
+            asyncio._leave_task(other, task)
+            self._other_task = task
+        self._other_hooks = sys.get_asyncgen_hooks()
+        if self._hooks is not None:
+            sys.set_asyncgen_hooks(*self._hooks)
+        asyncio._set_running_loop(self.loop)
+
+    def _leave(self) -> None:
+        if self._hooks is None:
+            # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
+            self._hooks = tuple(sys.get_asyncgen_hooks())
+        sys.set_asyncgen_hooks(*self._other_hooks)
+        asyncio._set_running_loop(self._other_loop)
+        if self._other_task is not None and self._other_loop is not None:
+            asyncio._enter_task(self._other_loop, self._other_task)
+            self._other_task = None
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,0 +1,238 @@
+"""The asyncio loop of a gevent hub: one for each hub, made when it is first asked for.
+
+It runs in a greenlet of its own (`psofa_gevent.aio_greenlet`) and waits through the hub
+(`psofa_gevent.aio_selector`). What is given to it from other greenlets of the hub's thread wakes it
+by a callback of the hub, at once and without the pipe that other loops write to. It is closed when
+its hub is replaced or its thread ends. After ``os.fork`` the child makes its own.
+
+An idle loop does not keep the hub alive: ``gevent.wait()`` returns, a deadlock of greenlets is a
+`LoopExit`. What keeps it alive is an open asyncio connection or server, a timer (``call_later``,
+``asyncio.sleep``), a call in an executor, and a greenlet that waits for a task: whatever the task
+awaits may come from another thread. So a task that waits forever is a hang, as in asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from asyncio import Handle, Task
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextvars import Context
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+
+from gevent import GreenletExit, get_hub, getcurrent, monkey
+from greenlet import greenlet
+
+from psofa_gevent.aio_greenlet import LoopGreenlet
+from psofa_gevent.aio_selector import HubSelector
+from psofa_gevent.hub_thread import HubThread
+
+__all__ = ["HubLoop", "hub_loop"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# Each task calls this several times; super() would take 3 % of a task that does nothing.
+_call_soon = asyncio.SelectorEventLoop.call_soon
+
+
+def hub_loop() -> HubLoop:
+    """The asyncio loop of this thread's hub, made when it is first asked for."""
+    loop: HubLoop | None = getattr(_of_thread, "loop", None)
+    if loop is None or loop.hub is not get_hub() or loop.greenlet.dead:
+        loop = _of_thread.loop = HubLoop()
+        _of_thread.closer = _Closer(loop)
+    return loop
+
+
+class HubLoop(asyncio.SelectorEventLoop):
+    """The asyncio loop of one hub. It runs by itself; get it from `hub_loop`."""
+
+    def __init__(self) -> None:
+        self.thread = HubThread()
+        self.hub = self.thread.hub
+        self.waiting = 0
+        """Greenlets waiting for tasks, and calls in executors: what keeps the hub alive."""
+        self.greenlet = LoopGreenlet(self, self.hub)
+        self._hub_selector = HubSelector(self.hub, self.greenlet.park, self.greenlet.wake)
+        self._pid = os.getpid()
+        super().__init__(self._hub_selector)
+        self._called = Handle(callable, (), self)
+        self._called.cancel()
+
+    def join(self, task: Task[T], current: greenlet) -> T:
+        """Wait in the greenlet `current`, the caller, for a task of this loop."""
+        waiter = _Waiter(self, task, current)
+        self.waiting += 1
+        task.add_done_callback(waiter)
+        hub = self.hub
+        thrown: BaseException | None = None
+        try:
+            while not task.done():
+                waiter.parked = True
+                try:
+                    hub.switch()
+                except BaseException as exc:
+                    if not isinstance(thrown, (GreenletExit, KeyboardInterrupt, SystemExit)):
+                        thrown = exc
+                    self.greenlet.cancel(task)
+                finally:
+                    waiter.parked = False
+            if thrown is not None and (task.cancelled() or task.exception() is None):
+                raise thrown
+            return task.result()
+        finally:
+            # An exception and a frame that holds it, or the task, would keep each other alive.
+            del thrown, task, waiter
+
+    def call_soon(
+        self,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> Handle:
+        """As in asyncio; from other greenlets of the hub's thread too."""
+        if self.greenlet.parked:
+            self.greenlet.wake()
+        waiter: object = callback
+        if type(waiter) is _Waiter:
+            # It does nothing but schedule a switch: no need for another round of the loop.
+            waiter()
+            return self._called
+        return _call_soon(self, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """As in asyncio; from other greenlets of the hub's thread too."""
+        self.greenlet.wake()
+        return super().call_at(when, callback, *args, context=context)
+
+    def run_in_executor(
+        self,
+        executor: Executor | None,
+        func: Callable[[Unpack[Ts]], T],
+        *args: *Ts,
+    ) -> asyncio.Future[T]:
+        """As in asyncio. The hub stays alive until the call has ended."""
+        future = super().run_in_executor(executor, func, *args)
+        self.waiting += 1
+        future.add_done_callback(self._executed)
+        return future
+
+    def _executed(self, _future: object) -> None:
+        self.waiting -= 1
+
+    def run_forever(self) -> None:
+        """Not for you: the loop runs by itself."""
+        if getcurrent() is not self.greenlet:
+            raise RuntimeError("the loop of a hub runs by itself: use run_coroutine")
+        super().run_forever()
+
+    def add_signal_handler(
+        self,
+        sig: int,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+    ) -> None:
+        """As in asyncio. On gevent's libuv loop it keeps the hub alive."""
+        if self._csock is None:
+            with self._hub_selector.registering_without_ref():
+                super()._make_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
+        super().add_signal_handler(sig, callback, *args)
+
+    def shut_down(self) -> None:
+        """End the loop's greenlet and close the loop: in its own thread, when that or its hub ends.
+
+        Tasks that have not ended are lost.
+        """
+        if os.getpid() == self._pid and self.thread.is_current() and not self.is_closed():
+            self.greenlet.end()
+            self.close()
+
+    def abandon(self) -> None:
+        """In a child process: leave the parent's connections and coroutines alone."""
+        _abandoned.append(self)
+        self.greenlet.abandon()
+        # Not at once: before gevent has set the hub up anew, libuv would change the parent's epoll.
+        self.hub.loop.run_callback(self._hub_selector.close)
+
+    # What follows are the places that asyncio's loops leave for, and fill in, in subclasses.
+
+    def _make_self_pipe(self) -> None:
+        # Only signal handlers need it, and they get it when they come.
+        self._ssock: socket.socket | None = None
+        self._csock: socket.socket | None = None
+
+    def _close_self_pipe(self) -> None:
+        if self._csock is not None:
+            super()._close_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
+
+    def _write_to_self(self) -> None:
+        self.greenlet.wake_threadsafe()
+
+    def _check_thread(self) -> None:
+        # asyncio compares thread idents, which in a patched process are those of greenlets.
+        if not self.thread.is_current():
+            raise RuntimeError("the loop of another thread's hub: use call_soon_threadsafe")
+
+
+class _Waiter:
+    """A greenlet that waits for a task: the task's done callback."""
+
+    __slots__ = ("greenlet", "loop", "parked", "task")
+
+    def __init__(self, loop: HubLoop, task: Task[Any], greenlet: greenlet) -> None:
+        self.loop = loop
+        self.task = task
+        self.greenlet = greenlet
+        self.parked = False
+
+    def __call__(self, *_args: object) -> None:
+        """In the loop's greenlet, in the moment in which the task ends."""
+        loop, task = self.loop, self.task
+        loop.waiting -= 1
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            loop.greenlet.claim(exc)
+        if (events := loop.hub.loop) is not None:  # else the hub was destroyed
+            events.run_callback(self._resume)
+
+    def _resume(self) -> None:
+        # In the hub. Who was thrown out of its wait meanwhile may wait for something else.
+        if self.parked:
+            self.greenlet.switch()
+
+
+class _Closer:
+    """Shuts a loop down when the thread ends, to which the object belongs, or gets a new hub."""
+
+    def __init__(self, loop: HubLoop) -> None:
+        self._loop = loop
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._loop.shut_down()
+
+
+# The original: in a patched process threading.local is about greenlets.
+_of_thread: Any = monkey.get_original("threading", "local")()
+
+_abandoned: list[HubLoop] = []
+"""The loops that came with a fork. Collected they would close what is the parent's."""
+
+
+def _after_fork_in_child() -> None:
+    loop: HubLoop | None = getattr(_of_thread, "loop", None)
+    if loop is not None:
+        _of_thread.loop = None
+        loop.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,886 @@
+"""`PsClient`: one connection, made again and again."""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import gevent.socket
+import pytest
+from gevent import monkey
+from gevent.event import Event
+
+from helpers import NativeThread, ScriptedServer, free_port, run_python
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsClientError,
+    PsCloseReason,
+    PsSession,
+    PsSocketAddressFamily,
+)
+from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
+
+LOOPBACK = "127.0.0.1"
+IPV6 = PsSocketAddressFamily.IPV6
+UNREACHABLE = "224.0.0.1"
+"""A multicast address: TCP cannot reach it on any machine, and the kernel says so at once."""
+SLACK = 2.0
+"""Seconds: how late this machine may be, with others at work on it."""
+
+
+def has_ipv6() -> bool:
+    try:
+        with gevent.socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+
+
+def echo() -> RecordingCallback:
+    return RecordingCallback(lambda message: message)
+
+
+@contextlib.contextmanager
+def client_of(
+    address: tuple[Any, ...], callback: PsCallback | None = None, **settings: Any
+) -> Iterator[PsClient]:
+    """A client that is not connected yet; disconnected at the end."""
+    client = PsClient(callback or PsCallback(), address[0], address[1], **settings)
+    try:
+        yield client
+    finally:
+        client.disconnect()
+
+
+@contextlib.contextmanager
+def takes(least: float = 0.0, *, most: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    spent = time.monotonic() - began
+    assert least <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[tuple[Any, ...]]:
+    """An address at which a connect waits: the kernel drops what its full backlog can't take."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(gevent.socket.socket())
+        listener.bind((LOOPBACK, 0))
+        listener.listen(0)
+        for _ in range(10):
+            filler = stack.enter_context(gevent.socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        gevent.sleep(0.02)
+        yield listener.getsockname()
+
+
+AddressInfo = tuple[int, int, int, str, tuple[Any, ...]]
+
+
+def look_up(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], list[str]]) -> None:
+    """Let every name have the addresses that `answer` returns, in the greenlet that asks."""
+
+    def getaddrinfo(_host: str, port: int, *_args: object) -> list[AddressInfo]:
+        return [
+            (
+                (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0))
+                if ":" in address
+                else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            )
+            for address in answer()
+        ]
+
+    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", getaddrinfo)
+
+
+# Connecting
+
+
+def test_connect_returns_an_open_session_that_talks(ps_server: ServerFactory) -> None:
+    server = ps_server(echo())
+    callback = RecordingCallback()
+    with client_of(server.address, callback) as client:
+        session = client.connect()
+        assert session.is_open
+        assert client.session is session
+        assert session.owner is client
+        assert session.remote_endpoint == server.address
+        session.send("hello")
+        callback.wait_for("on_message")
+        assert callback.received() == b"hello"
+        assert [event.name for event in callback.events] == ["on_start", "on_open", "on_message"]
+        [there] = server.sessions
+        assert there.remote_endpoint == session.local_endpoint
+
+
+def test_host_may_be_a_name(ps_server: ServerFactory) -> None:
+    server = ps_server(echo())
+    with client_of(("localhost", server.address[1])) as client:
+        assert client.connect().is_open
+
+
+def test_chosen_connection_id_shows_in_the_session_and_its_callbacks(
+    ps_server: ServerFactory,
+) -> None:
+    chosen = uuid.uuid4()
+    callback = RecordingCallback()
+    with client_of(ps_server(echo()).address, callback) as client:
+        session = client.connect(chosen)
+        assert session.connection_id == chosen
+        [opened] = callback.wait_for("on_open")
+        assert opened.session is session
+        client.disconnect()
+        assert session.connection_id == chosen
+        assert str(chosen) in repr(session)
+
+
+def test_connection_ids_are_random_unless_chosen(ps_server: ServerFactory) -> None:
+    server = ps_server(echo())
+    with client_of(server.address) as first, client_of(server.address) as second:
+        ids = {first.connect().connection_id, second.connect().connection_id}
+        first.disconnect()
+        ids.add(first.connect().connection_id)
+    assert len(ids) == 3
+
+
+@needs_ipv6
+def test_ipv6_client_reaches_ipv6_and_ipv4_servers(ps_server: ServerFactory) -> None:
+    for server in (ps_server(echo(), socket_address_family=IPV6), ps_server(echo())):
+        callback = RecordingCallback()
+        with client_of(server.address, callback, socket_address_family=IPV6) as client:
+            client.connect().send("hello")
+            callback.wait_for("on_message")
+
+
+@needs_ipv6
+def test_ipv4_client_reaches_a_dual_stack_server(ps_server: ServerFactory) -> None:
+    server = ps_server(echo(), host="0.0.0.0", socket_address_family=IPV6)
+    callback = RecordingCallback()
+    with client_of((LOOPBACK, server.address[1]), callback) as client:
+        client.connect().send("hello")
+        callback.wait_for("on_message")
+
+
+def test_with_connects_on_entry_and_disconnects_on_exit(ps_server: ServerFactory) -> None:
+    callback = RecordingCallback()
+    address = ps_server(echo()).address
+    with PsClient(callback, *address) as client:
+        assert client.session is not None
+        callback.wait_for("on_open")
+    assert [event.name for event in callback.events] == [
+        "on_start",
+        "on_open",
+        "on_close",
+        "on_stop",
+    ]
+
+
+def test_repr_tells_target_and_state(ps_server: ServerFactory) -> None:
+    host, port = ps_server(echo()).address
+    with client_of((host, port)) as client:
+        assert repr(client) == f"<PsClient {host}:{port} disconnected>"
+        client.connect()
+        assert repr(client) == f"<PsClient {host}:{port} connected>"
+
+
+# Many addresses
+
+
+def test_dead_first_address_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, ps_server: ServerFactory
+) -> None:
+    server = ps_server(echo())
+    look_up(monkeypatch, lambda: ["127.0.0.2", UNREACHABLE, LOOPBACK])
+    with client_of(("many.example", server.address[1])) as client:
+        session = client.connect()
+        assert session.remote_endpoint == server.address
+
+
+def test_silent_first_address_gets_its_share_of_the_timeout_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with black_hole() as (_host, port), gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.2", port))
+        listener.listen()
+        look_up(monkeypatch, lambda: [LOOPBACK, "127.0.0.2"])
+        with client_of(("many.example", port)) as client, takes(0.3, most=0.6):
+            session = client.connect(timeout=1.0)
+            assert session.remote_endpoint == ("127.0.0.2", port)
+
+
+def test_all_addresses_dead_is_an_error_with_the_last_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = free_port()
+    look_up(monkeypatch, lambda: [UNREACHABLE, "127.0.0.2", "127.0.0.3"])
+    with (
+        client_of(("many.example", port)) as client,
+        pytest.raises(PsClientError, match=rf"many\.example:{port}.*refused"),
+    ):
+        client.connect()
+
+
+def test_all_addresses_silent_is_a_timeout_within_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with black_hole() as (_host, port):
+        look_up(monkeypatch, lambda: [LOOPBACK] * 3)
+        with (
+            client_of(("many.example", port)) as client,
+            takes(0.2, most=0.3),
+            pytest.raises(PsClientError, match=rf"many\.example:{port}.*timed out"),
+        ):
+            client.connect(timeout=0.3)
+
+
+def test_name_without_an_address_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up(monkeypatch, list)
+    with (
+        client_of(("none.example", 1)) as client,
+        pytest.raises(PsClientError, match=r"none\.example:1.*no address"),
+    ):
+        client.connect()
+
+
+# Failing
+
+
+def failed_connect(address: tuple[Any, ...], **arguments: Any) -> PsClientError:
+    """Expect that connect fails, with host and port in the error; the client stays usable."""
+    with client_of(address) as client:
+        with pytest.raises(PsClientError) as failed:
+            client.connect(**arguments)
+        assert client.session is None
+    host, port = address[:2]
+    assert host in str(failed.value)
+    assert str(port) in str(failed.value)
+    return failed.value
+
+
+def test_refused_says_host_port_and_cause() -> None:
+    error = failed_connect((LOOPBACK, free_port()))
+    assert "refused" in str(error)
+    assert isinstance(error.__cause__, ConnectionRefusedError)
+
+
+def test_unreachable_says_host_port_and_cause() -> None:
+    error = failed_connect((UNREACHABLE, 9))
+    assert "unreachable" in str(error)
+    assert isinstance(error.__cause__, OSError)
+    assert error.__cause__.errno == errno.ENETUNREACH
+
+
+@pytest.mark.parametrize("timeout", [0, 0.001, 0.2, 1])
+def test_timed_out_says_host_port_and_cause(timeout: float) -> None:
+    with black_hole() as address, takes(timeout * 0.9, most=timeout):
+        error = failed_connect(address, timeout=timeout)
+    assert "timed out" in str(error)
+
+
+def test_unknown_name_says_host_port_and_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def know_nothing() -> list[str]:
+        raise gevent.socket.gaierror(gevent.socket.EAI_NONAME, "Name or service not known")
+
+    look_up(monkeypatch, know_nothing)
+    error = failed_connect(("no-such-host.example", 9))
+    assert "not known" in str(error)
+    assert isinstance(error.__cause__, gevent.socket.gaierror)
+
+
+@pytest.mark.parametrize("host", ["a" * 300, "a..b", "\udcff"], ids=["long", "empty", "surrogate"])
+def test_host_that_cannot_be_a_name_is_an_error_and_prints_nothing(host: str) -> None:
+    failed_connect((host, 9))
+
+
+def test_ipv6_target_on_the_ipv4_family_is_an_error() -> None:
+    failed_connect(("::1", 9))
+
+
+def test_machine_without_ipv6_gets_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnlyIpv4(gevent.socket.socket):
+        def __init__(self, family: int = -1, *args: Any, **kwargs: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *args, **kwargs)
+
+    monkeypatch.setattr("psofa_gevent.connecting.socket.socket", OnlyIpv4)
+    with (
+        client_of(("::1", 9), socket_address_family=IPV6) as client,
+        pytest.raises(PsClientError, match=r"\[::1\]:9.*(no IPv6|family not supported)"),
+    ):
+        client.connect()
+
+
+def test_slow_name_server_counts_into_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer_late() -> list[str]:
+        gevent.sleep(60)
+        return [LOOPBACK]
+
+    look_up(monkeypatch, answer_late)
+    with takes(0.2, most=0.2):
+        error = failed_connect(("slow.example", 9), timeout=0.2)
+    assert "timed out" in str(error)
+
+
+def test_name_is_resolved_without_blocking_others(
+    monkeypatch: pytest.MonkeyPatch, ps_server: ServerFactory
+) -> None:
+    """With a resolver that blocks its OS thread, as that of the C library does."""
+    resolve = _socket.getaddrinfo
+    block_thread = monkey.get_original("time", "sleep")
+
+    def resolve_late(*args: Any) -> Any:
+        block_thread(0.3)
+        return resolve(*args)
+
+    monkeypatch.setattr("_socket.getaddrinfo", resolve_late)
+    server = ps_server(echo())
+    with (
+        client_of(("localhost", server.address[1])) as client,
+        ScriptedClient(server.address) as other,
+    ):
+        connecting = gevent.spawn(client.connect)
+        answers = 0
+        while not connecting.ready():
+            other.send("ping")
+            other.expect("ping")
+            answers += 1
+        assert connecting.get().is_open
+        assert answers > 5
+
+
+def test_failed_connect_leaves_a_client_that_can_connect(ps_server: ServerFactory) -> None:
+    port = free_port()
+    callback = RecordingCallback()
+    with client_of((LOOPBACK, port), callback) as client:
+        for _ in range(3):
+            with pytest.raises(PsClientError, match="refused"):
+                client.connect()
+        ps_server(echo(), port=port)
+        client.connect().send("at last")
+        callback.wait_for("on_message")
+
+
+def test_retry_in_a_callback_says_the_true_cause_each_time(ps_server: ServerFactory) -> None:
+    """There disconnect would not wait, and must not leave the client in its hands."""
+
+    class Callback(PsCallback):
+        def on_open(self, session: PsSession) -> None:
+            for _ in range(3):
+                try:
+                    client.connect()
+                except PsClientError as error:
+                    errors.append(str(error))
+            done.set()
+
+    errors: list[str] = []
+    done = Event()
+    with client_of((LOOPBACK, free_port())) as client:
+        with ScriptedClient(ps_server(Callback()).address):
+            assert done.wait(5)
+        assert len(errors) == 3
+        assert all("refused" in error for error in errors), errors
+
+
+# A second connect
+
+
+def test_connect_while_connected_is_an_error_and_changes_nothing(
+    ps_server: ServerFactory,
+) -> None:
+    server = ps_server(echo())
+    callback = RecordingCallback()
+    with client_of(server.address, callback) as client:
+        session = client.connect()
+        with pytest.raises(PsClientError, match="already"):
+            client.connect()
+        assert client.session is session
+        session.send("still here")
+        callback.wait_for("on_message")
+        assert len(callback.named("on_open")) == 1
+        assert server.get_session_count() == 1
+
+
+def test_connect_while_connecting_is_an_error_and_the_first_goes_on() -> None:
+    with black_hole() as address, client_of(address) as client:
+        first = gevent.spawn(pytest.raises, PsClientError, client.connect, timeout=0.3)
+        gevent.sleep(0.02)
+        with pytest.raises(PsClientError, match="already"):
+            client.connect()
+        assert "timed out" in str(first.get(timeout=5).value)
+
+
+class SlowOnStart(RecordingCallback):
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = Event()
+
+    def on_start(self, owner: Any) -> None:
+        super().on_start(owner)
+        self.go_on.wait()
+
+
+def test_connect_while_on_start_runs_is_an_error(ps_server: ServerFactory) -> None:
+    callback = SlowOnStart()
+    with client_of(ps_server(echo()).address, callback) as client:
+        first = gevent.spawn(client.connect)
+        callback.wait_for("on_start")
+        with pytest.raises(PsClientError):
+            client.connect(timeout=1)
+        callback.go_on.set()
+        assert client.session is None or first.ready()
+        session = first.get(timeout=5)
+        assert client.session is session
+        assert client.get_session_count() == 1
+        callback.wait_for("on_open")
+        assert [event.name for event in callback.events] == ["on_start", "on_open"]
+
+
+def test_connect_in_on_start_is_an_error(ps_server: ServerFactory) -> None:
+    class Callback(RecordingCallback):
+        def on_start(self, owner: Any) -> None:
+            super().on_start(owner)
+            with pytest.raises(PsClientError):
+                owner.connect(timeout=1)
+
+    callback = Callback()
+    with client_of(ps_server(echo()).address, callback) as client:
+        client.connect()
+        assert client.get_session_count() == 1
+        assert len(callback.named("on_start")) == 1
+
+
+def test_connect_works_again_after_disconnect(ps_server: ServerFactory) -> None:
+    callback = RecordingCallback()
+    with client_of(ps_server(echo()).address, callback) as client:
+        for count in range(1, 4):
+            client.connect().send("hello")
+            callback.wait_for("on_message", count)
+            client.disconnect()
+            assert client.session is None
+        assert [event.value for event in callback.named("on_close")] == [
+            PsCloseReason.SELF_CLOSE
+        ] * 3
+        assert len(callback.named("on_start")) == len(callback.named("on_stop")) == 3
+
+
+def test_connect_works_again_after_the_peer_closed() -> None:
+    callback = RecordingCallback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        for count in range(1, 4):
+            session = client.connect()
+            server.accept().close()
+            callback.wait_for("on_close", count)
+            assert client.session is None
+            assert not session.is_open
+    assert [event.value for event in callback.named("on_close")] == [PsCloseReason.PEER_CLOSE] * 3
+
+
+def test_connect_works_in_on_close() -> None:
+    class Reconnects(RecordingCallback):
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            super().on_close(session, close_reason)
+            if close_reason is PsCloseReason.PEER_CLOSE:
+                assert isinstance(session.owner, PsClient)
+                self.again = session.owner.connect()
+
+    callback = Reconnects()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        first = client.connect()
+        server.accept().close()
+        peer = server.accept()
+        callback.wait_for("on_open", 2)
+        assert client.session is callback.again
+        assert callback.again is not first
+        peer.send("welcome back")
+        callback.wait_for("on_message")
+
+
+def test_connect_works_as_soon_as_the_session_is_closing() -> None:
+    """The last one may linger still: `session` is None by then, and says that it may be made."""
+    callback = RecordingCallback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        first = client.connect()
+        server.accept()
+        first.close()
+        assert [client.session] == [None]
+        second = client.connect()
+        assert client.session is second
+        callback.wait_for("on_close")
+        assert second.is_open
+        client.disconnect()
+        assert len(callback.named("on_close")) == 2
+
+
+# Disconnecting
+
+
+def test_disconnect_returns_after_on_close_and_on_stop(ps_server: ServerFactory) -> None:
+    class Slow(RecordingCallback):
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            gevent.sleep(0.05)
+            super().on_close(session, close_reason)
+
+        def on_stop(self, owner: Any) -> None:
+            gevent.sleep(0.05)
+            super().on_stop(owner)
+
+    callback = Slow()
+    with client_of(ps_server(echo()).address, callback) as client:
+        client.connect()
+        client.disconnect()
+        [closed, stopped] = callback.events[-2:]
+        assert closed.value is PsCloseReason.SELF_CLOSE
+        assert stopped.name == "on_stop"
+        assert client.session is None
+        assert client.get_session_count() == 0
+
+
+def test_connect_and_disconnect_at_once_still_runs_on_open_and_on_close(
+    ps_server: ServerFactory,
+) -> None:
+    callback = RecordingCallback()
+    with client_of(ps_server(echo()).address, callback) as client:
+        for _ in range(10):
+            client.connect()
+            client.disconnect()
+    names = ["on_start", "on_open", "on_close", "on_stop"] * 10
+    assert [event.name for event in callback.events] == names
+
+
+def test_all_that_was_sent_arrives_before_the_disconnect() -> None:
+    with ScriptedServer() as server, client_of(server.address) as client:
+        session = client.connect()
+        peer = server.accept()
+        peer.send("unread by the client")
+        reading = gevent.spawn(peer.receive_until_eof)
+        session.send(b"x" * 1_000_000)
+        client.disconnect()
+        assert reading.get(timeout=5) == b"x" * 1_000_000
+
+
+def test_disconnect_without_a_connection_has_no_effect() -> None:
+    callback = RecordingCallback()
+    client = PsClient(callback, LOOPBACK, 9)
+    client.disconnect()
+    client.disconnect(timeout=None)
+    assert callback.events == []
+
+
+def test_disconnect_after_the_peer_closed_runs_on_stop_once() -> None:
+    callback = RecordingCallback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        server.accept().close()
+        callback.wait_for("on_close")
+        client.disconnect()
+        client.disconnect()
+        assert [event.name for event in callback.events] == [
+            "on_start",
+            "on_open",
+            "on_close",
+            "on_stop",
+        ]
+
+
+def test_disconnect_in_a_callback_returns_at_once() -> None:
+    class Callback(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            assert isinstance(session.owner, PsClient)
+            session.owner.disconnect(timeout=20)
+            self.returned = time.monotonic()
+
+    callback = Callback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        peer = server.accept()
+        peer.send("go")
+        with takes(most=1):
+            peer.expect_eof()
+            [stopped] = callback.wait_for("on_stop")
+        assert stopped.value is client
+        assert [event.value for event in callback.named("on_close")] == [PsCloseReason.SELF_CLOSE]
+
+
+def test_disconnect_of_a_hanging_callback_returns_within_the_bounds() -> None:
+    class Hanging(RecordingCallback):
+        def on_open(self, session: PsSession) -> None:
+            super().on_open(session)
+            gevent.sleep(60)
+
+    callback = Hanging()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        callback.wait_for("on_open")
+        with takes(0.2, most=0.2):
+            client.disconnect(timeout=0.2)
+        assert [event.value for event in callback.named("on_close")] == [PsCloseReason.SELF_CLOSE]
+
+
+def test_disconnect_during_connect_ends_the_attempt() -> None:
+    callback = RecordingCallback()
+    with black_hole() as address, client_of(address, callback) as client:
+        connecting = gevent.spawn(pytest.raises, PsClientError, client.connect, timeout=30)
+        gevent.sleep(0.05)
+        with takes(most=0.5):
+            client.disconnect()
+            failed = connecting.get(timeout=5)
+        assert str(address[1]) in str(failed.value)
+        assert "disconnected" in str(failed.value)
+        assert [event.name for event in callback.events] == ["on_start", "on_stop"]
+
+
+def test_disconnect_while_the_name_is_looked_up_ends_the_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer_late() -> list[str]:
+        gevent.sleep(60)
+        return [LOOPBACK]
+
+    look_up(monkeypatch, answer_late)
+    with client_of(("slow.example", 9)) as client:
+        connecting = gevent.spawn(pytest.raises, PsClientError, client.connect)
+        gevent.sleep(0.05)
+        with takes(most=0.5):
+            client.disconnect()
+            connecting.get(timeout=5)
+
+
+def test_disconnect_while_on_start_runs_leaves_nothing_open(ps_server: ServerFactory) -> None:
+    callback = SlowOnStart()
+    server = ps_server(echo())
+    with client_of(server.address, callback) as client:
+        connecting = gevent.spawn(pytest.raises, PsClientError, client.connect)
+        callback.wait_for("on_start")
+        disconnecting = gevent.spawn(client.disconnect)
+        gevent.sleep(0.02)
+        callback.go_on.set()
+        connecting.get(timeout=5)
+        disconnecting.get(timeout=5)
+        assert client.session is None
+        assert client.get_session_count() == 0
+        names = [event.name for event in callback.events]
+        assert names == ["on_start", "on_stop"]
+        client.connect()
+        assert client.get_session_count() == 1
+
+
+@pytest.mark.hub_errors
+@pytest.mark.parametrize("turns", range(8))
+def test_disconnect_at_any_moment_of_a_connect_leaves_nothing_open(
+    ps_server: ServerFactory, turns: int
+) -> None:
+    """The attempt fails, or its session gets on_open and on_close: nothing in between."""
+    callback = RecordingCallback()
+    server = ps_server(echo())
+    with client_of(server.address, callback) as client:
+        connecting = gevent.spawn(client.connect)
+        for _ in range(turns):
+            gevent.sleep(0)
+        client.disconnect()
+        connecting.join(5)
+        assert connecting.ready()
+        if not connecting.successful():
+            assert isinstance(connecting.exception, PsClientError)
+            assert callback.named("on_open") == []
+        if client.session is not None:  # it connected after the disconnect, which saw nothing
+            client.disconnect()
+        names = [event.name for event in callback.events]
+        assert names.count("on_open") == names.count("on_close")
+        assert names.count("on_start") == names.count("on_stop") == 1
+    eventually(lambda: server.get_session_count() == 0)
+
+
+def test_connect_while_disconnecting_is_an_error() -> None:
+    class Slow(RecordingCallback):
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            go_on.wait()
+            super().on_close(session, close_reason)
+
+    go_on = Event()
+    with ScriptedServer() as server, client_of(server.address, Slow()) as client:
+        client.connect()
+        disconnecting = gevent.spawn(client.disconnect)
+        gevent.sleep(0.02)
+        with pytest.raises(PsClientError, match="disconnecting"):
+            client.connect()
+        go_on.set()
+        disconnecting.get(timeout=5)
+        assert client.connect().is_open
+
+
+# on_start
+
+
+def test_exception_in_on_start_undoes_the_connect_and_is_raised() -> None:
+    class Callback(RecordingCallback):
+        def on_start(self, owner: Any) -> None:
+            super().on_start(owner)
+            raise ZeroDivisionError("no start")
+
+    callback = Callback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError, match="no start"):
+                client.connect()
+        with pytest.raises(TimeoutError):
+            server.accept(timeout=0.05)
+        client.disconnect()
+        assert [event.name for event in callback.events] == ["on_start"] * 2
+
+
+def test_failed_first_connect_runs_on_stop_after_on_start() -> None:
+    callback = RecordingCallback()
+    with client_of((LOOPBACK, free_port()), callback) as client:
+        with pytest.raises(PsClientError):
+            client.connect()
+        assert [event.name for event in callback.events] == ["on_start", "on_stop"]
+
+
+def test_timeout_of_the_caller_ends_a_connect_cleanly() -> None:
+    callback = RecordingCallback()
+    with black_hole() as address, client_of(address, callback) as client:
+        for _ in range(2):
+            with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
+                client.connect(timeout=30)
+            assert client.session is None
+        assert [event.name for event in callback.events] == ["on_start", "on_stop"] * 2
+
+
+def test_kill_ends_a_connect_cleanly() -> None:
+    with black_hole() as address, client_of(address) as client:
+        connecting = gevent.spawn(client.connect, timeout=30)
+        gevent.sleep(0.05)
+        connecting.kill(timeout=5)
+        assert connecting.dead
+        assert client.session is None
+
+
+# Threads
+
+
+def test_connect_in_another_thread_than_the_first_is_a_clear_error() -> None:
+    callback = RecordingCallback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        server.accept().close()
+        callback.wait_for("on_close")
+        with pytest.raises(PsClientError, match="thread"):
+            NativeThread(client.connect).wait()
+        assert client.connect().is_open
+
+
+def test_connect_in_another_thread_while_connected_is_an_error() -> None:
+    with ScriptedServer() as server, client_of(server.address) as client:
+        session = client.connect()
+        with pytest.raises(PsClientError):
+            NativeThread(client.connect).wait()
+        assert client.session is session
+        assert session.is_open
+
+
+def test_disconnect_in_another_thread_returns_after_on_stop() -> None:
+    callback = RecordingCallback()
+
+    def disconnect() -> str:
+        client.disconnect()
+        return callback.events[-1].name
+
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        callback.wait_for("on_open")
+        assert NativeThread(disconnect).wait() == "on_stop"
+
+
+def test_client_may_live_in_a_thread_of_its_own(ps_server: ServerFactory) -> None:
+    """Its hub is that of the thread in which it connects."""
+    address = ps_server(echo()).address
+
+    def talk() -> bytes:
+        callback = RecordingCallback()
+        with PsClient(callback, *address) as client:
+            assert client.session is not None
+            client.session.send("hello")
+            callback.wait_for("on_message")
+        return callback.received()
+
+    assert NativeThread(talk).wait() == b"hello"
+
+
+# Side by side
+
+
+def test_two_clients_of_one_callback_do_not_mix(ps_server: ServerFactory) -> None:
+    callback = RecordingCallback()
+    address = ps_server(echo()).address
+    with client_of(address, callback) as first, client_of(address, callback) as second:
+        sessions = [first.connect(), second.connect()]
+        for number, session in enumerate(sessions):
+            session.send(str(number))
+        callback.wait_for("on_message", 2)
+        for number, session in enumerate(sessions):
+            assert callback.received(session) == str(number).encode()
+        first.disconnect()
+        assert second.session is sessions[1]
+
+
+def test_client_within_a_server_callback_works(ps_server: ServerFactory) -> None:
+    """What a proxy does."""
+    back_end = ps_server(echo())
+
+    class Front(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            callback = RecordingCallback()
+            client = PsClient(callback, *back_end.address)
+            client.connect().send(message)
+            callback.wait_for("on_message")
+            client.disconnect()
+            session.send(callback.received())
+
+    front = ps_server(Front())
+    with ScriptedClient(front.address) as user:
+        for word in ("one", "two"):
+            user.send(word)
+            user.expect(word)
+    eventually(lambda: back_end.get_session_count() == 0)
+
+
+def test_client_that_is_dropped_while_disconnected_leaves_nothing() -> None:
+    outcome = run_python(
+        """
+        import gc, weakref
+        import gevent
+        from psofa_gevent import PsCallback, PsClient, PsServer
+
+        gc.disable()
+        with PsServer(PsCallback(), host="127.0.0.1", port=0) as server:
+            client = PsClient(PsCallback(), *server.address)
+            client.connect()
+            client.disconnect()
+            dropped = weakref.ref(client)
+            del client
+            gevent.sleep(0.05)
+            print(dropped())
+        """
+    )
+    assert outcome.stdout == "None\n", outcome.stderr
+
+
+def test_session_is_none_before_connect() -> None:
+    client = PsClient(PsCallback(), LOOPBACK, 9)
+    assert client.session is None
+    assert client.get_session_count() == 0
