@@ -126,11 +126,15 @@ class LoopGreenlet(greenlet):
             _switch(self)
 
     def cancel(self, task: Task[Any]) -> None:
-        """Cancel a task; if it is the one that is held, where it waits. In any other greenlet."""
+        """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.
+
+        Soon, and not at once: a task that has not begun would never begin, and a callback that was
+        due would never have been called.
+        """
         if task is self._held_task:
             self.hub.loop.run_callback(self._interrupt, task)
         else:
-            task.cancel()
+            self.loop.call_soon(task.cancel)
 
     def _interrupt(self, task: Task[Any]) -> None:
         if task is self._held_task:

@@ -104,7 +104,7 @@ def test_async_method_written_sync_is_refused_naming_method_and_fix(
 @pytest.mark.parametrize(
     "disguised",
     [
-        functools.partial(coroutine_function),
+        staticmethod(functools.partial(coroutine_function)),
         staticmethod(coroutine_function),
         classmethod(coroutine_function),
         functools.partialmethod(coroutine_function),
@@ -131,7 +131,7 @@ def test_async_in_disguise_is_refused_as_a_sync_method(disguised: object) -> Non
 @pytest.mark.parametrize(
     "disguised",
     [
-        functools.partial(coroutine_function),
+        staticmethod(functools.partial(coroutine_function)),
         staticmethod(coroutine_function),
         classmethod(coroutine_function),
         functools.partialmethod(coroutine_function),

@@ -331,8 +331,8 @@ def test_destroy_bundle_in_a_callback_returns_at_once(ps_server: ServerFactory) 
     callback = Callback()
     address = ps_server(echo()).address
     with PsMultiClient(callback) as bundle:
-        bundle.connect(*address).session.send("destroy")
-        bundle.connect(*address)
+        first, _second = [bundle.connect(*address).session for _ in range(2)]
+        first.send("destroy")
         callback.wait_for("on_stop")
         assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * 2
 
