@@ -48,6 +48,7 @@ class LoopGreenlet(greenlet):
         self.parked = False
         self._held = False
         self._held_task: Task[Any] | None = None
+        self._to_cancel: set[Task[Any]] = set()
         self._ending = False
         # Of the one whose turn it was before ours: an asyncio.run in another greenlet, or nobody.
         self._other_loop: AbstractEventLoop | None = None
@@ -134,7 +135,13 @@ class LoopGreenlet(greenlet):
         if task is self._held_task:
             self.hub.loop.run_callback(self._interrupt, task)
         else:
-            self.loop.call_soon(task.cancel)
+            self._to_cancel.add(task)
+            self.loop.call_soon(self._cancel_now, task)
+
+    def _cancel_now(self, task: Task[Any]) -> None:
+        if task in self._to_cancel:
+            self._to_cancel.discard(task)
+            task.cancel()
 
     def _interrupt(self, task: Task[Any]) -> None:
         if task is self._held_task:
@@ -167,6 +174,9 @@ class LoopGreenlet(greenlet):
         self._held_task = asyncio.current_task(self.loop)
         if self._held_task is not None:
             asyncio._leave_task(self.loop, self._held_task)
+            if self._held_task in self._to_cancel:
+                self._to_cancel.discard(self._held_task)
+                self.hub.loop.run_callback(self._interrupt, self._held_task)
         self._leave()
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:

@@ -116,7 +116,9 @@ def check_seconds(
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
     if not 0 <= value <= LONGEST_TIME or (more_than_zero and value == 0):
         least = "more than 0" if more_than_zero else "0 or more"
-        raise ValueError(f"{name} must be {wanted}, {least} and finite, not {value!r}")
+        raise ValueError(
+            f"{name} must be {wanted}, {least} and at most {LONGEST_TIME:.0f}, not {value!r}"
+        )
 
 
 def _a(name: str) -> str:

@@ -26,7 +26,14 @@ from gevent import GreenletExit, monkey
 from gevent.event import Event
 
 from helpers import NativeThread, stalled_peer
-from psofa_gevent import PsCallback, PsCloseReason, PsMultiClient, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsMultiClient,
+    PsServer,
+    PsSession,
+    run_coroutine,
+)
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 LOOPBACK = "127.0.0.1"
@@ -499,14 +506,12 @@ def test_peer_that_never_stops_sending_does_not_hold_up_the_shutdown() -> None:
 class HangingOnClose(RecordingCallback):
     """Records its on_close before it hangs."""
 
-    hangs = staticmethod(lambda: gevent.sleep(FOREVER))
-
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         super().on_close(session, close_reason)
-        self.hangs()
+        gevent.sleep(FOREVER)
 
     async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
-        await super().on_close_async(session, close_reason)
+        super().on_close(session, close_reason)
         await asyncio.sleep(FOREVER)
 
 
@@ -522,6 +527,23 @@ def test_hanging_on_close_is_ended_and_each_session_gets_its_own(
         assert_all_closed(callback, PsCloseReason.SHUTDOWN, count)
         for client in clients:
             client.expect_eof()
+
+
+def test_async_on_close_that_waits_in_the_way_of_gevent_is_ended_too() -> None:
+    """It holds the asyncio loop meanwhile, and with it the on_close of the others."""
+
+    class Callback(RecordingCallback):
+        async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            self.on_close(session, close_reason)
+            gevent.sleep(FOREVER)
+
+    callback = Callback(use_async_callback=True)
+    with serving_clients(callback, 20) as (server, _clients):
+        with takes(0.2, most=0.2 + SECOND_BOUND):
+            server.shutdown(timeout=0.2)
+        assert_all_closed(callback, PsCloseReason.SHUTDOWN, 20)
+        with takes(most=0.5):
+            run_coroutine(asyncio.sleep(0))
 
 
 def test_one_hanging_on_close_does_not_cost_the_others_theirs() -> None:
@@ -610,7 +632,7 @@ class HangingOnStop(RecordingCallback):
         gevent.sleep(FOREVER)
 
     async def on_stop_async(self, owner: Any) -> None:
-        await super().on_stop_async(owner)
+        super().on_stop(owner)
         await asyncio.sleep(FOREVER)
 
 
