@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = ["PsCallback", "check_callback"]
 
-METHODS = ("on_open", "on_message", "on_eof", "on_close", "on_start", "on_stop")
+METHODS = {
+    "on_open": ("session",),
+    "on_message": ("session", "message"),
+    "on_eof": ("session",),
+    "on_close": ("session", "close_reason"),
+    "on_start": ("owner",),
+    "on_stop": ("owner",),
+}
+"""The methods, and what they are called with, in this order."""
 
 
 class PsCallback:
@@ -92,8 +100,8 @@ def check_callback(callback: PsCallback) -> None:
 
     Raises:
         PsCallbackError: `callback` is not an instance of `PsCallback`, a sync method is written
-            ``async def``, an ``*_async`` one is not, or a name was overridden by something that
-            cannot be called.
+            ``async def``, an ``*_async`` one is not, a name was overridden by something that cannot
+            be called with its arguments, or in the kind that ``use_async_callback`` does not call.
     """
     if isinstance(callback, type):
         raise PsCallbackError(
@@ -109,12 +117,32 @@ def check_callback(callback: PsCallback) -> None:
             f"{type(callback).__name__}.use_async_callback must be True or False, "
             f"not {callback.use_async_callback!r}"
         )
-    for name in METHODS:
-        _check_method(callback, name, is_async=False)
-        _check_method(callback, f"{name}_async", is_async=True)
+    for name, arguments in METHODS.items():
+        _check_method(callback, name, arguments, is_async=False)
+        _check_method(callback, f"{name}_async", arguments, is_async=True)
+        _check_is_called(callback, name)
 
 
-def _check_method(callback: PsCallback, name: str, *, is_async: bool) -> None:
+def _check_is_called(callback: PsCallback, name: str) -> None:
+    """Refuse a method that was overridden in the kind that is not called, and in that only."""
+    called, other = f"{name}_async", name
+    if not callback.use_async_callback:
+        called, other = other, called
+    if _is_overridden(callback, other) and not _is_overridden(callback, called):
+        raise PsCallbackError(
+            f"{type(callback).__name__}.{other} would never be called: with use_async_callback = "
+            f"{callback.use_async_callback} that is {called}"
+        )
+
+
+def _is_overridden(callback: PsCallback, name: str) -> bool:
+    method = getattr(callback, name)
+    return getattr(method, "__func__", method) is not getattr(PsCallback, name)
+
+
+def _check_method(
+    callback: PsCallback, name: str, arguments: tuple[str, ...], *, is_async: bool
+) -> None:
     method = getattr(callback, name)
     where = f"{type(callback).__name__}.{name}"
     if not callable(method):
@@ -133,3 +161,11 @@ def _check_method(callback: PsCallback, name: str, *, is_async: bool) -> None:
             f"{where} must be written 'async def'; for a plain function override "
             f"{name.removesuffix('_async')} and leave use_async_callback False"
         )
+    try:
+        inspect.signature(method).bind(*arguments)
+    except ValueError:
+        pass  # not written in Python, and does not tell
+    except TypeError as exc:
+        raise PsCallbackError(
+            f"{where} is called with ({', '.join(arguments)}), which it does not take: {exc}"
+        ) from None

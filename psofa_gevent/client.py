@@ -115,8 +115,10 @@ class PsClient(ConnectingOwner):
             Exception: what ``on_start`` raised.
         """
         check_connect(connection_id, timeout)
+        self._forget_if_hub_is_gone()
         if self._is_stopping:
-            raise PsClientError(f"{self!r} is disconnecting")
+            where = format_address(self._host, self._port)
+            raise PsClientError(f"the client of {where} is disconnecting, so it does not connect")
         if self._is_starting:
             raise PsClientError(f"{self!r} is starting: on_start has not returned")
         if self._connectors or self.session is not None:

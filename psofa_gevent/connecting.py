@@ -58,23 +58,24 @@ class ConnectingOwner(SessionOwner):
         if not manager.thread.is_current():
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
         connector = Connector(host, port, family, self._error)
-        self._connectors.add(connector)
-        try:
-            sock, address = connector.connect(timeout)
-        finally:
-            self._connectors.discard(connector)
-        where = format_address(host, port)
-        if self._manager is not manager or not self._is_running:
-            sock.close()
-            raise self._error(f"cannot connect to {where}: disconnected meanwhile")
-        try:
-            return manager.open(sock, address, connection_id)
-        except OSError as exc:
-            sock.close()
-            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+        with manager.entrance():
+            self._connectors.add(connector)
+            try:
+                sock, address = connector.connect(timeout)
+            finally:
+                self._connectors.discard(connector)
+            where = format_address(host, port)
+            if self._manager is not manager or manager.stop is not None:
+                sock.close()
+                raise self._error(f"cannot connect to {where}: disconnected meanwhile")
+            try:
+                return manager.open(sock, address, connection_id)
+            except OSError as exc:
+                sock.close()
+                raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
 
     def _close_entrance(self) -> None:
-        for connector in self._connectors:
+        for connector in list(self._connectors):
             connector.abort()
 
 
@@ -113,8 +114,9 @@ class Connector:
         """
         where = format_address(self._host, self._port)
         self._greenlet = getcurrent()
-        limit = Timeout.start_new(timeout)
+        limit = Timeout(timeout)
         try:
+            limit.start()
             return self._try_all(timeout)
         except OSError as exc:
             raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc

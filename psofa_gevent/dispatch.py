@@ -76,6 +76,8 @@ class Dispatch:
         if not self._is_async:
             function: Callable[..., None] = getattr(callback, name)
             return function
+        if getattr(type(callback), f"{name}_async") is getattr(PsCallback, f"{name}_async"):
+            return _do_nothing  # so that a coroutine, which could not wait for it, may start
         method = getattr(callback, f"{name}_async")
         return lambda owner: run_task(method(owner))
 
@@ -83,6 +85,10 @@ class Dispatch:
         if self._timeout is None:
             return call
         return _limited(call, name, self._timeout)
+
+
+def _do_nothing(_owner: object) -> None:
+    pass
 
 
 def _limited_in_session(

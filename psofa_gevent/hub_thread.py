@@ -37,25 +37,28 @@ _allocate_lock: Callable[[], Any] = monkey.get_original("_thread", "allocate_loc
 class NativeEvent:
     """Lets one OS thread wait until another one calls `set`; neither needs a hub for it."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_is_set", "_lock")
 
     def __init__(self) -> None:
+        self._is_set = False
         self._lock = _allocate_lock()
         self._lock.acquire()
 
     def is_set(self) -> bool:
-        """Whether `set` was called and nobody has waited since."""
-        return not self._lock.locked()
+        """Whether `set` was called."""
+        return self._is_set
 
     def set(self) -> None:
         """Release the waiting thread, now or when it comes. May be called more than once."""
+        self._is_set = True
         if self._lock.locked():
             self._lock.release()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block the calling OS thread, its hub included, for at most `timeout` seconds."""
-        acquired: bool = self._lock.acquire(True, -1 if timeout is None else timeout)
-        return acquired
+        if not self._is_set:
+            self._lock.acquire(True, -1 if timeout is None else timeout)
+        return self._is_set
 
 
 class CallerEvent:
@@ -73,7 +76,7 @@ class CallerEvent:
         self._greenlet: Any = None
 
     def is_set(self) -> bool:
-        """Whether `set` was called; before `wait` has returned true."""
+        """Whether `set` was called."""
         return self._native.is_set()
 
     def set(self) -> None:
@@ -118,9 +121,17 @@ class HubThread:
         """Whether the caller runs in this thread."""
         return get_ident() == self.ident
 
+    def is_destroyed(self) -> bool:
+        """Whether the hub was destroyed: nothing will ever run in it again."""
+        return self.hub.loop is None
+
     def call_soon(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Have the hub call `function`, which must not block. From any thread; returns at once."""
-        self.loop.run_callback_threadsafe(_discard_result, function, args, kwargs)
+        """Have the hub call `function`, which must not block. From any thread; returns at once.
+
+        Without effect when the hub was destroyed.
+        """
+        if not self.is_destroyed():
+            self.loop.run_callback_threadsafe(_discard_result, function, args, kwargs)
 
     def run(
         self,
@@ -136,7 +147,7 @@ class HubThread:
 
         Args:
             is_over: asked now and then, in the calling thread: whether what `function` is about has
-                come to its end. The hub may never run again then.
+                come to its end, so that the hub may never run again.
             function: what to run; what it raises is raised here.
             *args: its arguments.
             **kwargs: its keyword arguments.
@@ -146,6 +157,7 @@ class HubThread:
         """
         done = CallerEvent()
         errors: list[BaseException] = []
+        greenlets: list[Greenlet[..., None]] = []
 
         def body() -> None:
             try:
@@ -155,16 +167,28 @@ class HubThread:
             finally:
                 done.set()
 
-        self.call_soon(_run_now, body)
-        while not done.wait(LOOK_PERIOD):
-            if is_over() and not done.is_set():
-                return False
-        if errors:
-            try:
-                raise errors[0]
-            finally:
-                errors.clear()  # an exception and this frame would keep each other alive
-        return True
+        def start() -> None:
+            greenlets.append(_run_now(body))
+
+        def kill() -> None:
+            greenlets[0].kill(block=False)
+
+        self.call_soon(start)
+        thrown: list[BaseException] = []
+        try:
+            while not done.is_set() and not ((is_over() or self.is_destroyed()) and not greenlets):
+                try:
+                    done.wait(LOOK_PERIOD)
+                except BaseException as exc:  # the caller is killed: so is what it waits for
+                    thrown.append(exc)
+                    self.call_soon(kill)
+            if thrown or errors:
+                raise (thrown or errors)[0]
+            return done.is_set()
+        finally:
+            # An exception and this frame would keep each other alive.
+            thrown.clear()
+            errors.clear()
 
     async def run_async(
         self,
@@ -200,7 +224,7 @@ class HubThread:
             except asyncio.CancelledError:
                 cancelled = True
                 self.call_soon(kill)
-            if is_over() and not greenlets:
+            if (is_over() or self.is_destroyed()) and not greenlets:
                 break
         if cancelled:
             raise asyncio.CancelledError

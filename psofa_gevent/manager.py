@@ -11,10 +11,13 @@ Nothing here switches greenlets but `Stop`, in a greenlet of its own.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import logging
 import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from gevent import getcurrent
 from gevent.event import Event
 from gevent.pool import Pool
 
@@ -55,8 +58,8 @@ class SessionManager:
         """Set when a session ended, or the close queue ran empty: look again."""
         self.stopped = Event()
         """Set when the stop is over: no callback runs any more."""
-        self.starter: object = None
-        """The greenlet that starts the owner, until ``on_start`` has returned."""
+        self.entering: set[object] = {getcurrent()}
+        """The greenlets in `start` and ``connect``: a stop waits for them, and they not for it."""
         self.stop: Stop | None = None
         """What stops this manager, once that has begun."""
         self._stops: list[Stop] = []
@@ -92,6 +95,17 @@ class SessionManager:
         self._stops.append(stop)
         self.stop = self._stops[0]
         return self._stops[0]
+
+    @contextlib.contextmanager
+    def entrance(self) -> Iterator[None]:
+        """The time in which the caller starts, or makes a connection."""
+        current = getcurrent()
+        self.entering.add(current)
+        try:
+            yield
+        finally:
+            self.entering.discard(current)
+            self.changed.set()
 
     def session_ended(self, session: PsSession) -> None:
         """The session's greenlet is at its end, and its socket is released."""

@@ -88,7 +88,7 @@ class PsMultiClient(ConnectingOwner):
     def __repr__(self) -> str:
         if self._manager is None:
             return "<PsMultiClient not initialised>"
-        return f"<PsMultiClient {len(self._manager.sessions)} sessions>"
+        return f"<PsMultiClient {self.get_session_count()} sessions>"
 
     def init_bundle(self) -> None:
         """Get ready to connect; runs ``on_start``.
@@ -97,6 +97,7 @@ class PsMultiClient(ConnectingOwner):
             PsMultiClientError: it is initialised already.
             Exception: what ``on_start`` raised; it is not initialised then.
         """
+        self._forget_if_hub_is_gone()
         if self._manager is not None:
             raise PsMultiClientError(f"{self!r} is initialised already")
         self._start()
@@ -176,8 +177,9 @@ class PsMultiClient(ConnectingOwner):
         return self._running_manager().open(sock, sock.getpeername())
 
     def _running_manager(self) -> SessionManager:
-        if self._manager is None or self._is_stopping:
+        manager = self._manager
+        if manager is None or manager.stop is not None:
             raise PsMultiClientError(f"{self!r}: call init_bundle first")
-        if self._is_starting:
+        if not manager.has_started:
             raise PsMultiClientError(f"{self!r} is starting: on_start has not returned")
-        return self._manager
+        return manager

@@ -10,15 +10,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
-from gevent import getcurrent
-
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings, check_seconds
 from psofa_gevent.stopping import Stop
-from psofa_gevent.worker import may_wait
+from psofa_gevent.worker import may_wait, may_wait_for_callbacks
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
@@ -38,28 +36,46 @@ class SessionOwner:
         self._settings = settings
         self._manager: SessionManager | None = None
 
+    # The attribute may change at any moment in which a signal handler or another thread runs: it is
+    # read once in each method.
+
     def get_session_count(self) -> int:
         """How many sessions have not ended: open ones, and those whose close is on its way."""
-        return 0 if self._manager is None else len(self._manager.sessions)
+        manager = self._manager
+        return 0 if manager is None else len(manager.sessions)
 
     @property
     def sessions(self) -> list[PsSession]:
         """The open sessions at this moment, in the order in which they came."""
-        if self._manager is None:
+        manager = self._manager
+        if manager is None:
             return []
-        return [session for session in list(self._manager.sessions) if session.is_open]
+        return [session for session in list(manager.sessions) if session.is_open]
 
     @property
-    def _is_running(self) -> bool:
-        return self._manager is not None and self._manager.stop is None
+    def started(self) -> bool:
+        """Whether it is started, and its end (`shutdown`, `disconnect`, …) was not asked for yet.
+
+        A loop that reconnects goes on as long as this is true.
+        """
+        manager = self._manager
+        return manager is not None and manager.stop is None
 
     @property
     def _is_starting(self) -> bool:
-        return self._manager is not None and self._manager.starter is not None
+        manager = self._manager
+        return manager is not None and not manager.has_started
 
     @property
     def _is_stopping(self) -> bool:
-        return self._manager is not None and self._manager.stop is not None
+        manager = self._manager
+        return manager is not None and manager.stop is not None
+
+    def _forget_if_hub_is_gone(self) -> None:
+        """A manager whose hub was destroyed has ended with it, without a word."""
+        manager = self._manager
+        if manager is not None and manager.thread.is_destroyed():
+            self._stopped()
 
     def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
         return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
@@ -70,20 +86,13 @@ class SessionOwner:
 
         A stop that is asked for meanwhile waits until this is over.
         """
-        manager.starter = getcurrent()
         try:
-            yield
-            manager.has_started = True
+            with manager.entrance():
+                yield
+                manager.has_started = True
         except BaseException:
-            self._end_start(manager)
             self._undo(manager)
             raise
-        self._end_start(manager)
-
-    @staticmethod
-    def _end_start(manager: SessionManager) -> None:
-        manager.starter = None
-        manager.changed.set()
 
     def _undo(self, manager: SessionManager) -> None:
         """Stop a manager that has no sessions, and wait for it if possible."""
@@ -96,6 +105,7 @@ class SessionOwner:
         """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread."""
         check_seconds("timeout", timeout)
         check_seconds("drain", drain, optional=False)
+        self._forget_if_hub_is_gone()
         manager = self._manager
         if manager is None:
             return
@@ -104,6 +114,8 @@ class SessionOwner:
             return
         done = CallerEvent()
         manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
+        if not may_wait_for_callbacks():
+            return
         # When it is over, for whatever reason, the hub may never run again.
         while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
             pass
@@ -129,7 +141,7 @@ class SessionOwner:
         A signal handler may do the same in the middle of this: so there is no look before a leap,
         and each step may be done twice.
         """
-        stop = manager.set_stop(Stop(manager, reason, self._stopped))
+        stop = manager.set_stop(Stop(manager, reason, self._close_entrance, self._stopped))
         if self._manager is manager:
             self._close_entrance()
         stop.shorten(timeout, drain)

@@ -20,6 +20,7 @@ coroutine, `TaskParking` awaits a future.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Coroutine, Generator
 from time import monotonic
@@ -105,8 +106,10 @@ class TaskParking:
     def wake(self) -> None:
         """Resolve the future, soon."""
         if self._future is not None:
-            # The loop may be another one than the hub's: then only this call wakes it.
-            self._loop.call_soon_threadsafe(_resolve, self._future)
+            # The loop may be another one than the hub's: then only this call wakes it. If it was
+            # closed, nobody waits any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(_resolve, self._future)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
@@ -137,7 +140,15 @@ class _Sender:
 class SendLine:
     """The senders of one session that have to wait, in order."""
 
-    __slots__ = ("_acknowledged", "_closed", "_progress_at", "_senders", "_session", "_watcher")
+    __slots__ = (
+        "_acknowledged",
+        "_closed",
+        "_is_writable",
+        "_progress_at",
+        "_senders",
+        "_session",
+        "_watcher",
+    )
 
     def __init__(self, session: PsSession) -> None:
         self._session = session
@@ -145,6 +156,7 @@ class SendLine:
         self._progress_at = monotonic()
         self._acknowledged = self._count_acknowledged()
         self._closed = False
+        self._is_writable = False
         self._watcher = session._loop.io(session._sock.fileno(), WRITE)
 
     async def send(
@@ -175,6 +187,7 @@ class SendLine:
             while True:
                 self._session._check_sending(in_callback=in_callback)
                 if self._senders[0] is sender:
+                    self._is_writable = False
                     taken = self._session._send_now(message)
                     begun = begun or taken > 0
                     message = message[taken:]
@@ -220,6 +233,7 @@ class SendLine:
     def _wake_first(self) -> None:
         # Level-triggered: it would fire until the sender ran.
         self._watcher.stop()
+        self._is_writable = True
         if self._senders:
             self._senders[0].parking.wake()
 
@@ -243,7 +257,8 @@ class SendLine:
     def _check_progress(self, sender: _Sender, timeout: float | None) -> None:
         acknowledged = self._count_acknowledged()
         now = monotonic()
-        if acknowledged > self._acknowledged:
+        # A socket that the first sender has not come to write to: not the peer is what is slow.
+        if acknowledged > self._acknowledged or self._is_writable:
             self._acknowledged = acknowledged
             self._progress_at = now
         if timeout is None or now - max(self._progress_at, sender.began) < timeout:

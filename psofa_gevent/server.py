@@ -26,7 +26,7 @@ from psofa_gevent.owner import SessionOwner
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int, check_seconds
 from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
-from psofa_gevent.worker import may_wait
+from psofa_gevent.worker import may_wait_for_callbacks
 
 __all__ = ["PsServer"]
 
@@ -123,7 +123,7 @@ class PsServer(SessionOwner):
         self._bound_to: Endpoint | None = None
 
     def __repr__(self) -> str:
-        state = "stopped" if self._manager is None else "started"
+        state = "started" if self.started else "stopped"
         if self._is_stopping:
             state = "shutting down"
         return f"<PsServer {format_address(*self.address[:2])} {state}>"
@@ -136,19 +136,23 @@ class PsServer(SessionOwner):
                 known, or not allowed.
             Exception: what ``on_start`` raised; the server is not started then.
         """
+        self._forget_if_hub_is_gone()
         if self._manager is not None:
             raise PsServerError(f"{self!r} is started already")
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
             listening = self._bind()
-            if not self._is_running:
+            if manager.stop is not None:
                 listening.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
             listener = self._listener = Listener(listening, manager)
             self._bound_to = cast("Endpoint", listener.address)
             manager.dispatch.on_start(self)
-        if self._listener is listener:  # unless it was shut down in the meantime
-            listener.start()
+            if self._listener is not listener:  # on_start took so long that a shutdown gave up
+                listener.close()
+            elif manager.stop is None:
+                listener.start()
+        if manager.stop is None:
             logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
@@ -161,15 +165,18 @@ class PsServer(SessionOwner):
             True when it is shut down (or was never started), False when the time was over before.
 
         Raises:
-            PsServerError: called in another thread than the server's, in a coroutine or in the hub.
+            PsServerError: called in another thread than the server's, in a callback, in a coroutine
+                or in the hub.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
         manager = self._manager
         if manager is None:
             return True
-        if not manager.thread.is_current() or not may_wait():
-            raise PsServerError("wait_for belongs to a greenlet of the server's own thread")
+        if not manager.thread.is_current() or not may_wait_for_callbacks():
+            raise PsServerError(
+                "wait_for belongs to a greenlet of the server's own thread, and to no callback"
+            )
         return bool(manager.stopped.wait(timeout))
 
     def serve_forever(
@@ -199,14 +206,16 @@ class PsServer(SessionOwner):
 
         def ask(name: str) -> None:
             signals.append(name)
-            if self._manager is not None:
-                self._manager.thread.call_soon(gevent.spawn, shut_down)
+            manager = self._manager
+            if manager is not None:
+                manager.thread.call_soon(gevent.spawn, shut_down)
 
         with ask_on_signals(ask):
             try:
-                if self._manager is None and not signals:
+                if self._manager is None:
                     self.start()
-                self.wait_for()
+                if not signals:  # one that came before there was a manager is for us too
+                    self.wait_for()
             except PsServerError:
                 if not signals:  # else it was shut down while it started
                     raise
@@ -255,11 +264,6 @@ class PsServer(SessionOwner):
         """
         return self._bound_to or (self._host, self._port)
 
-    @property
-    def started(self) -> bool:
-        """Whether the server is started, and its shutdown has not begun."""
-        return self._is_running
-
     def __enter__(self) -> Self:
         if self._manager is None:
             self.start()
@@ -298,15 +302,21 @@ class PsServer(SessionOwner):
         return exc.strerror or str(exc)
 
     def _close_entrance(self) -> None:
+        manager = self._manager
+        if manager is not None and manager.entering:
+            return  # called again when `start` has come to its end
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()
 
     def _stopped(self) -> None:
-        if self._manager is not None and self._manager.has_started:
-            logger.info("%r: stopped", self)
+        manager = self._manager
+        has_started = manager is not None and manager.has_started
+        stopped = repr(self)
         self._bound_to = None
         super()._stopped()
+        if has_started:
+            logger.info("%s: stopped", stopped)
 
 
 def _default_cap() -> int:

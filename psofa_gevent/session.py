@@ -625,7 +625,7 @@ class PsSession:
         elif isinstance(exc, GreenletExit) and not was_open:
             logger.warning("%r: a callback was ended", self, exc_info=exc)
         else:
-            logger.error("%r: failed", self, exc_info=exc)
+            logger.error("%r: failed: %r", self, exc, exc_info=exc)
 
     def _linger(self) -> None:
         """Let the peer take what was sent, before the close."""

@@ -34,14 +34,13 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
     `ask` runs in whichever greenlet of the main thread runs just then, or in the hub: it must not
     wait. Outside of the main thread nothing is installed: signals are not handled there.
     """
-    if not _asked:
-        try:
-            _installed.enter_context(_handlers())
-        except ValueError:  # not in the main thread
-            yield
-            return
+    if not get_hub().main_hub:
+        yield
+        return
     _asked.append(ask)
     try:
+        if len(_asked) == 1:
+            _installed.enter_context(_handlers())
         yield
     finally:
         _asked.remove(ask)

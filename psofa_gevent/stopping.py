@@ -22,7 +22,7 @@ from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
-from gevent import getcurrent
+from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import CallerEvent
@@ -59,18 +59,24 @@ class Stop:
     """
 
     def __init__(
-        self, manager: SessionManager, reason: PsCloseReason, finished: Callable[[], None]
+        self,
+        manager: SessionManager,
+        reason: PsCloseReason,
+        close_entrance: Callable[[], None],
+        finished: Callable[[], None],
     ) -> None:
         """Prepare to stop.
 
         Args:
             manager: what is to be stopped.
             reason: SHUTDOWN, or SELF_CLOSE for clients.
+            close_entrance: lets no new connection in; called when nobody starts any more.
             finished: called at the end, before those who wait go on.
         """
         self._changed = manager.changed
         self._stopped = manager.stopped
         self._reason = reason
+        self._close_entrance = close_entrance
         self._finished = finished
         self._asked_for: list[_Asked] = []
         self._closing_since: float | None = None
@@ -99,7 +105,7 @@ class Stop:
 
     def wait(self, manager: SessionManager) -> None:
         """Wait until all is over, where the caller may wait for that; else return at once."""
-        if may_wait_for_callbacks() and getcurrent() is not manager.starter:
+        if may_wait_for_callbacks() and getcurrent() not in manager.entering:
             self._stopped.wait()
 
     def _new_greenlet(self, manager: SessionManager) -> LibraryGreenlet:
@@ -107,9 +113,10 @@ class Stop:
         greenlet.rawlink(partial(self._ended, manager))
         return greenlet
 
-    def _ended(self, manager: SessionManager, _greenlet: object) -> None:
+    def _ended(self, manager: SessionManager, greenlet: LibraryGreenlet) -> None:
         # Killed by a stranger: each phase looks at what is there, so it may be entered again.
-        if not self._stopped.is_set():
+        outcome: object = greenlet.value
+        if isinstance(outcome, GreenletExit) and not self._stopped.is_set():
             self._greenlets[0] = self._new_greenlet(manager)
             self._greenlets[0].start()
 
@@ -129,16 +136,33 @@ class Stop:
         first = min(max(since, asked.at) + asked.timeout for asked in self._asked_for)
         return max(first, since + FIRST_LOOK)
 
+    def _second_deadline(self, since: float) -> float:
+        return min(
+            max(since, asked.at) + max(asked.timeout, LEAST_SECOND_BOUND)
+            for asked in self._asked_for
+        )
+
     def _run(self, manager: SessionManager) -> None:
-        self._wait(lambda: manager.starter is None, self._start_deadline)
+        try:
+            self._stop_callbacks(manager)
+        except GreenletExit:
+            raise  # `_ended` starts another greenlet
+        except BaseException as exc:
+            # Nothing of ours raises here, but a log handler may: those who wait go on all the same.
+            self._end(manager)
+            logger.error("%r: failed to stop", manager.owner, exc_info=exc)
+        else:
+            self._end(manager)
+
+    def _stop_callbacks(self, manager: SessionManager) -> None:
+        self._wait(lambda: not manager.entering, self._start_deadline)
+        self._close_entrance()
         if self._closing_since is None:
             self._wait(lambda: not manager.sessions, self._drain_deadline)
             self._begin_closing(manager)
         if not self._wait(manager.is_quiet, self._deadline):
             self._force(manager)
         self._call_on_stop(manager)
-        manager.release()
-        self._finish()
 
     def _begin_closing(self, manager: SessionManager) -> None:
         self._closing_since = monotonic()
@@ -155,13 +179,13 @@ class Stop:
             len(manager.sessions),
             manager.closing.pending,
         )
-        bound = self._second_bound()
-        next_kill = 0.0
-        while not manager.is_quiet() and monotonic() < bound:
+        since = monotonic()
+        next_kill = since
+        while not manager.is_quiet() and monotonic() < self._second_deadline(since):
             if monotonic() >= next_kill:
                 manager.kill_sessions()
                 next_kill = monotonic() + KILL_PERIOD
-            self._hurry(manager, bound)
+            self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
         if abandoned:
             logger.error("%r: %d callbacks did not end: left behind", manager.owner, abandoned)
@@ -171,21 +195,19 @@ class Stop:
             self._stop_called = True
             manager.closing.put_stop(manager.owner)
         if not self._wait(manager.is_quiet, self._deadline):
-            bound = self._second_bound()
+            since = monotonic()
             while not manager.is_quiet():
-                self._hurry(manager, bound)
+                self._hurry(manager, since)
 
-    def _second_bound(self) -> float:
-        return monotonic() + max(self._timeout, LEAST_SECOND_BOUND)
-
-    def _hurry(self, manager: SessionManager, bound: float) -> None:
-        pace = min(max(manager.closing.hurry(bound), SHORTEST_WAIT), KILL_PERIOD)
+    def _hurry(self, manager: SessionManager, since: float) -> None:
+        pace = manager.closing.hurry(self._second_deadline(since))
+        pace = min(max(pace, SHORTEST_WAIT), KILL_PERIOD)
         until = monotonic() + pace
         self._wait(manager.is_quiet, lambda: until)
 
-    def _finish(self) -> None:
-        if self._stopped.is_set():
-            return
+    def _end(self, manager: SessionManager) -> None:
+        manager.request_closes(self._reason)  # none is left, unless something failed
+        manager.release()
         self._finished()
         # The threads first: one that is woken by `stopped` may join them natively at once.
         for event in self._waiting_threads:
@@ -194,10 +216,11 @@ class Stop:
 
     def _wait(self, condition: Callable[[], bool], until: Callable[[], float]) -> bool:
         """Wait until `condition` holds, or the time `until`, which may change, has come."""
-        while not condition():
+        while True:
+            self._changed.clear()  # before the look, so that no news are lost
+            if condition():
+                return True
             left = until() - monotonic()
             if left <= 0:
                 return False
-            self._changed.clear()
             self._changed.wait(None if left == NEVER else max(left, SHORTEST_WAIT))
-        return True

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gevent import Greenlet, get_hub, getcurrent
+from gevent import Greenlet, getcurrent
+from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
 
 from psofa_gevent.aio import in_coroutine
 
@@ -34,12 +35,12 @@ def in_callback() -> bool:
 
 def may_wait() -> bool:
     """Whether the caller may switch to the hub: it is neither the hub nor a coroutine."""
-    return getcurrent() is not get_hub() and not in_coroutine()
+    return getcurrent() is not get_hub_if_exists() and not in_coroutine()
 
 
 def may_wait_for_callbacks() -> bool:
     """Whether the caller may wait until callbacks have ended: it is none, and may wait at all."""
-    return getcurrent() is not get_hub() and not in_callback()
+    return getcurrent() is not get_hub_if_exists() and not in_callback()
 
 
 class Worker:
@@ -59,9 +60,10 @@ class Worker:
     def ensure(self) -> None:
         """Start the greenlet unless it runs. Does not switch."""
         if self.greenlet is None and not self._stopped:
-            self.greenlet = LibraryGreenlet(self._job)
-            self.greenlet.rawlink(self._ended)
-            self.greenlet.start()
+            greenlet = LibraryGreenlet(self._job)
+            greenlet.rawlink(self._ended)
+            self.greenlet = greenlet
+            greenlet.start()
 
     def _ended(self, greenlet: object) -> None:
         if self.greenlet is greenlet:

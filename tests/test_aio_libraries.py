@@ -118,7 +118,9 @@ def test_an_aiohttp_client_and_server_talk_to_each_other(http_port: int) -> None
 
 def test_a_redis_client_is_shared_by_all_greenlets(redis_port: int) -> None:
     redis = pytest.importorskip("redis.asyncio")
-    client = redis.Redis(port=redis_port, max_connections=2 * GREENLETS, decode_responses=True)
+    client = redis.Redis(
+        host="127.0.0.1", port=redis_port, max_connections=2 * GREENLETS, decode_responses=True
+    )
 
     async def use(number: int) -> tuple[str, int]:
         async with client.pipeline() as pipeline:
@@ -138,7 +140,9 @@ def test_a_redis_client_is_shared_by_all_greenlets(redis_port: int) -> None:
 
 def test_a_redis_subscriber_hears_what_greenlets_publish(redis_port: int) -> None:
     redis = pytest.importorskip("redis.asyncio")
-    client = redis.Redis(port=redis_port, max_connections=2 * GREENLETS, decode_responses=True)
+    client = redis.Redis(
+        host="127.0.0.1", port=redis_port, max_connections=2 * GREENLETS, decode_responses=True
+    )
 
     async def listen(count: int) -> set[str]:
         heard: set[str] = set()
@@ -175,7 +179,7 @@ def test_libraries_work_in_the_async_callbacks_of_200_sessions(
             return str(await answer.text())
 
     web_session = run_coroutine(open_session(aiohttp))
-    store = redis.Redis(port=redis_port, max_connections=2 * GREENLETS)
+    store = redis.Redis(host="127.0.0.1", port=redis_port, max_connections=2 * GREENLETS)
 
     class Callback(PsCallback):
         use_async_callback = True

@@ -423,3 +423,28 @@ def test_callback_may_have_slots_and_properties() -> None:
     with serving(callback) as server:
         talk(server)
     assert callback.first == b"hello"
+
+
+@pytest.mark.parametrize("name", ["on_open", "on_message", "on_close_async"])
+def test_method_that_does_not_take_its_arguments_is_refused(name: str) -> None:
+    async def takes_too_little(self: object) -> None: ...
+
+    method = takes_too_little if name.endswith("_async") else lambda self: None
+    wrong = type("Wrong", (PsCallback,), {name: method, "use_async_callback": "async" in name})
+    with pytest.raises(PsCallbackError, match=rf"Wrong\.{name} is called with \(session"):
+        PsServer(wrong())
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_method_of_the_kind_that_is_not_called_is_refused(is_async: bool) -> None:
+    class OnlyAsync(PsCallback):
+        async def on_message_async(self, session: PsSession, message: bytes) -> None: ...
+
+    class OnlySync(PsCallback):
+        use_async_callback = True
+
+        def on_message(self, session: PsSession, message: bytes) -> None: ...
+
+    callback = OnlyAsync() if is_async else OnlySync()
+    with pytest.raises(PsCallbackError, match="would never be called: with use_async_callback"):
+        PsServer(callback)

@@ -196,6 +196,35 @@ def test_repr_tells_target_and_state(ps_server: ServerFactory) -> None:
         assert repr(client) == f"<PsClient {host}:{port} connected>"
 
 
+def test_connect_without_a_timeout_works(ps_server: ServerFactory) -> None:
+    with client_of(ps_server(echo()).address) as client:
+        assert client.connect(timeout=None).is_open
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+def test_peer_that_leaves_at_once_gives_an_error_or_a_whole_session(reset: bool) -> None:
+    callback = RecordingCallback()
+
+    def leave() -> None:
+        for _ in range(20):
+            peer = server.accept()
+            (peer.reset if reset else peer.close)()
+
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        leaving = gevent.spawn(leave)
+        for count in range(1, 21):
+            with contextlib.suppress(PsClientError):
+                client.connect()
+            eventually(lambda: client.session is None)
+            opened = len(callback.named("on_open"))
+            callback.wait_for("on_close", opened)
+            assert opened <= count
+        leaving.get(timeout=5)
+        assert len(callback.named("on_close")) == len(callback.named("on_open"))
+        ours = PsCloseReason.FAILED if reset else PsCloseReason.PEER_CLOSE
+        assert {event.value for event in callback.named("on_close")} == {ours}
+
+
 # Many addresses
 
 
@@ -594,6 +623,47 @@ def test_disconnect_after_the_peer_closed_runs_on_stop_once() -> None:
             "on_close",
             "on_stop",
         ]
+
+
+def test_all_who_disconnect_wait_for_the_one_end() -> None:
+    callback = RecordingCallback()
+    ends_seen: list[int] = []
+
+    def disconnect() -> None:
+        client.disconnect()
+        ends_seen.append(len(callback.named("on_stop")))
+
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        gevent.joinall([gevent.spawn(disconnect) for _ in range(5)], timeout=5, raise_error=True)
+    assert ends_seen == [1] * 5
+    assert len(callback.named("on_close")) == 1
+
+
+def test_disconnect_while_the_peer_closes_gives_one_on_close() -> None:
+    callback = RecordingCallback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        for count in range(1, 6):
+            client.connect()
+            server.accept().close()
+            client.disconnect()
+            assert len(callback.named("on_close")) == len(callback.named("on_stop")) == count
+
+
+def test_connect_in_on_stop_is_an_error() -> None:
+    class Callback(RecordingCallback):
+        def on_stop(self, owner: Any) -> None:
+            super().on_stop(owner)
+            with pytest.raises(PsClientError):
+                owner.connect(timeout=1)
+            self.was_refused = True
+
+    callback = Callback()
+    with ScriptedServer() as server, client_of(server.address, callback) as client:
+        client.connect()
+        client.disconnect()
+        assert callback.was_refused
+        assert client.session is None
 
 
 def test_disconnect_in_a_callback_returns_at_once() -> None:

@@ -626,19 +626,3 @@ def test_a_stalled_send_in_a_failing_callback_does_not_hold_its_end(
         client.send("x")
         assert isinstance(sender.get(), PsSendError)
         assert callback.closed(session) is PsCloseReason.FAILED
-
-
-@pytest.mark.parametrize("attribute", ["on_open", "on_message"])
-def test_a_callback_with_the_wrong_signature_fails_its_sessions_with_a_type_error(
-    ps_server: ServerFactory, ps_client: ClientFactory, attribute: str
-) -> None:
-    callback = ActingCallback()
-    namespace = {
-        attribute: lambda self: None,
-        "on_close": lambda self, session, reason: callback.on_close(session, reason),
-    }
-    wrong = type("Wrong", (PsCallback,), namespace)
-    ps_client(ps_server(wrong())).send("x")
-    [closed] = callback.wait_for("on_close")
-    assert closed.session is not None
-    assert isinstance(closed.session.close_cause, TypeError)

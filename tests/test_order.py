@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import gevent
 import gevent.event
 import pytest
+from gevent import monkey
 
 from acting import STALLING, ActingCallback, sending, wait_until_stalled
 from helpers import stalled_peer
@@ -37,6 +38,8 @@ from psofa_gevent.testing import (
 
 FOREVER = 600.0
 """Seconds for a setting that must not be what ends the test."""
+
+block_the_hub: Callable[[float], None] = monkey.get_original("time", "sleep")
 
 
 def session_greenlets(session: PsSession) -> list[gevent.Greenlet[..., object]]:
@@ -175,6 +178,27 @@ def test_is_open_is_false_in_on_close_whatever_the_reason(
     endings[reason]()
     assert callback.closed(session) is reason
     assert seen == [False]
+
+
+def test_a_wake_up_that_comes_too_late_does_not_disturb_the_callback_that_has_begun(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    """The idle timer finds the sessions waiting, and in the same turn of the hub bytes arrive."""
+    go_on = gevent.event.Event()
+    returned: list[bool] = []
+    callback = ActingCallback(on_message=lambda session, message: returned.append(go_on.wait(30)))
+    server = ps_server(callback, idle_milliseconds=1_000, divide=1)
+    clients = [ps_client(server) for _ in range(5)]
+    callback.wait_for("on_open", 5)
+    for client in clients:
+        client.send("x")
+    block_the_hub(1.1)  # when it goes on, all is due at once
+    callback.wait_for("on_message", 5)
+    gevent.sleep(0.01)
+    assert returned == []
+    go_on.set()
+    eventually(lambda: returned == [True] * 5)
+    assert not callback.named("on_close")
 
 
 # Reasons that race: the first one wins

@@ -20,7 +20,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from helpers import NativeThread, stalled_peer
+from helpers import NativeThread, run_python, stalled_peer
 from psofa_gevent import (
     PsCloseReason,
     PsSendError,
@@ -581,6 +581,24 @@ def test_shutdown_interrupts_and_refuses_the_sends_of_others(line: LineFactory) 
     stopping.get(timeout=5)
 
 
+def test_shutdown_lets_the_send_of_a_callback_to_another_session_go_on(
+    line: LineFactory, ps_client: ClientFactory
+) -> None:
+    class SendsToTheFirst(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            first.send(b"a" * BIG, timeout=None)
+
+    server, first, peer, callback = line(SendsToTheFirst(), linger_timeout=1.0)
+    ps_client(server).send("x")
+    eventually(lambda: first.bytes_sent > 0)
+    stopping = gevent.spawn(server.shutdown, 10.0)
+    eventually(lambda: not first.is_open)
+    assert peer.receive_until_eof() == b"a" * BIG
+    stopping.get(timeout=5)
+    reasons = [event.value for event in callback.named("on_close")]
+    assert reasons == [PsCloseReason.SHUTDOWN] * 2
+
+
 # A sender that is thrown out
 
 
@@ -881,6 +899,63 @@ def test_async_sends_of_many_tasks_never_interleave_and_keep_their_order(line: L
     sender = spawn_coroutine(send_all())
     assert peer.receive(50_000 * len(letters)) == b"".join(letter * 50_000 for letter in letters)
     sender.get(timeout=5)
+
+
+def test_coroutine_that_is_held_up_while_first_in_line_costs_the_session_nothing(
+    line: LineFactory,
+) -> None:
+    _server, session, peer, _callback = line()
+
+    async def hold_the_loop() -> None:
+        gevent.sleep(1.0)
+
+    first = attempt(run_coroutine, session.send_async(b"a" * BIG, timeout=None))
+    eventually(lambda: session.bytes_sent > 0)
+    holding = spawn_coroutine(hold_the_loop())
+    second = line_up(session, "b", timeout=SHORT)
+    # The peer takes all there is; it is only the first in line who sends no more of it.
+    peer.expect(b"a" * BIG + b"b")
+    assert result(first) is None
+    assert result(second) is None
+    assert session.is_open
+    holding.get(timeout=5)
+
+
+ASYNCIO_RUN = """
+    from gevent import monkey
+    monkey.patch_all()
+    import asyncio
+    import gevent
+    from helpers import stalled_peer
+    from psofa_gevent import PsCloseReason
+    from psofa_gevent.testing import RecordingCallback, eventually, serving
+
+    HUGE = 32 * 1024 * 1024
+
+    async def send_and_give_up():
+        async with asyncio.timeout(0.1):
+            await session.send_async(bytes(HUGE), timeout=None)
+
+    callback = RecordingCallback()
+    with serving(callback, linger_timeout=0) as server, stalled_peer(server.address) as peer:
+        session = callback.wait_for("on_open")[0].session
+        sending = gevent.spawn(asyncio.run, session.send_async(bytes(HUGE), timeout=None))
+        eventually(lambda: session.bytes_sent > 0)
+        peer.socket.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, HUGE)
+        peer.receive(HUGE)
+        sending.get(timeout=5)
+        assert session.is_open
+        try:
+            asyncio.run(send_and_give_up())
+        except TimeoutError:
+            print("gave up")
+        assert callback.wait_for("on_close")[0].value is PsCloseReason.FAILED
+"""
+
+
+def test_send_async_waits_in_an_asyncio_loop_of_the_programs_own() -> None:
+    done = run_python(ASYNCIO_RUN)
+    assert (done.stdout, done.stderr, done.returncode) == ("gave up\n", "", 0)
 
 
 # An asyncio loop of another OS thread

@@ -525,6 +525,21 @@ def test_start_by_one_who_waited_for_the_shutdown_works() -> None:
         assert_serves(server)
 
 
+def test_server_may_be_started_and_shut_down_in_a_callback_of_another(
+    ps_server: ServerFactory,
+) -> None:
+    class Callback(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            with local_server(echo()) as inner:
+                assert_serves(inner)
+            session.send("done" if not inner.started else "still there")
+
+    server = ps_server(Callback())
+    with ScriptedClient(server.address) as client:
+        client.send("go")
+        client.expect("done")
+
+
 # on_start and on_stop
 
 

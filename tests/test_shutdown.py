@@ -31,6 +31,7 @@ from psofa_gevent import (
     PsCloseReason,
     PsMultiClient,
     PsServer,
+    PsServerError,
     PsSession,
     run_coroutine,
 )
@@ -444,6 +445,69 @@ def test_server_starts_again_while_a_callback_of_before_still_runs() -> None:
     assert closes(callback) == [PsCloseReason.PEER_CLOSE]
 
 
+@sync_and_async
+def test_callback_that_looks_at_is_open_ends_in_good_time(use_async: bool) -> None:
+    class Callback(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            while session.is_open:
+                gevent.sleep(0.01)
+            session.send("goodbye")
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            await super().on_message_async(session, message)
+            while session.is_open:
+                await asyncio.sleep(0.01)
+            await session.send_async("goodbye")
+
+    callback = Callback(use_async_callback=use_async)
+    with serving_clients(callback, 3) as (server, clients):
+        for client in clients:
+            client.send("work")
+        callback.wait_for("on_message", 3)
+        with takes(most=0.5):
+            server.shutdown(timeout=20)
+        assert_all_closed(callback, PsCloseReason.SHUTDOWN, 3)
+        for client in clients:
+            client.expect("goodbye")
+            client.expect_eof()
+
+
+@sync_and_async
+def test_half_open_sessions_close_like_all_others(use_async: bool) -> None:
+    callback = RecordingCallback(use_async_callback=use_async)
+    with serving_clients(callback, 3, allow_half_open=True) as (server, clients):
+        clients[0].eof()
+        [event] = callback.wait_for("on_eof")
+        [other, _] = [session for session in server.sessions if session is not event.session]
+        other.send_eof()
+        with takes(most=0.5):
+            server.shutdown(timeout=20)
+        assert_all_closed(callback, PsCloseReason.SHUTDOWN, 3)
+        for client in clients:
+            client.expect_eof()
+
+
+@sync_and_async
+def test_hanging_on_eof_is_killed_at_the_timeout(use_async: bool) -> None:
+    class Callback(RecordingCallback):
+        def on_eof(self, session: PsSession) -> None:
+            super().on_eof(session)
+            gevent.sleep(FOREVER)
+
+        async def on_eof_async(self, session: PsSession) -> None:
+            super().on_eof(session)
+            await asyncio.sleep(FOREVER)
+
+    callback = Callback(use_async_callback=use_async)
+    with serving_clients(callback, 1, allow_half_open=True) as (server, [client]):
+        client.eof()
+        callback.wait_for("on_eof")
+        with takes(0.2, most=0.2):
+            server.shutdown(timeout=0.2)
+        assert_all_closed(callback, PsCloseReason.SHUTDOWN, 1)
+
+
 def test_stalled_send_of_a_callback_ends_at_the_timeout() -> None:
     class Callback(RecordingCallback):
         def on_open(self, session: PsSession) -> None:
@@ -594,6 +658,25 @@ def test_failing_on_close_costs_the_others_nothing() -> None:
         assert_all_closed(callback, PsCloseReason.SHUTDOWN, 8)
 
 
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_exit_in_on_close_is_raised_in_the_main_greenlet_and_the_shutdown_goes_on(
+    error: type[BaseException],
+) -> None:
+    class Callback(RecordingCallback):
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            super().on_close(session, close_reason)
+            if len(self.named("on_close")) == 2:
+                raise error
+
+    callback = Callback()
+    with serving_clients(callback, 10) as (server, _clients):
+        with pytest.raises(error):
+            server.shutdown()
+        assert server.wait_for(5) is True
+        assert_all_closed(callback, PsCloseReason.SHUTDOWN, 10)
+
+
 def test_slow_on_close_calls_come_one_at_a_time_and_all_of_them() -> None:
     class Callback(RecordingCallback):
         running = 0
@@ -684,6 +767,21 @@ def test_exception_in_on_stop_is_logged_and_not_raised(
     [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.exc_info
     assert record.exc_info[0] is error
+
+
+def test_start_in_on_stop_is_an_error() -> None:
+    class Callback(RecordingCallback):
+        def on_stop(self, owner: Any) -> None:
+            super().on_stop(owner)
+            with pytest.raises(PsServerError):
+                owner.start()
+            self.was_refused = True
+
+    callback = Callback()
+    with local_server(callback) as server:
+        server.shutdown()
+        assert callback.was_refused
+        assert not server.started
 
 
 # Drain

@@ -758,3 +758,78 @@ def test_two_servers_in_serve_forever_stop_at_one_signal_and_restore_the_handler
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=5.0) == 0
         assert process.lines[-1] == "restored"
+
+
+def test_serve_forever_in_a_thread_beside_one_in_the_main_thread_leaves_signals_to_that() -> None:
+    program = """
+        import gevent
+        import signal
+        from helpers import NativeThread
+        from psofa_gevent import PsCallback, PsServer
+        from psofa_gevent.testing import eventually
+
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        here, there = (PsServer(PsCallback(), host="127.0.0.1", port=0) for _ in range(2))
+        here.start()
+
+        def go_on():
+            global thread
+            thread = NativeThread(there.serve_forever)
+            eventually(lambda: there.started)
+            gevent.sleep(0.1)
+            print("serving", flush=True)
+
+        gevent.spawn(go_on)
+        here.serve_forever()
+        print(here.started, there.started)
+        there.shutdown()
+        thread.join(5)
+        after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        print("restored" if after == before else "not restored")
+    """
+    with python_process("-c", textwrap.dedent(program)) as process:
+        process.expect_line("serving")
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+        assert process.lines[-2:] == ["False True", "restored"]
+
+
+# Ctrl-C without serve_forever: Python's own KeyboardInterrupt
+
+WITH_SERVER = """
+    from psofa_gevent import PsCallback, PsServer
+
+    class Callback(PsCallback):
+        def on_message(self, session, message):
+            session.send(message)
+            print("message", message.decode(), flush=True)
+            while message == b"busy":
+                pass
+
+        def on_close(self, session, close_reason):
+            print("close", close_reason.name, flush=True)
+
+    try:
+        with PsServer(Callback(), host="127.0.0.1", port=0) as server:
+            print("port", server.address[1], flush=True)
+            server.wait_for()
+    except KeyboardInterrupt:
+        print("interrupted", server.started, server.get_session_count())
+"""
+
+
+@pytest.mark.parametrize(("message", "reason"), [("idle", "SHUTDOWN"), ("busy", "FAILED")])
+def test_keyboard_interrupt_comes_to_main_and_every_on_close_is_delivered(
+    message: str, reason: str
+) -> None:
+    with python_process("-c", textwrap.dedent(WITH_SERVER)) as process:
+        port = int(process.expect_line("port").split()[1])
+        with ScriptedClient(("127.0.0.1", port)) as client:
+            client.send(message)
+            client.expect(message)
+            process.expect_line(f"message {message}")
+            client.expect_nothing(0.2)  # by now the callback that is not busy has returned
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == 0
+    assert f"close {reason}" in process.lines
+    assert process.lines[-1] == "interrupted False 0"

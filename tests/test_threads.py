@@ -17,7 +17,7 @@ import gevent
 import pytest
 from gevent import monkey
 
-from helpers import NativeThread, ScriptedServer, run_python
+from helpers import NativeThread, ScriptedServer, run_python, stalled_peer
 from psofa_gevent import (
     PsClient,
     PsClientError,
@@ -600,6 +600,48 @@ TWO_HUBS = """
 def test_two_hubs_may_send_to_sessions_of_each_other_at_the_same_time() -> None:
     done = run_python(TWO_HUBS, timeout=20.0)
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
+def give_up_sending(session: PsSession, message: bytes) -> str:
+    """Runs in a thread with a hub of its own, whose greenlets may be thrown out of a send."""
+    gevent.sleep(0)
+    try:
+        with gevent.Timeout(0.1):
+            session.send(message, timeout=None)
+    except gevent.Timeout:
+        return "given up"
+    return "sent"
+
+
+def test_greenlet_of_another_hub_thrown_out_of_a_send_in_line_has_sent_nothing(
+    ps_server: ServerFactory,
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, linger_timeout=0.0)
+    with stalled_peer(server.address) as peer:
+        session = only_session(callback)
+        size = 32 * 1024 * 1024
+        first = gevent.spawn(session.send, bytes(size), timeout=None)
+        eventually(lambda: session.bytes_sent > 0)
+        assert NativeThread(give_up_sending, session, b"never").wait() == "given up"
+        assert session.is_open
+        peer.socket.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, size)
+        peer.receive(size)
+        first.get(timeout=5)
+        session.send("fine")
+        peer.expect("fine")
+
+
+def test_greenlet_of_another_hub_thrown_out_after_a_part_left_fails_the_session(
+    ps_server: ServerFactory,
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, linger_timeout=0.0)
+    with stalled_peer(server.address):
+        session = only_session(callback)
+        thread = NativeThread(give_up_sending, session, bytes(32 * 1024 * 1024))
+        assert thread.wait() == "given up"
+        assert callback.wait_for("on_close")[0].value is PsCloseReason.FAILED
 
 
 # A thread that is overtaken by the end of the server in the middle of its call
