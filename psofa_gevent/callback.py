@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from psofa_gevent.server import PsServer
     from psofa_gevent.session import PsSession
 
-__all__ = ["PsCallback", "check_callback"]
+__all__ = ["PsCallback", "check_callback", "is_overridden"]
 
 METHODS = {
     "on_open": ("session",),
@@ -128,14 +128,15 @@ def _check_is_called(callback: PsCallback, name: str) -> None:
     called, other = f"{name}_async", name
     if not callback.use_async_callback:
         called, other = other, called
-    if _is_overridden(callback, other) and not _is_overridden(callback, called):
+    if is_overridden(callback, other) and not is_overridden(callback, called):
         raise PsCallbackError(
             f"{type(callback).__name__}.{other} would never be called: with use_async_callback = "
             f"{callback.use_async_callback} that is {called}"
         )
 
 
-def _is_overridden(callback: PsCallback, name: str) -> bool:
+def is_overridden(callback: PsCallback, name: str) -> bool:
+    """Whether `callback` has a method of its own under `name`."""
     method = getattr(callback, name)
     return getattr(method, "__func__", method) is not getattr(PsCallback, name)
 

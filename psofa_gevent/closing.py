@@ -18,7 +18,7 @@ from gevent import GreenletExit
 from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
-from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.worker import Worker
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ class CloseQueue:
         """Give up what is still pending, and return how many calls were given up in all."""
         while not self._queue.empty():
             _call, subject, args = self._queue.get_nowait()
-            logger.error("%r: %s was not called: no time was left", subject, _name(args))
+            log_safely(
+                logging.ERROR, "%r: %s was not called: no time was left", subject, _name(args)
+            )
             self._given_up += 1
             self._one_less()
         if self._subject is not None:
@@ -106,7 +108,7 @@ class CloseQueue:
 
     def _give_up(self) -> None:
         """Leave the running call behind, and let another greenlet go on with the queue."""
-        logger.error("%r: its callback does not end: left behind", self._subject)
+        log_safely(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
         self._subject = None
         self._given_up += 1
         self._worker.replace()

@@ -44,6 +44,7 @@ class ConnectingOwner(SessionOwner):
         manager = self._manager = self._new_manager()
         with self._starting(manager):
             manager.dispatch.on_start(cast("Owner", self))
+            manager.has_started = True
         return manager
 
     def _connect(
@@ -60,19 +61,26 @@ class ConnectingOwner(SessionOwner):
         connector = Connector(host, port, family, self._error)
         with manager.entrance():
             self._connectors.add(connector)
+            where = format_address(host, port)
             try:
+                self._check_still_wanted(manager, where)
                 sock, address = connector.connect(timeout)
             finally:
                 self._connectors.discard(connector)
-            where = format_address(host, port)
-            if self._manager is not manager or manager.stop is not None:
+            try:
+                self._check_still_wanted(manager, where)
+            except PsError:
                 sock.close()
-                raise self._error(f"cannot connect to {where}: disconnected meanwhile")
+                raise
             try:
                 return manager.open(sock, address, connection_id)
             except OSError as exc:
                 sock.close()
                 raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+
+    def _check_still_wanted(self, manager: SessionManager, where: str) -> None:
+        if self._manager is not manager or manager.stop is not None:
+            raise self._error(f"cannot connect to {where}: disconnected meanwhile")
 
     def _close_entrance(self) -> None:
         for connector in list(self._connectors):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import get_hub, getcurrent
 
 from psofa_gevent.aio import run_task
-from psofa_gevent.callback import PsCallback
+from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import log_from_hub
 
@@ -76,7 +76,7 @@ class Dispatch:
         if not self._is_async:
             function: Callable[..., None] = getattr(callback, name)
             return function
-        if getattr(type(callback), f"{name}_async") is getattr(PsCallback, f"{name}_async"):
+        if not is_overridden(callback, f"{name}_async"):
             return _do_nothing  # so that a coroutine, which could not wait for it, may start
         method = getattr(callback, f"{name}_async")
         return lambda owner: run_task(method(owner))

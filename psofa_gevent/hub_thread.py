@@ -19,7 +19,7 @@ import gevent
 from gevent import Greenlet, get_hub, getcurrent, monkey
 from gevent._hub_local import get_hub_if_exists  # there is no public way to ask without making one
 
-__all__ = ["CallerEvent", "HubThread", "NativeEvent", "get_ident", "log_from_hub"]
+__all__ = ["CallerEvent", "HubThread", "NativeEvent", "get_ident", "log_from_hub", "log_safely"]
 
 logger = logging.getLogger("psofa_gevent")
 
@@ -261,6 +261,13 @@ def _outcome(function: Callable[[], object]) -> BaseException | None:
 def _resolve(future: asyncio.Future[T], value: T) -> None:
     if not future.done():
         future.set_result(value)
+
+
+def log_safely(level: int, message: str, *args: object, **kwargs: Any) -> None:
+    """Log where a handler that raises must not undo what is going on."""
+    # logging itself keeps quiet about a handler's errors unless asked (`logging.raiseExceptions`).
+    with contextlib.suppress(Exception):
+        logger.log(level, message, *args, **kwargs)
 
 
 def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:

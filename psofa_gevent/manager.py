@@ -25,7 +25,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.closing import CloseQueue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.idle import IdleTimer
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
@@ -148,9 +148,13 @@ class SessionManager:
         """Release the sockets of those that never end, and count them no more: how many."""
         stuck = list(self.sessions)
         for session in stuck:
-            logger.error("%r: its callback does not end: left behind, without on_close", session)
             self.forget(session)
             session._release()
+            log_safely(
+                logging.ERROR,
+                "%r: its callback does not end: left behind, without on_close",
+                session,
+            )
         return len(stuck)
 
     def release(self) -> None:

@@ -89,7 +89,6 @@ class SessionOwner:
         try:
             with manager.entrance():
                 yield
-                manager.has_started = True
         except BaseException:
             self._undo(manager)
             raise

@@ -21,6 +21,7 @@ from psofa_gevent.addresses import (
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
+from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listener, bind
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int, check_seconds
@@ -132,8 +133,8 @@ class PsServer(SessionOwner):
         """Listen and accept; returns when the server can be reached.
 
         Raises:
-            PsServerError: it is started already, or the address is in use, not this machine's, not
-                known, or not allowed.
+            PsServerError: it is started already, or was shut down while it started; or the address
+                is in use, not this machine's, not known, or not allowed.
             Exception: what ``on_start`` raised; the server is not started then.
         """
         self._forget_if_hub_is_gone()
@@ -148,12 +149,12 @@ class PsServer(SessionOwner):
             listener = self._listener = Listener(listening, manager)
             self._bound_to = cast("Endpoint", listener.address)
             manager.dispatch.on_start(self)
-            if self._listener is not listener:  # on_start took so long that a shutdown gave up
+            manager.has_started = True
+            if not self.started:
                 listener.close()
-            elif manager.stop is None:
-                listener.start()
-        if manager.stop is None:
-            logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
+                raise PsServerError(f"{self!r} was shut down while it started")
+            listener.start()
+        logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
@@ -316,7 +317,7 @@ class PsServer(SessionOwner):
         self._bound_to = None
         super()._stopped()
         if has_started:
-            logger.info("%s: stopped", stopped)
+            log_safely(logging.INFO, "%s: stopped", stopped)
 
 
 def _default_cap() -> int:

@@ -25,13 +25,11 @@ from typing import NamedTuple
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import CallerEvent
+from psofa_gevent.hub_thread import CallerEvent, log_safely
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks
 
 __all__ = ["Stop"]
-
-logger = logging.getLogger("psofa_gevent")
 
 NEVER = float("inf")
 LEAST_SECOND_BOUND = 1.0
@@ -150,7 +148,7 @@ class Stop:
         except BaseException as exc:
             # Nothing of ours raises here, but a log handler may: those who wait go on all the same.
             self._end(manager)
-            logger.error("%r: failed to stop", manager.owner, exc_info=exc)
+            log_safely(logging.ERROR, "%r: failed to stop", manager.owner, exc_info=exc)
         else:
             self._end(manager)
 
@@ -172,7 +170,8 @@ class Stop:
 
     def _force(self, manager: SessionManager) -> None:
         """Kill what runs until it has ended or the second bound is over."""
-        logger.warning(
+        log_safely(
+            logging.WARNING,
             "%r: after %g s %d sessions and %d on_close calls have not ended: killing them",
             manager.owner,
             self._timeout,
@@ -188,7 +187,9 @@ class Stop:
             self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
         if abandoned:
-            logger.error("%r: %d callbacks did not end: left behind", manager.owner, abandoned)
+            log_safely(
+                logging.ERROR, "%r: %d callbacks did not end: left behind", manager.owner, abandoned
+            )
 
     def _call_on_stop(self, manager: SessionManager) -> None:
         if not self._stop_called and manager.has_started:

@@ -222,7 +222,7 @@ def test_peer_that_leaves_at_once_gives_an_error_or_a_whole_session(reset: bool)
         leaving.get(timeout=5)
         assert len(callback.named("on_close")) == len(callback.named("on_open"))
         ours = PsCloseReason.FAILED if reset else PsCloseReason.PEER_CLOSE
-        assert {event.value for event in callback.named("on_close")} == {ours}
+        assert {event.value for event in callback.named("on_close")} <= {ours}
 
 
 # Many addresses
@@ -786,7 +786,7 @@ def test_connect_while_disconnecting_is_an_error() -> None:
         client.connect()
         disconnecting = gevent.spawn(client.disconnect)
         gevent.sleep(0.02)
-        with pytest.raises(PsClientError, match="disconnecting"):
+        with pytest.raises(PsClientError, match="disconnect"):
             client.connect()
         go_on.set()
         disconnecting.get(timeout=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -82,9 +83,10 @@ class Failing(RecordingCallback):
 
 
 def send_fail_and_eof(client: ScriptedClient) -> None:
-    """Have each callback called for the client's session, up to on_eof."""
-    client.send("fail")
-    client.eof()
+    """Have each callback called for the client's session, up to on_eof, unless one fails before."""
+    with contextlib.suppress(OSError):
+        client.send("fail")
+        client.eof()
 
 
 def error_records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -135,7 +137,6 @@ def test_an_exception_in_a_callback_fails_its_session_and_no_other(
     assert str(session.connection_id) in record.getMessage()
     assert record.exc_info is not None
     assert record.exc_info[1] is error
-    client.receive_until_eof()
     with ScriptedClient(server.address) as new:
         other.send("still here")
         other.expect("still here")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import REPOSITORY, free_port, python_process, wait_until_accepting
+from psofa_gevent import PsCallback, PsServer
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PROGRAMS: list[str] = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+SNIPPETS: list[str] = re.findall(r"^```py\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 TITLES = [re.sub(r"\W+", "_", program.strip().splitlines()[-1]) for program in PROGRAMS]
 
 
@@ -46,3 +50,30 @@ def test_the_commands_of_the_first_screen_are_single_lines() -> None:
 def test_all_links_of_the_readme_lead_to_files() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (REPOSITORY / target).exists(), target
+
+
+def block_with(text: str) -> str:
+    """The one block of the README, of those that are not programs, in which `text` stands."""
+    [found] = [block for block in SNIPPETS if text in block]
+    return found
+
+
+def test_the_fixtures_of_the_readme_work(tmp_path: Path) -> None:
+    imports, test = block_with("ps_server").split("\n\n\n", 1)
+    echo = next(program for program in PROGRAMS if "connected_session" in program)
+    (tmp_path / "conftest.py").write_text(imports, encoding="utf-8")
+    (tmp_path / "test_echo.py").write_text(f"{echo}\n\n{test}", encoding="utf-8")
+    arguments = ("-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path))
+    with python_process(*arguments) as process:
+        code = process.wait()
+    assert code == 0, "\n".join(process.lines)
+
+
+def test_the_gunicorn_settings_of_the_readme_start_and_stop_the_server() -> None:
+    server = PsServer(PsCallback(), host="127.0.0.1", port=0)
+    settings: dict[str, Any] = {"my_server": server}
+    exec(block_with("post_worker_init"), settings)
+    settings["post_worker_init"](None)
+    assert server.started
+    settings["worker_exit"](None, None)
+    assert not server.started
