@@ -184,8 +184,8 @@ def run_task(
     the task has ended, unless that ended with an exception of its own. Of several, a kill (or
     `KeyboardInterrupt`, `SystemExit`) is raised, else the last.
 
-    A task that has not begun begins before it is cancelled. One that is held in the middle of a step
-    (it waits in gevent's way) is interrupted where it waits.
+    A task that has not begun begins before it is cancelled. One held in the middle of a step (it
+    waits in gevent's way) is interrupted where it waits.
 
     Args:
         coro: A coroutine. It is closed when it can't be run.

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import gevent
 from gevent import GreenletExit
 from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.hub_thread import HubThread, log_safely
-from psofa_gevent.worker import Worker
+from psofa_gevent.worker import LibraryGreenlet, Worker
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
@@ -28,6 +30,8 @@ __all__ = ["CloseQueue"]
 
 logger = logging.getLogger("psofa_gevent")
 
+LAST_MOMENT = 0.01
+"""Seconds that calls for which no time was left have, once they have begun."""
 KILLS_BEFORE_GIVING_UP = 5
 """How often a callback that swallows its end is killed before it is left behind."""
 
@@ -84,16 +88,27 @@ class CloseQueue:
         return half_share / KILLS_BEFORE_GIVING_UP
 
     def abandon(self) -> int:
-        """Give up what is still pending, and return how many calls were given up in all."""
+        """Leave the running call behind, and begin those that have not begun: no time is left.
+
+        Each gets as far as where it first waits, in a greenlet of its own. Called in a greenlet
+        that may wait.
+
+        Returns:
+            How many calls did not end.
+        """
+        begun: list[LibraryGreenlet] = []
         while not self._queue.empty():
-            _call, subject, args = self._queue.get_nowait()
-            log_safely(
-                logging.ERROR, "%r: %s was not called: no time was left", subject, _name(args)
-            )
-            self._given_up += 1
+            begun.append(LibraryGreenlet(partial(self._call, *self._queue.get_nowait())))
+            begun[-1].start()
             self._one_less()
         if self._subject is not None:
             self._give_up()
+        if begun:
+            gevent.sleep(LAST_MOMENT)
+        for greenlet in begun:
+            if not greenlet.dead:
+                self._given_up += 1
+                greenlet.kill(block=False)
         given_up, self._given_up = self._given_up, 0
         return given_up
 
@@ -124,19 +139,24 @@ class CloseQueue:
     def _deliver(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
         self._subject, self._since, self._kills = subject, monotonic(), 0
         try:
+            self._call(call, subject, args)
+        finally:
+            if self._worker.is_me():
+                self._subject = None
+                self._one_less()
+
+    def _call(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+        try:
             call(subject, *args)
         except GreenletExit as exc:
             logger.warning("%r: %s was ended", subject, _name(args), exc_info=exc)
         except BaseException as exc:
-            logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._thread.raise_in_main(exc)
+            logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
         finally:
             if args:
                 _cut_traceback(subject.close_cause)
-            if self._worker.is_me():
-                self._subject = None
-                self._one_less()
 
     def _one_less(self) -> None:
         self.pending -= 1

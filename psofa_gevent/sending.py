@@ -20,7 +20,6 @@ coroutine, `TaskParking` awaits a future.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Coroutine, Generator
 from time import monotonic
@@ -55,8 +54,8 @@ class Parking(Protocol):
 
     def __await__(self) -> Generator[Any, None, None]: ...
 
-    def wake(self) -> None:
-        """Let the sender go on, soon. Does not switch."""
+    def wake(self) -> bool:
+        """Let the sender go on, soon; false when it never can any more. Does not switch."""
 
 
 class GreenletParking:
@@ -76,10 +75,11 @@ class GreenletParking:
             self._greenlet = None
         yield from ()
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """Switch back, soon."""
         if self._greenlet is not None:
             self._hub.loop.run_callback(self._switch)
+        return True
 
     def _switch(self) -> None:
         # Since the wake-up the greenlet may have gone on, and wait for something else now.
@@ -103,13 +103,15 @@ class TaskParking:
         finally:
             self._future = None
 
-    def wake(self) -> None:
-        """Resolve the future, soon."""
+    def wake(self) -> bool:
+        """Resolve the future, soon; false when its loop was closed."""
         if self._future is not None:
-            # The loop may be another one than the hub's: then only this call wakes it. If it was
-            # closed, nobody waits any more.
-            with contextlib.suppress(RuntimeError):
+            try:
+                # The loop may be another one than the hub's: then only this call wakes it.
                 self._loop.call_soon_threadsafe(_resolve, self._future)
+            except RuntimeError:
+                return False
+        return True
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
@@ -129,12 +131,16 @@ def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
 
 
 class _Sender:
-    __slots__ = ("began", "in_callback", "parking")
+    """One who waits: where, since when, and whether a part of the message has left."""
 
-    def __init__(self, parking: Parking, in_callback: bool) -> None:
+    __slots__ = ("began", "begun", "in_callback", "parking", "ticks")
+
+    def __init__(self, parking: Parking, *, begun: bool, in_callback: bool) -> None:
         self.parking = parking
+        self.begun = begun
         self.in_callback = in_callback
         self.began = monotonic()
+        self.ticks: Any = None
 
 
 class SendLine:
@@ -180,16 +186,16 @@ class SendLine:
         Raises:
             PsSendError: the session was closed, or closes now, because of an error or the timeout.
         """
-        sender = _Sender(parking, in_callback)
+        sender = _Sender(parking, begun=begun, in_callback=in_callback)
         self._senders.append(sender)
-        ticks = self._start_ticking(parking, timeout)
+        self._start_ticking(sender, timeout)
         try:
             while True:
                 self._session._check_sending(in_callback=in_callback)
                 if self._senders[0] is sender:
                     self._is_writable = False
                     taken = self._session._send_now(message)
-                    begun = begun or taken > 0
+                    sender.begun = sender.begun or taken > 0
                     message = message[taken:]
                     if not message:
                         return
@@ -200,19 +206,16 @@ class SendLine:
         except PsSendError:
             raise
         except BaseException as exc:
-            if begun:
+            if sender.begun:
                 self._session._request_close(PsCloseReason.FAILED, exc)
             raise
         finally:
-            if ticks is not None:
-                ticks.stop()
-                ticks.close()
             self._leave(sender)
 
     def interrupt(self) -> None:
         """Wake all senders, so that they see that the session closes."""
-        for sender in self._senders:
-            sender.parking.wake()
+        for sender in list(self._senders):
+            self._wake(sender)
 
     @property
     def holds_callbacks(self) -> bool:
@@ -235,24 +238,36 @@ class SendLine:
         self._watcher.stop()
         self._is_writable = True
         if self._senders:
-            self._senders[0].parking.wake()
+            self._wake(self._senders[0])
+
+    def _wake(self, sender: _Sender) -> None:
+        if sender.parking.wake():
+            return
+        # Its asyncio loop was closed under it: it must not stand in the way of the others.
+        self._leave(sender)
+        if sender.begun:
+            error = PsSendError(f"{self._session!r}: the asyncio loop of a sender was closed")
+            self._session._request_close(PsCloseReason.FAILED, error)
 
     def _leave(self, sender: _Sender) -> None:
+        if sender not in self._senders:
+            return
+        if sender.ticks is not None:
+            sender.ticks.stop()
+            sender.ticks.close()
         was_first = self._senders[0] is sender
         self._senders.remove(sender)
         if not self._senders:
             self.close()
             self._session._line_is_empty(self)
         elif was_first:
-            self._senders[0].parking.wake()
+            self._wake(self._senders[0])
 
-    def _start_ticking(self, parking: Parking, timeout: float | None) -> Any:
-        if timeout is None:
-            return None
-        interval = min(max(timeout / SAMPLES_PER_TIMEOUT, SHORTEST_SAMPLE), LONGEST_SAMPLE)
-        timer = self._session._loop.timer(interval, interval)
-        timer.start(parking.wake)
-        return timer
+    def _start_ticking(self, sender: _Sender, timeout: float | None) -> None:
+        if timeout is not None:
+            interval = min(max(timeout / SAMPLES_PER_TIMEOUT, SHORTEST_SAMPLE), LONGEST_SAMPLE)
+            sender.ticks = self._session._loop.timer(interval, interval)
+            sender.ticks.start(self._wake, sender)
 
     def _check_progress(self, sender: _Sender, timeout: float | None) -> None:
         acknowledged = self._count_acknowledged()
