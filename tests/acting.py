@@ -9,10 +9,18 @@ import gevent
 from psofa_gevent import PsCloseReason, PsSendError, PsSession
 from psofa_gevent.testing import RecordingCallback, eventually
 
-__all__ = ["STALLING", "ActingCallback", "sending", "wait_until_stalled"]
+__all__ = [
+    "LONGER_THAN_A_WINDOW_PROBE",
+    "STALLING",
+    "ActingCallback",
+    "sending",
+    "wait_until_stalled",
+]
 
 STALLING = bytes(8_000_000)
 """More than the kernel's buffers take for a `stalled_peer`: sending it waits."""
+LONGER_THAN_A_WINDOW_PROBE = 0.3
+"""Seconds. Linux sends the first one after 200 ms; its answer may make room for some bytes more."""
 
 
 class ActingCallback(RecordingCallback):
@@ -89,11 +97,10 @@ def sending(
 
 def wait_until_stalled(session: PsSession) -> None:
     """Wait until the kernel takes no more of what is sent to the session's peer."""
-    before = -1
 
-    def took_nothing_more() -> bool:
-        nonlocal before
-        before, now = session.bytes_sent, before
-        return 0 < session.bytes_sent == now
+    def takes_nothing_more() -> bool:
+        before = session.bytes_sent
+        gevent.sleep(LONGER_THAN_A_WINDOW_PROBE)
+        return 0 < session.bytes_sent == before
 
-    eventually(took_nothing_more)
+    eventually(takes_nothing_more, timeout=20)

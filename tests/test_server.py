@@ -250,12 +250,15 @@ def test_privileged_port_is_an_error_that_names_it() -> None:
         # What gevent imports on first use may be in folders of root's.
         with PsServer(PsCallback(), host="127.0.0.1", port=0):
             pass
-        if os.geteuid() == 0:
+        was_root = os.geteuid() == 0
+        if was_root:
             os.seteuid(65534)
         try:
             PsServer(PsCallback(), host="127.0.0.1", port=1).start()
         except PsServerError as error:
             print(error)
+        if was_root:
+            os.seteuid(0)  # for what is written at the end: coverage's data
         """
     )
     assert "127.0.0.1:1" in outcome.stdout

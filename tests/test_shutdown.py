@@ -44,6 +44,8 @@ SECOND_BOUND = 1.0
 """Seconds that killed callbacks have at least (design: point 8)."""
 SLACK = 2.0
 """Seconds: how late this machine may be, with others at work on it."""
+EARLY = 0.02
+"""Seconds: how early timers may fire; both of gevent's loops count in milliseconds."""
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 
@@ -72,7 +74,7 @@ def takes(least: float = 0.0, *, most: float) -> Iterator[None]:
     began = time.monotonic()
     yield
     spent = time.monotonic() - began
-    assert least <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
+    assert least - EARLY <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
 
 
 def closes(callback: RecordingCallback) -> list[object]:
@@ -579,7 +581,7 @@ class HangingOnClose(RecordingCallback):
         await asyncio.sleep(FOREVER)
 
 
-@pytest.mark.parametrize("count", [1, 5, 30])
+@pytest.mark.parametrize("count", [1, 5, 200])
 @sync_and_async
 def test_hanging_on_close_is_ended_and_each_session_gets_its_own(
     count: int, use_async: bool
@@ -625,7 +627,7 @@ def test_one_hanging_on_close_does_not_cost_the_others_theirs() -> None:
 
 
 @pytest.mark.logs_errors
-@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("count", [1, 100])
 def test_on_close_that_never_ends_costs_the_others_nothing(
     count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
