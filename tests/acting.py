@@ -95,12 +95,12 @@ def sending(
     return gevent.spawn(send)
 
 
-def wait_until_stalled(session: PsSession) -> None:
+def wait_until_stalled(session: PsSession, for_seconds: float = 0.03) -> None:
     """Wait until the kernel takes no more of what is sent to the session's peer."""
 
     def takes_nothing_more() -> bool:
         before = session.bytes_sent
-        gevent.sleep(LONGER_THAN_A_WINDOW_PROBE)
+        gevent.sleep(for_seconds)
         return 0 < session.bytes_sent == before
 
     eventually(takes_nothing_more, timeout=20)

@@ -16,7 +16,7 @@ import gevent
 import gevent.event
 import pytest
 
-from acting import STALLING, ActingCallback, sending, wait_until_stalled
+from acting import LONGER_THAN_A_WINDOW_PROBE, STALLING, ActingCallback, sending, wait_until_stalled
 from helpers import NativeThread, stalled_peer
 from psofa_gevent import PsCloseReason, PsSendError, PsServer, PsSession
 from psofa_gevent.testing import (
@@ -411,7 +411,8 @@ def test_abort_resets_the_connection_at_once_whatever_the_session_does(
             callback.wait_for("on_message")
         elif state != "waiting":
             sender = sending(session)
-            wait_until_stalled(session)
+            # So full that a FIN can't get through before the reset.
+            wait_until_stalled(session, LONGER_THAN_A_WINDOW_PROBE)
             if state == "lingering":
                 session.close()
                 gevent.sleep(0.02)

@@ -20,7 +20,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from acting import LONGER_THAN_A_WINDOW_PROBE
+from acting import LONGER_THAN_A_WINDOW_PROBE, wait_until_stalled
 from helpers import NativeThread, run_python, stalled_peer
 from psofa_gevent import (
     PsCloseReason,
@@ -108,7 +108,7 @@ def start_waiting_send(
     before = session.bytes_sent
     sender = attempt(session.send, message, timeout=timeout)
     eventually(lambda: session.bytes_sent > before)
-    wait_until_the_kernel_is_full(session)
+    wait_until_stalled(session)
     assert not sender.ready()
     return sender
 
@@ -122,17 +122,6 @@ def line_up(session: PsSession, message: str | bytes, timeout: float | None = No
     return sender
 
 
-def wait_until_the_kernel_is_full(session: PsSession) -> None:
-    """Wait until the kernel has taken nothing more for longer than its first window probe takes."""
-
-    def settled() -> bool:
-        before = session.bytes_sent
-        gevent.sleep(LONGER_THAN_A_WINDOW_PROBE)
-        return session.bytes_sent == before
-
-    eventually(settled, timeout=20)
-
-
 def fill(session: PsSession) -> int:
     """Fill the buffers to the last byte, with nobody left waiting; return how many that were."""
 
@@ -141,7 +130,7 @@ def fill(session: PsSession) -> int:
             session.send("-", timeout=None)
 
     pouring = attempt(pour)
-    wait_until_the_kernel_is_full(session)
+    wait_until_stalled(session, LONGER_THAN_A_WINDOW_PROBE)
     pouring.kill()
     assert session.is_open
     return session.bytes_sent
@@ -692,6 +681,20 @@ def test_sender_killed_after_a_part_left_fails_the_session_and_all_in_line(
     assert isinstance(stalled.session.close_cause, gevent.GreenletExit)
     # Whatever of it was on its way: nothing that follows a broken message is sent.
     assert set(received_until_the_end(stalled.peer)) <= {ord("a")}
+
+
+def test_sender_killed_after_a_part_left_when_its_turn_came_fails_the_session(
+    line: LineFactory,
+) -> None:
+    stalled = line()
+    filled = fill(stalled.session)
+    sender = line_up(stalled.session, "b" * BIG)
+    stalled.peer.expect("-" * filled)
+    eventually(lambda: stalled.session.bytes_sent > filled)
+    wait_until_stalled(stalled.session)
+    assert isinstance(kill(sender), gevent.GreenletExit)
+    assert stalled.close_reason() is PsCloseReason.FAILED
+    assert isinstance(stalled.session.close_cause, gevent.GreenletExit)
 
 
 def received_until_the_end(peer: ScriptedClient) -> bytes:

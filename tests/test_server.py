@@ -1180,6 +1180,79 @@ def test_listener_that_is_gone_is_logged_and_costs_no_session(
     assert os.strerror(code) in record.getMessage()
 
 
+class KillsSessionsUnstarted:
+    """Kills the first `count` greenlets of sessions before they run."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self, greenlet: gevent.Greenlet[..., Any]) -> None:
+        if self.left and type(greenlet).__name__ == "SessionGreenlet":
+            self.left -= 1
+            greenlet.kill(block=False)
+
+
+def test_session_that_is_killed_before_it_starts_is_gone_unheard(
+    ps_server: ServerFactory,
+) -> None:
+    """Its function never runs, no finally of it either: the place must be free all the same."""
+    callback = echo()
+    server = ps_server(callback, max_sessions=2)
+    killing = KillsSessionsUnstarted(5)
+    gevent.Greenlet.add_spawn_callback(killing)
+    try:
+        for _ in range(5):
+            with ScriptedClient(server.address) as client, contextlib.suppress(ConnectionError):
+                client.receive_until_eof()
+    finally:
+        gevent.Greenlet.remove_spawn_callback(killing)
+    assert killing.left == 0
+    assert server.get_session_count() == 0
+    assert callback.named("on_open") == callback.named("on_close") == []
+    assert_serves(server)
+
+
+def test_connection_that_is_gone_before_it_begins_costs_nothing(
+    ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_args: object) -> None:
+        monkeypatch.undo()
+        raise OSError(errno.EINVAL, "Invalid argument")  # what macOS says of a reset one
+
+    server = ps_server(echo())
+    caplog.set_level(logging.INFO, "psofa_gevent")
+    monkeypatch.setattr("psofa_gevent.session.set_no_delay", fail)
+    with ScriptedClient(server.address) as client:
+        client.receive_until_eof()
+    assert server.get_session_count() == 0
+    assert_serves(server)
+    assert caplog.records == []
+
+
+@pytest.mark.logs_errors
+def test_connection_that_cannot_be_started_is_logged_and_costs_no_other(
+    ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        monkeypatch.undo()
+        raise MemoryError
+
+    server = ps_server(echo())
+    with ScriptedClient(server.address) as open_one:
+        open_one.send("before")
+        open_one.expect("before")
+        monkeypatch.setattr("psofa_gevent.session.uuid.uuid4", fail)
+        with ScriptedClient(server.address) as client:
+            client.receive_until_eof()
+        assert server.get_session_count() == 1
+        open_one.send("after")
+        open_one.expect("after")
+    assert_serves(server)
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.exc_info
+    assert record.exc_info[0] is MemoryError
+
+
 def test_clients_that_reset_before_they_are_accepted_cost_nothing(
     ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
 ) -> None:

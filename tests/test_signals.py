@@ -557,7 +557,12 @@ SERVE = """
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     say("port", server.address[1])
     try:
-        server.serve_forever()
+        if "drain" in sys.argv:
+            server.serve_forever(drain=30.0)
+        elif "short" in sys.argv:
+            server.serve_forever(shutdown_timeout=0.1)
+        else:
+            server.serve_forever()
         say("returned", server.started, server.get_session_count())
     finally:
         after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -643,6 +648,49 @@ def test_one_signal_ends_serve_forever_although_a_callback_hangs() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=15.0) == 0
         assert process.lines[-4:] == END_OF_A_GRACEFUL_SHUTDOWN
+
+
+def test_signal_gives_the_sessions_the_drain_of_serve_forever() -> None:
+    with serving_process("drain") as (process, client):
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: not can_connect(client))
+        client.send("still served")
+        client.expect("still served")
+        client.eof()
+        assert process.wait(timeout=5.0) == 0
+        assert "close PEER_CLOSE" in process.lines
+
+
+def test_signal_gives_callbacks_the_shutdown_timeout_of_serve_forever() -> None:
+    with serving_process("short") as (process, client):
+        client.send("hang")
+        process.expect_line("message hang")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=3.0) == 0
+        assert process.lines[-4:] == END_OF_A_GRACEFUL_SHUTDOWN
+
+
+def test_signal_while_serve_forever_starts_ends_it_gracefully() -> None:
+    program = """
+        import gevent
+        from psofa_gevent import PsCallback, PsServer
+
+        class SlowStart(PsCallback):
+            def on_start(self, owner):
+                print("starting", flush=True)
+                gevent.sleep(0.5)
+
+            def on_stop(self, owner):
+                print("stop", flush=True)
+
+        PsServer(SlowStart(), host="127.0.0.1", port=0).serve_forever()
+        print("returned", flush=True)
+    """
+    with python_process("-c", textwrap.dedent(program)) as process:
+        process.expect_line("starting")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5.0) == 0
+        assert process.lines == ["starting", "stop", "returned"]
 
 
 def test_serve_forever_returns_after_a_shutdown_by_a_callback() -> None:
