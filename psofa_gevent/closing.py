@@ -30,6 +30,8 @@ __all__ = ["CloseQueue"]
 
 logger = logging.getLogger("psofa_gevent")
 
+DYING_TIME = 0.05
+"""Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
 LAST_MOMENT = 0.01
 """Seconds that calls for which no time was left have, once they have begun."""
 KILLS_BEFORE_GIVING_UP = 5
@@ -54,6 +56,7 @@ class CloseQueue:
         self._subject: object = None
         self._since = 0.0
         self._kills = 0
+        self._killed_since = 0.0
         self._worker = Worker(self._deliver_for_ever, self._has_work)
         self.pending = 0
         """Calls that were put in and have not ended."""
@@ -80,7 +83,9 @@ class CloseQueue:
         now = monotonic()
         half_share = max(deadline - now, 0.0) / max(2 * self.pending, 1)
         if self._subject is not None and now - self._since >= half_share:
-            if self._kills >= KILLS_BEFORE_GIVING_UP:
+            if self._kills == 0:
+                self._killed_since = now
+            if self._kills >= KILLS_BEFORE_GIVING_UP and now - self._killed_since >= DYING_TIME:
                 self._give_up()
             elif self._worker.greenlet is not None:
                 self._kills += 1
