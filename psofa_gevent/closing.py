@@ -106,16 +106,21 @@ class CloseQueue:
             begun.append(LibraryGreenlet(partial(self._call, *self._queue.get_nowait())))
             begun[-1].start()
             self._one_less()
+        if begun or self._subject is not None:
+            gevent.sleep(LAST_MOMENT)
+            self._kill_all(begun)
+            gevent.sleep(DYING_TIME)
         if self._subject is not None:
             self._give_up()
-        if begun:
-            gevent.sleep(LAST_MOMENT)
-        for greenlet in begun:
-            if not greenlet.dead:
-                self._given_up += 1
-                greenlet.kill(block=False)
-        given_up, self._given_up = self._given_up, 0
+        given_up = self._given_up + sum(not greenlet.dead for greenlet in begun)
+        self._given_up = 0
         return given_up
+
+    def _kill_all(self, begun: list[LibraryGreenlet]) -> None:
+        running = self._worker.greenlet
+        for greenlet in [*begun, *([running] if self._subject is not None and running else [])]:
+            if not greenlet.dead:
+                greenlet.kill(block=False)
 
     def stop(self) -> None:
         """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
