@@ -32,6 +32,8 @@ logger = logging.getLogger("psofa_gevent")
 
 DYING_TIME = 0.05
 """Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
+LAST_DYING_TIME = 0.5
+"""Seconds that those have, at most, which are killed all at once in the end."""
 LAST_MOMENT = 0.01
 """Seconds that calls for which no time was left have, once they have begun."""
 KILLS_BEFORE_GIVING_UP = 5
@@ -110,6 +112,7 @@ class CloseQueue:
             gevent.sleep(LAST_MOMENT)
             self._kill_all(begun)
             gevent.sleep(DYING_TIME)
+            gevent.joinall(begun, timeout=LAST_DYING_TIME)
         if self._subject is not None:
             self._give_up()
         given_up = self._given_up + sum(not greenlet.dead for greenlet in begun)

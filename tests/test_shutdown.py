@@ -581,7 +581,8 @@ class HangingOnClose(RecordingCallback):
         await asyncio.sleep(FOREVER)
 
 
-@pytest.mark.parametrize("count", [1, 5, 200])
+# Not more: each has its share of a second, which a loaded machine makes short.
+@pytest.mark.parametrize("count", [1, 5, 50])
 @sync_and_async
 def test_hanging_on_close_is_ended_and_each_session_gets_its_own(
     count: int, use_async: bool
