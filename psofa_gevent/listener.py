@@ -7,7 +7,9 @@ Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a secon
 by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
 session notices, and one warning tells. While the pool is full, `StreamServer` does not even accept.
 
-Everything here runs in the hub, where nothing may block or raise, but `bind`.
+If the listening socket itself is gone, that is an error in the log, and the open sessions go on.
+
+But for `bind`, `pause` and `resume`, all of it runs in the hub, where nothing may block or raise.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ pool, the idle timer and the close queue; `psofa_gevent.stopping` is the way to 
 How a socket comes to be is not its affair: it is handed over in `open`.
 
 All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
-Nothing here switches greenlets but `Stop`, in a greenlet of its own.
+Nothing here switches greenlets but `release`, which `Stop` calls in a greenlet of its own.
 """
 
 from __future__ import annotations

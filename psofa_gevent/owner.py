@@ -1,7 +1,7 @@
 """What the three owners of sessions share: they start, they hold one manager, and they stop.
 
 The state is explicit: stopped (no manager), running (a manager), stopping (a manager and a stop).
-It changes in the hub's thread only, and never in the middle of a switch.
+It changes in the hub's thread only, where a signal handler may change it between any two lines.
 """
 
 from __future__ import annotations

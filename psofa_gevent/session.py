@@ -3,9 +3,9 @@
 Rules, all kept in this file:
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
-  then the end. That greenlet is the only one that ends it and, `abort` excepted, the only one that
-  closes its socket.
-- `_request_close` is the only way to a close. The first reason wins. It sets the reason, wakes the
+  then the end. That greenlet is the only one that ends it. It closes the socket too, unless that was
+  done for it: by `abort`, or for a session that never began (`_drop`) or never ends.
+- `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes the
   session where it waits on its own socket, and interrupts its senders. It never switches.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
   wait of its own, and only then may anyone switch into it (`_resume`). A callback that waits
@@ -13,9 +13,11 @@ Rules, all kept in this file:
   during a wait, which costs no system call on libev.
 - The wait comes before the read: an idle session owns no buffer.
 
-What may switch: whatever runs a callback, `_wait_and_receive`, `_linger`, and a send that waits.
-All else runs through without another greenlet in between. All attributes belong to the hub's
-thread; callers in other OS threads are handed over (`HubThread`).
+What may switch: whatever runs a callback, `_wait_and_receive`, `_wait_half_open`, `_linger`, a send
+that waits, and a log handler, so logging comes after what must not be interrupted. All else runs
+through without another greenlet in between. All attributes belong to the hub's thread, and callers
+in other OS threads are handed over (`HubThread`); only `close` and `abort` note there at once that
+they were asked (`_open`, `_abort_asked`).
 """
 
 from __future__ import annotations
