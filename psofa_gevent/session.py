@@ -3,10 +3,10 @@
 Rules, all kept in this file:
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
-  then the end. That greenlet is the only one that ends it. It closes the socket too, unless that was
-  done for it: by `abort`, or for a session that never began (`_drop`) or never ends.
-- `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes the
-  session where it waits on its own socket, and interrupts its senders. It never switches.
+  then the end. That greenlet is the only one that ends it. It closes the socket too, unless that
+  was done for it: by `abort`, or for a session that never began (`_drop`) or never ends.
+- `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
+  the session where it waits on its own socket, and interrupts its senders. It never switches.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
   wait of its own, and only then may anyone switch into it (`_resume`). A callback that waits
   on something else is never disturbed by an event of the socket: the read watcher runs only
