@@ -694,6 +694,7 @@ def test_callback_that_returns_just_when_its_time_is_over_is_ended_or_not_but_no
     callback.wait_for("on_open", len(pauses))
     for client, pause in zip(clients, pauses, strict=True):
         client.send(f"{pause}")
+
     def failed() -> set[PsSession]:
         return {event.session for event in callback.named("on_close")}
 
