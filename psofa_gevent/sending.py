@@ -1,291 +1,245 @@
-"""The slow way of a message: senders in line for a connection that does not take it all at once.
+"""The sending half of a session: what `send` promises, and its quick way.
 
-`PsSession.send` tries the socket first; only what the kernel did not take comes here. A `SendLine`
-exists while someone waits, and goes with the last one:
-
-- The first in line writes, whenever the socket is writable; the others wait their turn. So bytes
-  of two messages never mix, and messages leave in the order in which their sends began.
-- Each sender's timeout is the longest time in which the peer takes nothing. Progress is a growing
-  number of acknowledged bytes (SIOCOUTQ) where the system tells, for writability comes only when a
-  third of the buffer is free; elsewhere it is a successful write. It counts for all in line.
-- A close request wakes all of them, and they raise `PsSendError`. SHUTDOWN leaves callbacks alone.
-- A sender that is thrown out (killed, cancelled, a `gevent.Timeout`) after a part of its message
-  left closes the session with FAILED, as the stream is broken; before that, nothing happened.
-
-Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
-is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
-coroutine, `TaskParking` awaits a future.
+A send tries the socket at once; only what the kernel did not take goes the slow way, in line with
+other senders (`psofa_gevent.send_line`). Runs in whichever greenlet or asyncio task sends; callers
+in other OS threads are handed over to the hub's thread. Only a send that has to wait switches.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Coroutine, Generator
-from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
-
-from gevent import get_hub, getcurrent
+import _socket
+import logging
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.tcp import unacknowledged
+from psofa_gevent.hub_thread import get_ident, log_from_hub
+from psofa_gevent.send_line import (
+    GreenletParking,
+    Parking,
+    SendLine,
+    TaskParking,
+    run_in_greenlet,
+)
+from psofa_gevent.settings import DEFAULT, Default, check_seconds
+from psofa_gevent.worker import in_callback, may_wait
 
 if TYPE_CHECKING:
-    from psofa_gevent.session import PsSession
+    from psofa_gevent.session import Host
 
-__all__ = ["GreenletParking", "Parking", "SendLine", "TaskParking", "run_in_greenlet"]
+__all__ = ["Message", "SendingHalf"]
 
-WRITE = 2
-"""The event mask of gevent's io watchers (libev's EV_WRITE)."""
-SAMPLES_PER_TIMEOUT = 8
-"""How often progress is looked at in the time of one timeout: it is found late by 1/8 at most."""
-LONGEST_SAMPLE = 1.0
-"""Seconds between two looks at most, for a long timeout."""
-SHORTEST_SAMPLE = 0.001
-"""Seconds between two looks at least: a timeout of zero must not spin."""
+Message = str | bytes | bytearray | memoryview
 
 
-class Parking(Protocol):
-    """A place to wait: awaited by one sender, woken by anyone in the hub's thread.
-
-    A wake-up when nobody waits is lost, and one may come without a cause: look, then wait again.
-    """
-
-    def __await__(self) -> Generator[Any, None, None]: ...
-
-    def wake(self) -> bool:
-        """Let the sender go on, soon; false when it never can any more. Does not switch."""
-
-
-class GreenletParking:
-    """Waits by switching to the hub."""
-
-    __slots__ = ("_greenlet", "_hub")
-
-    def __init__(self) -> None:
-        self._hub = get_hub()
-        self._greenlet: Any = None
-
-    def __await__(self) -> Generator[Any, None, None]:
-        self._greenlet = getcurrent()
-        try:
-            self._hub.switch()
-        finally:
-            self._greenlet = None
-        yield from ()
-
-    def wake(self) -> bool:
-        """Switch back, soon."""
-        if self._greenlet is not None:
-            self._hub.loop.run_callback(self._switch)
-        return True
-
-    def _switch(self) -> None:
-        # Since the wake-up the greenlet may have gone on, and wait for something else now.
-        if self._greenlet is not None:
-            self._greenlet.switch()
-
-
-class TaskParking:
-    """Waits by awaiting a future of the running asyncio loop, in the hub's thread."""
-
-    __slots__ = ("_future", "_loop")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[None] | None = None
-
-    def __await__(self) -> Generator[Any, None, None]:
-        self._future = self._loop.create_future()
-        try:
-            yield from self._future
-        finally:
-            self._future = None
-
-    def wake(self) -> bool:
-        """Resolve the future, soon; false when its loop was closed."""
-        if self._future is not None:
-            try:
-                # The loop may be another one than the hub's: then only this call wakes it.
-                self._loop.call_soon_threadsafe(_resolve, self._future)
-            except RuntimeError:
-                return False
-        return True
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
-    """Run a coroutine that waits in a `GreenletParking` only, in the calling greenlet."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    finally:
-        coroutine.close()
-    raise RuntimeError("the coroutine suspended outside its parking")
-
-
-class _Sender:
-    """One who waits: where, since when, and whether a part of the message has left."""
-
-    __slots__ = ("began", "begun", "in_callback", "parking", "ticks")
-
-    def __init__(self, parking: Parking, *, begun: bool, in_callback: bool) -> None:
-        self.parking = parking
-        self.begun = begun
-        self.in_callback = in_callback
-        self.began = monotonic()
-        self.ticks: Any = None
-
-
-class SendLine:
-    """The senders of one session that have to wait, in order."""
+class SendingHalf:
+    """What of a session sends. `PsSession` adds how it lives, and how it closes."""
 
     __slots__ = (
-        "_acknowledged",
-        "_closed",
-        "_is_writable",
-        "_progress_at",
-        "_senders",
-        "_session",
-        "_watcher",
+        "_bytes_sent",
+        "_eof_received",
+        "_eof_requested",
+        "_eof_sent",
+        "_host",
+        "_line",
+        "_loop",
+        "_open",
+        "_reason",
+        "_released",
+        "_sock",
+        "_thread_ident",
     )
 
-    def __init__(self, session: PsSession) -> None:
-        self._session = session
-        self._senders: deque[_Sender] = deque()
-        self._progress_at = monotonic()
-        self._acknowledged = self._count_acknowledged()
-        self._closed = False
-        self._is_writable = False
-        self._watcher = session._loop.io(session._sock.fileno(), WRITE)
+    def __init__(self, host: Host, sock: _socket.socket) -> None:
+        self._host = host
+        self._thread_ident = host.thread.ident
+        self._loop = host.thread.loop
+        self._sock = sock
+        self._open = True
+        self._released = False
+        self._reason = PsCloseReason.NONE
+        self._eof_requested = False
+        self._eof_sent = False
+        self._eof_received = False
+        self._bytes_sent = 0
+        self._line: SendLine | None = None
 
-    async def send(
-        self,
-        message: memoryview,
-        timeout: float | None,
-        parking: Parking,
-        *,
-        begun: bool,
-        in_callback: bool,
+    def _request_close(
+        self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
     ) -> None:
-        """Send all of `message`, however long the peer takes for it.
+        raise NotImplementedError
+
+    def _wake(self) -> None:
+        raise NotImplementedError
+
+    def send(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
+        """Send a message, and return when the kernel has taken all of it.
+
+        From any greenlet and any OS thread. Two sends never mix their bytes. In an async callback
+        it works as long as it need not wait; ``await session.send_async`` waits there.
 
         Args:
-            message: what is still to be sent.
-            timeout: seconds in which the peer takes nothing; ``None``: no limit.
-            parking: where the caller waits.
-            begun: whether a part of the message left before.
-            in_callback: whether a callback sends: then SHUTDOWN does not interrupt it.
+            message: bytes, or text, which is sent as UTF-8. A mutable buffer must not change until
+                this returns.
+            timeout: seconds in which the peer takes nothing, after which the session closes with
+                FAILED; ``None``: no limit; by default the owner's ``send_timeout``.
 
         Raises:
-            PsSendError: the session was closed, or closes now, because of an error or the timeout.
+            PsSendError: the session is closed, was closed meanwhile, the peer took nothing for
+                `timeout`, or the socket failed; or the call would have had to wait where it must
+                not (in a coroutine, in the hub).
+            TypeError: `message` is neither text nor bytes.
+            ValueError: `timeout` is negative.
         """
-        sender = _Sender(parking, begun=begun, in_callback=in_callback)
-        self._senders.append(sender)
-        self._start_ticking(sender, timeout)
+        data = message if type(message) is bytes else _encode(message)
+        if timeout is not DEFAULT:
+            check_seconds("timeout", timeout)
+        if get_ident() != self._thread_ident:
+            self._send_from_thread(data, timeout)
+            return
+        if not self._open or self._eof_requested:
+            self._check_new_send()
+        sent = 0
+        if self._line is None:
+            sent = self._send_now(data)
+            if sent == len(data):
+                return
+        if not may_wait():
+            self._refuse_to_wait(begun=sent > 0)
+        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking()))
+
+    async def send_async(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
+        """`send` for coroutines: waits without holding up the loop.
+
+        In any asyncio loop, of the hub's thread or of another; arguments and errors as for `send`.
+        """
+        data = message if type(message) is bytes else _encode(message)
+        if timeout is not DEFAULT:
+            check_seconds("timeout", timeout)
+        if get_ident() != self._thread_ident:
+            await self._send_from_other_loop(data, timeout)
+            return
+        if not self._open or self._eof_requested:
+            self._check_new_send()
+        sent = 0
+        if self._line is None:
+            sent = self._send_now(data)
+            if sent == len(data):
+                return
+        await self._line_up(data, sent, timeout, TaskParking())
+
+    def send_eof(self) -> None:
+        """Send no more: the peer gets a FIN after the sends that have begun (half-close).
+
+        Never waits. Later sends raise `PsSendError`; receiving goes on, and the session stays open
+        until the peer's FIN. From any greenlet and any OS thread.
+        """
+        if get_ident() != self._thread_ident:
+            # All of it, for it must not overtake a send that another thread has begun.
+            self._host.thread.call_soon(self.send_eof)
+        else:
+            self._eof_requested = True
+            self._shut_writing()
+
+    def _send_now(self, data: bytes | memoryview) -> int:
+        """Give the kernel what it takes of `data` now; return how many bytes that were."""
         try:
-            while True:
-                self._session._check_sending(in_callback=in_callback)
-                if self._senders[0] is sender:
-                    self._is_writable = False
-                    taken = self._session._send_now(message)
-                    sender.begun = sender.begun or taken > 0
-                    message = message[taken:]
-                    if not message:
-                        return
-                self._check_progress(sender, timeout)
-                if self._senders[0] is sender:
-                    self._watcher.start(self._wake_first)
-                await parking
-        except PsSendError:
-            raise
-        except BaseException as exc:
-            if sender.begun:
-                self._session._request_close(PsCloseReason.FAILED, exc)
-            raise
-        finally:
-            self._leave(sender)
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            self._request_close(PsCloseReason.FAILED, exc, linger=False)
+            raise PsSendError(f"{self!r}: send failed: {exc}") from exc
+        self._bytes_sent += sent
+        return sent
 
-    def interrupt(self) -> None:
-        """Wake all senders, so that they see that the session closes."""
-        for sender in list(self._senders):
-            self._wake(sender)
+    def _check_new_send(self) -> None:
+        """Raise `PsSendError` where no send may begin."""
+        self._check_sending(in_callback=in_callback())
+        if self._eof_requested:
+            raise PsSendError(f"{self!r}: send after send_eof")
 
-    @property
-    def holds_callbacks(self) -> bool:
-        """Whether a callback is among the senders."""
-        return any(sender.in_callback for sender in self._senders)
-
-    def close(self) -> None:
-        """Release the watcher, before the descriptor is closed, and wake the senders.
-
-        They find the session closed, and touch neither watcher nor socket again.
-        """
-        if not self._closed:
-            self._closed = True
-            self._watcher.stop()
-            self._watcher.close()
-            self.interrupt()
-
-    def _wake_first(self) -> None:
-        # Level-triggered: it would fire until the sender ran.
-        self._watcher.stop()
-        self._is_writable = True
-        if self._senders:
-            self._wake(self._senders[0])
-
-    def _wake(self, sender: _Sender) -> None:
-        if sender.parking.wake():
+    def _check_sending(self, *, in_callback: bool) -> None:
+        """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
+        if self._open:
             return
-        # Its asyncio loop was closed under it: it must not stand in the way of the others.
-        self._leave(sender)
-        if sender.begun:
-            error = PsSendError(f"{self._session!r}: the asyncio loop of a sender was closed")
-            self._session._request_close(PsCloseReason.FAILED, error)
+        shutting_down = self._reason is PsCloseReason.SHUTDOWN and not self._eof_sent
+        if self._released or not (shutting_down and in_callback):
+            raise PsSendError(f"{self!r}: the session is closed")
 
-    def _leave(self, sender: _Sender) -> None:
-        if sender not in self._senders:
-            return
-        if sender.ticks is not None:
-            sender.ticks.stop()
-            sender.ticks.close()
-        was_first = self._senders[0] is sender
-        self._senders.remove(sender)
-        if not self._senders:
-            self.close()
-            self._session._line_is_empty(self)
-        elif was_first:
-            self._wake(self._senders[0])
-
-    def _start_ticking(self, sender: _Sender, timeout: float | None) -> None:
-        if timeout is not None:
-            interval = min(max(timeout / SAMPLES_PER_TIMEOUT, SHORTEST_SAMPLE), LONGEST_SAMPLE)
-            sender.ticks = self._session._loop.timer(interval, interval)
-            sender.ticks.start(self._wake, sender)
-
-    def _check_progress(self, sender: _Sender, timeout: float | None) -> None:
-        acknowledged = self._count_acknowledged()
-        now = monotonic()
-        # A socket that the first sender has not come to write to: not the peer is what is slow.
-        if acknowledged > self._acknowledged or self._is_writable:
-            self._acknowledged = acknowledged
-            self._progress_at = now
-        if timeout is None or now - max(self._progress_at, sender.began) < timeout:
-            return
-        error = PsSendError(f"{self._session!r}: the peer took nothing for {timeout:g} s")
-        self._session._request_close(PsCloseReason.FAILED, error, linger=False)
+    def _refuse_to_wait(self, *, begun: bool) -> None:
+        error = PsSendError(
+            f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
+            "use 'await session.send_async(...)'"
+        )
+        if begun:
+            self._request_close(PsCloseReason.FAILED, error)
+            log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
 
-    def _count_acknowledged(self) -> int:
-        """Bytes of the session that reached the peer; where nobody knows, those that left."""
+    def _line_up(
+        self,
+        data: bytes | memoryview,
+        sent: int,
+        timeout: float | Default | None,
+        parking: Parking,
+    ) -> Coroutine[Any, Any, None]:
+        """Join the line of those who wait, with what is left of `data`."""
+        if self._line is None:
+            self._line = SendLine(self)
+        return self._line.send(
+            memoryview(data)[sent:],
+            self._host.settings.send_timeout if timeout is DEFAULT else timeout,
+            parking,
+            begun=sent > 0,
+            in_callback=in_callback(),
+        )
+
+    def _send_from_thread(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
+        """Send for a caller in another OS thread, which blocks natively meanwhile."""
+        self._check_sending(in_callback=False)
+        if not self._host.thread.run(lambda: self._released, self.send, data, timeout):
+            raise PsSendError(f"{self!r}: the session is closed")
+
+    async def _send_from_other_loop(
+        self, data: bytes | memoryview, timeout: float | Default | None
+    ) -> None:
+        """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
+        self._check_sending(in_callback=False)
+        if not await self._host.thread.run_async(lambda: self._released, self.send, data, timeout):
+            raise PsSendError(f"{self!r}: the session is closed")
+
+    def _line_is_empty(self, line: SendLine) -> None:
+        """The last sender left: no more line, and what waited for that goes on."""
+        if self._line is line:
+            self._line = None
+            if self._eof_requested:
+                self._shut_writing()
+            if not self._open:
+                self._wake()
+
+    def _shut_writing(self) -> None:
+        if self._line is not None or self._eof_sent or self._released:
+            return
+        self._eof_sent = True
         try:
-            outstanding = unacknowledged(self._session._sock)
-        except OSError:
-            return 0  # released: the next look at the session raises
-        return self._session._bytes_sent - (outstanding or 0)
+            self._sock.shutdown(_socket.SHUT_WR)
+        except OSError as exc:
+            self._request_close(PsCloseReason.FAILED, exc, linger=False)
+            return
+        if self._eof_received:
+            self._request_close(PsCloseReason.PEER_CLOSE)
+
+
+def _encode(message: Message) -> bytes | memoryview:
+    """`message` as bytes: text as UTF-8, any buffer byte by byte."""
+    if isinstance(message, str):
+        return message.encode()
+    if isinstance(message, bytes):
+        return message
+    if isinstance(message, (bytearray, memoryview)):
+        return memoryview(message).cast("B")
+    raise TypeError(
+        f"message must be str, bytes, bytearray or memoryview, not {type(message).__name__}"
+    )

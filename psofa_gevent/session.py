@@ -26,7 +26,6 @@ import _socket
 import logging
 import os
 import uuid
-from collections.abc import Coroutine
 from datetime import UTC, datetime
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
@@ -35,24 +34,11 @@ from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub_thread import HubThread, get_ident, log_from_hub
-from psofa_gevent.sending import (
-    GreenletParking,
-    Parking,
-    SendLine,
-    TaskParking,
-    run_in_greenlet,
-)
-from psofa_gevent.settings import (
-    DEFAULT,
-    Default,
-    SessionSettings,
-    check_idle,
-    check_instance,
-    check_seconds,
-)
+from psofa_gevent.hub_thread import HubThread, get_ident
+from psofa_gevent.sending import SendingHalf
+from psofa_gevent.settings import SessionSettings, check_idle, check_instance
 from psofa_gevent.tcp import Endpoint, endpoint, reset, set_no_delay, unacknowledged
-from psofa_gevent.worker import LibraryGreenlet, in_callback, may_wait
+from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
@@ -65,8 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["Host", "PsSession", "SessionGreenlet"]
 
 logger = logging.getLogger("psofa_gevent")
-
-Message = str | bytes | bytearray | memoryview
 
 READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
@@ -104,7 +88,7 @@ class SessionGreenlet(LibraryGreenlet):
         self.session._live()
 
 
-class PsSession:
+class PsSession(SendingHalf):
     """One connection. The library makes it and hands it to every callback; never construct one.
 
     `send`, `send_eof`, `close` and `abort` may be called from any greenlet and any OS thread, the
@@ -115,30 +99,18 @@ class PsSession:
         "__weakref__",
         "_abort_asked",
         "_bytes_received",
-        "_bytes_sent",
         "_close_cause",
         "_connection_id",
         "_context",
-        "_eof_received",
-        "_eof_requested",
-        "_eof_sent",
         "_greenlet",
-        "_host",
         "_idle",
-        "_line",
         "_local_endpoint",
-        "_loop",
         "_may_linger",
         "_messages_received",
-        "_open",
         "_opened_at",
-        "_reason",
-        "_released",
         "_remote_endpoint",
         "_slice",
-        "_sock",
         "_started",
-        "_thread_ident",
         "_values",
         "_waiting_since",
         "_watcher",
@@ -151,11 +123,8 @@ class PsSession:
         remote_endpoint: object,
         connection_id: uuid.UUID | None,
     ) -> None:
+        super().__init__(host, sock)
         settings = host.settings
-        self._host = host
-        self._thread_ident = host.thread.ident
-        self._loop = host.thread.loop
-        self._sock = sock
         sock.setblocking(False)
         if settings.no_delay:
             set_no_delay(sock)
@@ -167,20 +136,12 @@ class PsSession:
         idle = settings.idle_milliseconds
         self._idle = _NEVER if idle is None else idle / 1_000
         self._waiting_since = 0.0
-        self._open = True
         self._started = False
-        self._released = False
-        self._reason = PsCloseReason.NONE
         self._close_cause: BaseException | None = None
         self._may_linger = True
         self._abort_asked = False
-        self._eof_requested = False
-        self._eof_sent = False
-        self._eof_received = False
         self._bytes_received = 0
-        self._bytes_sent = 0
         self._messages_received = 0
-        self._line: SendLine | None = None
         self._values: dict[str, Any] | None = None
         self._slice: set[PsSession] | None = None
         self._context = host.dispatch.new_context()
@@ -288,166 +249,6 @@ class PsSession:
         self._idle = _NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
         if self._waiting_since:
             self._waiting_since = monotonic()
-
-    # Sending
-
-    def send(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
-        """Send a message, and return when the kernel has taken all of it.
-
-        From any greenlet and any OS thread. Two sends never mix their bytes. In an async callback
-        it works as long as it need not wait; ``await session.send_async`` waits there.
-
-        Args:
-            message: bytes, or text, which is sent as UTF-8. A mutable buffer must not change until
-                this returns.
-            timeout: seconds in which the peer takes nothing, after which the session closes with
-                FAILED; ``None``: no limit; by default the owner's ``send_timeout``.
-
-        Raises:
-            PsSendError: the session is closed, was closed meanwhile, the peer took nothing for
-                `timeout`, or the socket failed; or the call would have had to wait where it must
-                not (in a coroutine, in the hub).
-            TypeError: `message` is neither text nor bytes.
-            ValueError: `timeout` is negative.
-        """
-        data = message if type(message) is bytes else _encode(message)
-        if timeout is not DEFAULT:
-            check_seconds("timeout", timeout)
-        if get_ident() != self._thread_ident:
-            self._send_from_thread(data, timeout)
-            return
-        if not self._open or self._eof_requested:
-            self._check_new_send()
-        sent = 0
-        if self._line is None:
-            sent = self._send_now(data)
-            if sent == len(data):
-                return
-        if not may_wait():
-            self._refuse_to_wait(begun=sent > 0)
-        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking()))
-
-    async def send_async(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
-        """`send` for coroutines: waits without holding up the loop.
-
-        In any asyncio loop, of the hub's thread or of another; arguments and errors as for `send`.
-        """
-        data = message if type(message) is bytes else _encode(message)
-        if timeout is not DEFAULT:
-            check_seconds("timeout", timeout)
-        if get_ident() != self._thread_ident:
-            await self._send_from_other_loop(data, timeout)
-            return
-        if not self._open or self._eof_requested:
-            self._check_new_send()
-        sent = 0
-        if self._line is None:
-            sent = self._send_now(data)
-            if sent == len(data):
-                return
-        await self._line_up(data, sent, timeout, TaskParking())
-
-    def send_eof(self) -> None:
-        """Send no more: the peer gets a FIN after the sends that have begun (half-close).
-
-        Never waits. Later sends raise `PsSendError`; receiving goes on, and the session stays open
-        until the peer's FIN. From any greenlet and any OS thread.
-        """
-        if get_ident() != self._thread_ident:
-            # All of it, for it must not overtake a send that another thread has begun.
-            self._host.thread.call_soon(self.send_eof)
-        else:
-            self._eof_requested = True
-            self._shut_writing()
-
-    def _send_now(self, data: bytes | memoryview) -> int:
-        """Give the kernel what it takes of `data` now; return how many bytes that were."""
-        try:
-            sent = self._sock.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError as exc:
-            self._request_close(PsCloseReason.FAILED, exc, linger=False)
-            raise PsSendError(f"{self!r}: send failed: {exc}") from exc
-        self._bytes_sent += sent
-        return sent
-
-    def _check_new_send(self) -> None:
-        """Raise `PsSendError` where no send may begin."""
-        self._check_sending(in_callback=in_callback())
-        if self._eof_requested:
-            raise PsSendError(f"{self!r}: send after send_eof")
-
-    def _check_sending(self, *, in_callback: bool) -> None:
-        """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
-        if self._open:
-            return
-        shutting_down = self._reason is PsCloseReason.SHUTDOWN and not self._eof_sent
-        if self._released or not (shutting_down and in_callback):
-            raise PsSendError(f"{self!r}: the session is closed")
-
-    def _refuse_to_wait(self, *, begun: bool) -> None:
-        error = PsSendError(
-            f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
-            "use 'await session.send_async(...)'"
-        )
-        if begun:
-            self._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
-        raise PsSendError(*error.args)  # not the one that the session keeps
-
-    def _line_up(
-        self,
-        data: bytes | memoryview,
-        sent: int,
-        timeout: float | Default | None,
-        parking: Parking,
-    ) -> Coroutine[Any, Any, None]:
-        """Join the line of those who wait, with what is left of `data`."""
-        if self._line is None:
-            self._line = SendLine(self)
-        return self._line.send(
-            memoryview(data)[sent:],
-            self._host.settings.send_timeout if timeout is DEFAULT else timeout,
-            parking,
-            begun=sent > 0,
-            in_callback=in_callback(),
-        )
-
-    def _send_from_thread(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
-        """Send for a caller in another OS thread, which blocks natively meanwhile."""
-        self._check_sending(in_callback=False)
-        if not self._host.thread.run(lambda: self._released, self.send, data, timeout):
-            raise PsSendError(f"{self!r}: the session is closed")
-
-    async def _send_from_other_loop(
-        self, data: bytes | memoryview, timeout: float | Default | None
-    ) -> None:
-        """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
-        self._check_sending(in_callback=False)
-        if not await self._host.thread.run_async(lambda: self._released, self.send, data, timeout):
-            raise PsSendError(f"{self!r}: the session is closed")
-
-    def _line_is_empty(self, line: SendLine) -> None:
-        """The last sender left: no more line, and what waited for that goes on."""
-        if self._line is line:
-            self._line = None
-            if self._eof_requested:
-                self._shut_writing()
-            if not self._open:
-                self._wake()
-
-    def _shut_writing(self) -> None:
-        if self._line is not None or self._eof_sent or self._released:
-            return
-        self._eof_sent = True
-        try:
-            self._sock.shutdown(_socket.SHUT_WR)
-        except OSError as exc:
-            self._request_close(PsCloseReason.FAILED, exc, linger=False)
-            return
-        if self._eof_received:
-            self._request_close(PsCloseReason.PEER_CLOSE)
 
     # Closing
 
@@ -713,19 +514,6 @@ class PsSession:
         if self._greenlet is not None:
             self._greenlet.kill(block=False)
             self._greenlet = None
-
-
-def _encode(message: Message) -> bytes | memoryview:
-    """`message` as bytes: text as UTF-8, any buffer byte by byte."""
-    if isinstance(message, str):
-        return message.encode()
-    if isinstance(message, bytes):
-        return message
-    if isinstance(message, (bytearray, memoryview)):
-        return memoryview(message).cast("B")
-    raise TypeError(
-        f"message must be str, bytes, bytearray or memoryview, not {type(message).__name__}"
-    )
 
 
 def _format(address: Endpoint | None) -> str:
