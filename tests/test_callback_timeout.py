@@ -695,7 +695,7 @@ def test_callback_that_returns_just_when_its_time_is_over_is_ended_or_not_but_no
     for client, pause in zip(clients, pauses, strict=True):
         client.send(f"{pause}")
 
-    def failed() -> set[PsSession]:
+    def failed() -> set[PsSession | None]:
         return {event.session for event in callback.named("on_close")}
 
     eventually(lambda: len(failed() | set(returned)) == len(pauses))
