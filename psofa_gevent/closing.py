@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import GreenletExit
+from gevent.event import Event
 from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
@@ -106,9 +107,9 @@ class CloseQueue:
         begun: list[LibraryGreenlet] = []
         while not self._queue.empty():
             begun.append(LibraryGreenlet(partial(self._call, *self._queue.get_nowait())))
-            begun[-1].start()
             self._one_less()
         if begun or self._subject is not None:
+            self._begin_all(begun)
             gevent.sleep(LAST_MOMENT)
             self._kill_all(begun)
             gevent.sleep(DYING_TIME)
@@ -118,6 +119,20 @@ class CloseQueue:
         given_up = self._given_up + sum(not greenlet.dead for greenlet in begun)
         self._given_up = 0
         return given_up
+
+    def _begin_all(self, greenlets: list[LibraryGreenlet]) -> None:
+        """Run each up to where it first waits, however long that takes: a kill comes after it."""
+
+        def begin() -> None:
+            try:
+                for greenlet in greenlets:
+                    greenlet.switch()
+            finally:
+                all_begun.set()
+
+        all_begun = Event()
+        self._thread.loop.run_callback(begin)  # only the hub gets control back from each
+        all_begun.wait()
 
     def _kill_all(self, begun: list[LibraryGreenlet]) -> None:
         running = self._worker.greenlet
