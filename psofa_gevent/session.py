@@ -35,6 +35,7 @@ from gevent import GreenletExit, getcurrent
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import HubThread, get_ident
+from psofa_gevent.ready import ready_sessions
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import SessionSettings, check_idle, check_instance
 from psofa_gevent.tcp import Endpoint, endpoint, reset, set_no_delay, unacknowledged
@@ -108,6 +109,7 @@ class PsSession(SendingHalf):
         "_may_linger",
         "_messages_received",
         "_opened_at",
+        "_ready",
         "_remote_endpoint",
         "_slice",
         "_started",
@@ -131,6 +133,8 @@ class PsSession(SendingHalf):
         self._local_endpoint = endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._watcher = self._loop.io(sock.fileno(), READ)
+        self._ready = ready_sessions()
+        self._ready.register()
         self._connection_id = connection_id or uuid.uuid4()
         self._opened_at = time()
         idle = settings.idle_milliseconds
@@ -332,51 +336,54 @@ class PsSession(SendingHalf):
             self._greenlet = None
 
     def _read(self) -> None:
-        """Wait, read, hand over, until a close is requested."""
+        """Wait, read, hand over, until a close is requested: the way of every message.
+
+        Each wait is a switch to the next session that is readable, or to the hub if there is none
+        (`psofa_gevent.ready`). All in one function, as each call more would be felt.
+        """
+        watcher = self._watcher
+        ready = self._ready.sessions
+        become_ready = ready.append
+        switch_to_hub = self._host.thread.hub.switch
         recv = self._sock.recv
         size = self._host.settings.read_buffer_size
         on_message = self._host.dispatch.on_message
-        while self._open:
-            try:
-                message = self._wait_and_receive(recv, size)
-            except OSError as exc:
-                self._request_close(PsCloseReason.FAILED, exc, linger=False)
-                logger.debug("%r: receive failed: %s", self, exc)
-                return
-            if message is None:
-                return
-            if not message:
-                self._receive_eof()
-                return
-            self._bytes_received += len(message)
-            self._messages_received += 1
-            on_message(self, message)
-            del message  # a session that waits owns no buffer
-
-    def _wait_and_receive(self, recv: Any, size: int) -> bytes | None:
-        """The next bytes, empty at the peer's FIN; ``None`` when the session is to close."""
-        switch = getcurrent().switch
-        hub = self._host.thread.hub
-        watcher = self._watcher
-        self._waiting_since = monotonic()
         try:
-            while True:
-                watcher.start(switch)
+            while self._open:
+                if not self._waiting_since:
+                    self._waiting_since = monotonic()
+                watcher.start(become_ready, self)
                 try:
-                    hub.switch()
+                    while ready:
+                        other = ready.pop()
+                        if other._waiting_since:
+                            other._greenlet.switch()
+                            break
+                    else:
+                        switch_to_hub()
                 finally:
                     watcher.stop()
                 if not self._open:
-                    return None
+                    return
                 try:
-                    message: bytes = recv(size)
+                    message = recv(size)
                 except BlockingIOError:
                     # Woken by the idle timer, or by nothing at all: no bytes are there.
                     if self._is_idle():
                         self._request_close(PsCloseReason.TIMEOUT)
-                        return None
-                else:
-                    return message
+                    continue
+                except OSError as exc:
+                    self._request_close(PsCloseReason.FAILED, exc, linger=False)
+                    logger.debug("%r: receive failed: %s", self, exc)
+                    return
+                self._waiting_since = 0.0
+                if not message:
+                    self._receive_eof()
+                    return
+                self._bytes_received += len(message)
+                self._messages_received += 1
+                on_message(self, message)
+                del message  # a session that waits owns no buffer
         finally:
             self._waiting_since = 0.0
 
@@ -500,6 +507,7 @@ class PsSession(SendingHalf):
         self._released = True
         self._watcher.stop()
         self._watcher.close()
+        self._ready.unregister()
         if self._line is not None:
             self._line.close()
         if with_reset:
