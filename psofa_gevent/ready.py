@@ -1,0 +1,73 @@
+"""The sessions whose sockets have become readable, and how one goes on after the other.
+
+The watcher of a session that waits puts it into the list of its hub. When the hub has dispatched
+all events of a round it switches to the first of them; each that waits again switches straight to
+the next, and the last one back to the hub. So a message costs one greenlet switch and not two.
+
+An entry may be stale: its session was woken for another reason since, is in a callback, or is gone.
+Whoever takes one out looks whether that session waits. All of it belongs to the hub's thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gevent import get_hub, monkey
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import PsSession
+
+__all__ = ["ReadySessions", "ready_sessions"]
+
+
+class ReadySessions:
+    """The readable sessions of one hub. It looks at them as long as any session is `registered`."""
+
+    def __init__(self) -> None:
+        self._loop = get_hub().loop
+        self.sessions: list[PsSession] = []
+        """The next one last: libev tells the events of a round in reverse order."""
+        self._is_reversed = "libev" in type(self._loop).__module__
+        self._registered = 0
+        self._check: Any = None
+
+    def register(self) -> None:
+        """One more session may become ready."""
+        self._registered += 1
+        if self._check is None:
+            # Of the lowest priority: after all watchers of sockets in a round.
+            self._check = self._loop.check(ref=False, priority=self._loop.MINPRI)
+            self._check.start(self._run)
+
+    def unregister(self) -> None:
+        """One session less."""
+        self._registered -= 1
+        if self._registered == 0:
+            self._check.stop()
+            self._check.close()
+            self._check = None
+
+    def _run(self) -> None:
+        # In the hub. Each switch comes back when nobody is left, or when a callback waits on
+        # something else: then the rest is still here.
+        sessions = self.sessions
+        if not self._is_reversed:
+            sessions.reverse()
+        while sessions:
+            session = sessions.pop()
+            if session._waiting_since and session._greenlet is not None:
+                session._greenlet.switch()
+
+
+def ready_sessions() -> ReadySessions:
+    """The list of this thread's hub."""
+    hub = get_hub()
+    ready: ReadySessions | None = getattr(_of_thread, "ready", None)
+    if ready is None or _of_thread.hub is not hub:
+        ready = _of_thread.ready = ReadySessions()
+        _of_thread.hub = hub
+    return ready
+
+
+# The original: in a patched process threading.local is about greenlets.
+_of_thread: Any = monkey.get_original("threading", "local")()
