@@ -57,6 +57,8 @@ class ReadySessions:
             session = sessions.pop()
             if session._waiting_since and session._greenlet is not None:
                 session._greenlet.switch()
+            else:
+                session._stop_watching()
 
 
 def ready_sessions() -> ReadySessions:

@@ -116,6 +116,7 @@ class PsSession(SendingHalf):
         "_values",
         "_waiting_since",
         "_watcher",
+        "_watches",
     )
 
     def __init__(
@@ -140,6 +141,7 @@ class PsSession(SendingHalf):
         idle = settings.idle_milliseconds
         self._idle = _NEVER if idle is None else idle / 1_000
         self._waiting_since = 0.0
+        self._watches = False
         self._started = False
         self._close_cause: BaseException | None = None
         self._may_linger = True
@@ -352,17 +354,17 @@ class PsSession(SendingHalf):
             while self._open:
                 if not self._waiting_since:
                     self._waiting_since = monotonic()
-                watcher.start(become_ready, self)
-                try:
-                    while ready:
-                        other = ready.pop()
-                        if other._waiting_since:
-                            other._greenlet.switch()
-                            break
-                    else:
-                        switch_to_hub()
-                finally:
-                    watcher.stop()
+                if not self._watches:
+                    self._watches = True
+                    watcher.start(become_ready, self)
+                while ready:
+                    other = ready.pop()
+                    if other._waiting_since:
+                        other._greenlet.switch()
+                        break
+                    other._stop_watching()
+                else:
+                    switch_to_hub()
                 if not self._open:
                     return
                 try:
@@ -378,6 +380,7 @@ class PsSession(SendingHalf):
                     return
                 self._waiting_since = 0.0
                 if not message:
+                    self._stop_watching()
                     self._receive_eof()
                     return
                 self._bytes_received += len(message)
@@ -386,6 +389,13 @@ class PsSession(SendingHalf):
                 del message  # a session that waits owns no buffer
         finally:
             self._waiting_since = 0.0
+            self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        """Until the next wait: a socket that stays readable would keep the hub busy."""
+        if self._watches:
+            self._watches = False
+            self._watcher.stop()
 
     def _receive_eof(self) -> None:
         if not self._host.settings.allow_half_open:
@@ -505,6 +515,7 @@ class PsSession(SendingHalf):
         if self._released:
             return
         self._released = True
+        self._watches = False
         self._watcher.stop()
         self._watcher.close()
         self._ready.unregister()
