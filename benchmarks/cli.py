@@ -1,0 +1,149 @@
+"""The command line: what to measure, and what to do with what came out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import baseline, machine, runner
+from benchmarks.growth import growth_report
+from benchmarks.load import load_program
+from benchmarks.measure import Plan
+from benchmarks.peers import PEERS
+from benchmarks.processes import BenchmarkError, pin_to_load_core
+from benchmarks.report import report
+from benchmarks.results import Results
+from benchmarks.rows import ROWS, Row, growth_rows
+
+__all__ = ["main"]
+
+FULL = Plan(rounds=5, seconds=1.0, warm=0.4, settle=1.0, idle=4.0)
+QUICK = Plan(rounds=3, seconds=0.2, warm=0.1, settle=0.3, idle=1.2)
+BASELINE = Path(__file__).with_name("baseline.json")
+BUSY = 0.5
+"""A load average from which on others are likely to take part in the result."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or read what was measured; then tell.
+
+    Returns:
+        The exit code: 1 if a sample could not be taken, or a kept ratio got worse.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        results, is_good = _results(options)
+    except BenchmarkError as exc:
+        print(f"benchmarks: {exc}", file=sys.stderr)
+        return 1
+    print("\n\n".join(part for part in (report(results), growth_report(results)) if part))
+    if options.json:
+        results.write(options.json)
+    if options.plot:
+        from benchmarks.plot import plot
+
+        print("\nwritten:", *plot(results, options.plot))
+    if options.keep:
+        baseline.keep(results, options.keep)
+    if options.compare:
+        is_good &= _compare(results, options.compare)
+    return 0 if is_good else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure psofa_gevent beside its peers: the same work, in turn, in one run.",
+    )
+    add = parser.add_argument
+    names = [row.name for row in ROWS]
+    add("--quick", action="store_true", help="fewer rows and peers, shorter: under a minute")
+    add("--growth", action="store_true", help="costs by number of sessions, instead of the rows")
+    add("--rows", metavar="ROW,…", type=_names(names), default=[], help=", ".join(names))
+    add("--peers", metavar="PEER,…", type=_names(PEERS), default=[], help=", ".join(PEERS))
+    add("--rounds", metavar="N", type=int, help="rounds that count, instead of the mode's")
+    add("--seconds", metavar="S", type=float, help="of each sample, instead of the mode's")
+    add("--json", metavar="FILE", type=Path, help="write all samples")
+    add("--from", metavar="FILE", type=Path, dest="kept", help="tell of this one; measure nothing")
+    add("--plot", metavar="DIR", type=Path, help="write the plots, as PNG and SVG")
+    add(
+        "--compare",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=BASELINE,
+        help="exit with 1 if a ratio is worse than the one that FILE keeps (baseline.json)",
+    )
+    add(
+        "--keep",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=BASELINE,
+        help="write the ratios into FILE (baseline.json)",
+    )
+    return parser
+
+
+def _names(known: Collection[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}")
+        return given
+
+    return names
+
+
+def _results(options: argparse.Namespace) -> tuple[Results, bool]:
+    if options.kept:
+        return Results.read(options.kept), True
+    load_program()
+    results = Results(machine.describe())
+    plan = _plan(options)
+    rows = runner.choose(_rows(options), options.peers, results)
+    if os.getloadavg()[0] > BUSY:
+        results.notes.append(
+            f"the load average was {os.getloadavg()[0]:.1f} before: others may have disturbed this"
+        )
+    pin_to_load_core()
+    try:
+        is_good = runner.run(rows, plan, results)
+    except KeyboardInterrupt:
+        results.notes.append("interrupted")
+        is_good = False
+    return results, is_good
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.quick else FULL
+    if options.rounds is not None:
+        plan = replace(plan, rounds=options.rounds)
+    if options.seconds is not None:
+        plan = replace(plan, seconds=options.seconds)
+    return plan
+
+
+def _rows(options: argparse.Namespace) -> list[Row]:
+    if options.growth:
+        return list(growth_rows())
+    if options.rows:
+        return [row for row in ROWS if row.name in options.rows]
+    if options.quick:
+        return [replace(row, peers=row.quick_peers) for row in ROWS if row.quick_peers]
+    return list(ROWS)
+
+
+def _compare(results: Results, path: Path) -> bool:
+    try:
+        text, is_good = baseline.compare(results, path)
+    except (OSError, KeyError) as exc:
+        print(f"benchmarks: nothing to compare with: {exc!r}", file=sys.stderr)
+        return False
+    print(f"\n### Compared with {path.name}\n\n{text}")
+    return is_good

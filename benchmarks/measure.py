@@ -1,0 +1,152 @@
+"""One sample: one server process, one load, and what came of it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.load import load_program, redis_benchmark, start_load
+from benchmarks.peers import Peer
+from benchmarks.processes import Server, start_server
+from benchmarks.rows import Row
+
+__all__ = ["METRICS", "Metric", "Plan", "Sample", "measure"]
+
+Sample = dict[str, float]
+LARGE = 64 * 1024
+"""Bytes from which on a message's throughput is told in MB/s."""
+REDIS_MESSAGES_PER_SECOND = 100_000
+"""redis-benchmark takes a number of messages, not a time: this many for each second of the plan."""
+WAIT_SECONDS = 120.0
+"""For what may take long, such as opening 15,000 sessions on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is called, and whether more of it is better."""
+
+    label: str
+    more_is_better: bool
+    digits: int = 0
+
+
+METRICS = {
+    "rate": Metric("{items}/s", more_is_better=True),
+    "mb_per_second": Metric("MB/s", more_is_better=True),
+    "cpu_us": Metric("CPU µs/{item}", more_is_better=False, digits=2),
+    "per_cpu_second": Metric("{items}/CPU s", more_is_better=True),
+    "p50_ms": Metric("p50 ms", more_is_better=False, digits=3),
+    "p99_ms": Metric("p99 ms", more_is_better=False, digits=3),
+    "server_busy": Metric("server's core %", more_is_better=True, digits=0),
+    "load_busy": Metric("load's core %", more_is_better=False, digits=0),
+    "kb_per_session": Metric("kB/session", more_is_better=False, digits=2),
+    "open_cpu_us": Metric("CPU µs/opening", more_is_better=False, digits=1),
+    "idle_cpu_percent": Metric("idle CPU %", more_is_better=False, digits=3),
+    "closes_per_second": Metric("closes/s", more_is_better=True),
+    "close_cpu_us": Metric("CPU µs/close", more_is_better=False, digits=1),
+    "closes_missing": Metric("on_close missing", more_is_better=False),
+}
+"""In the order of the tables. `Row.item` goes into the braces."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how often.
+
+    Attributes:
+        rounds: that count.
+        seconds: that are counted in each sample.
+        warm: seconds before them, in the same process.
+        settle: seconds after the opening of idle sessions.
+        idle: seconds for which their CPU time is taken.
+    """
+
+    rounds: int
+    seconds: float
+    warm: float
+    settle: float
+    idle: float
+
+    def for_warm_up(self) -> Plan:
+        """The round that does not count is shorter."""
+        return replace(self, seconds=self.seconds / 4, settle=self.settle / 4, idle=self.idle / 4)
+
+
+def measure(row: Row, peer: Peer, plan: Plan) -> Sample:
+    """Take one sample.
+
+    Raises:
+        BenchmarkError: the server or the load generator failed.
+    """
+    with start_server(peer, row.work, load_program()) as server:
+        return MEASURES[row.kind](row, server, plan)
+
+
+def _throughput(row: Row, result: dict[str, Any]) -> Sample:
+    items, seconds = max(result["items"], 1), result["seconds"]
+    sample = {
+        "rate": items / seconds,
+        "cpu_us": result["server_cpu"] / items * 1e6,
+        "per_cpu_second": items / max(result["server_cpu"], 1e-9),
+        "p50_ms": result["p50_ms"],
+        "p99_ms": result["p99_ms"],
+        "server_busy": result["server_cpu"] / seconds * 100,
+        "load_busy": result["load_cpu"] / seconds * 100,
+    }
+    if row.size >= LARGE:
+        sample["mb_per_second"] = items * row.size / seconds / 1e6
+    return sample
+
+
+def _under_load(row: Row, server: Server, plan: Plan) -> Sample:
+    with start_load(row.kind, row, server, plan.warm, plan.seconds) as load:
+        return _throughput(row, load.answer(WAIT_SECONDS + plan.warm + plan.seconds))
+
+
+def _redis(row: Row, server: Server, plan: Plan) -> Sample:
+    redis_benchmark(row, server, max(1_000, int(plan.warm * REDIS_MESSAGES_PER_SECOND)))
+    messages = max(1_000, int(plan.seconds * REDIS_MESSAGES_PER_SECOND))
+    return _throughput(row, redis_benchmark(row, server, messages))
+
+
+def _sessions(row: Row, server: Server, plan: Plan) -> Sample:
+    first = replace(row, connections=10)
+    with start_load("hold", first, server, 0, 0) as load:  # what is made at first use is not theirs
+        load.answer()
+    memory = server.resident_bytes()
+    with start_load("hold", row, server, 0, 0) as load:
+        opening = load.answer(WAIT_SECONDS)
+        time.sleep(plan.settle)
+        sample = {
+            "kb_per_session": (server.resident_bytes() - memory) / row.connections / 1e3,
+            "open_cpu_us": opening["server_cpu"] / row.connections * 1e6,
+        }
+        cpu, began = server.cpu_seconds(), time.monotonic()
+        time.sleep(plan.idle)
+        used = server.cpu_seconds() - cpu
+        sample["idle_cpu_percent"] = used / (time.monotonic() - began) * 100
+        if server.peer.delivers_closes:
+            sample |= _shutdown(row, server)
+    return sample
+
+
+def _shutdown(row: Row, server: Server) -> Sample:
+    server.send_signal(signal.SIGUSR1)
+    closing = server.answer(WAIT_SECONDS)
+    return {
+        "closes_per_second": row.connections / closing["seconds"],
+        "close_cpu_us": closing["cpu"] / row.connections * 1e6,
+        "closes_missing": row.connections - closing["closes"],
+    }
+
+
+MEASURES: dict[str, Callable[[Row, Server, Plan], Sample]] = {
+    "echo": _under_load,
+    "accept": _under_load,
+    "broadcast": _under_load,
+    "redis": _redis,
+    "sessions": _sessions,
+}

@@ -1,0 +1,138 @@
+"""Processes, each on its own core: the server on one, the load generator and we on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from benchmarks.peers import Peer
+
+__all__ = [
+    "PROJECT",
+    "BenchmarkError",
+    "Child",
+    "Server",
+    "load_core",
+    "pin_to_load_core",
+    "server_core",
+    "start_server",
+]
+
+PROJECT = Path(__file__).resolve().parent.parent
+START_SECONDS = 30.0
+"""How long a program may take until it answers, on a machine that is busy with other things."""
+CPUCLOCK_SCHED = 2
+_cores = sorted(os.sched_getaffinity(0))
+server_core, load_core = _cores[0], _cores[-1]
+
+
+class BenchmarkError(Exception):
+    """A measurement that can't be taken; says why."""
+
+
+def pin_to_load_core() -> None:
+    """Keep this process, and what it starts by default, off the server's core."""
+    os.sched_setaffinity(0, {load_core})
+
+
+@contextlib.contextmanager
+def _on_core(core: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Child:
+    """A process that answers with lines of JSON; killed at the end of its ``with``."""
+
+    def __init__(self, command: Sequence[str | Path], core: int) -> None:
+        self._name = Path(command[0]).name
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        with _on_core(core):  # children inherit it
+            self._process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=PROJECT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+            )
+        self.pid = self._process.pid
+        self._stat = psutil.Process(self.pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def answer(self, seconds: float = START_SECONDS) -> dict[str, Any]:
+        """The next line of its output.
+
+        Raises:
+            BenchmarkError: it ended instead, or did not answer within `seconds`.
+        """
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        line = self._process.stdout.readline() if ready else b""
+        if not line:
+            self._errors.seek(0)
+            reason = self._errors.read().decode(errors="replace").strip()[-2000:]
+            why = "ended" if ready else f"did not answer within {seconds:g} s"
+            raise BenchmarkError(f"{self._name} {why}: {reason or 'it said nothing'}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def cpu_seconds(self) -> float:
+        """The CPU time that the process has used, with the resolution of the scheduler (ns).
+
+        By its CPU clock, see clock_getcpuclockid(3): /proc/PID/stat counts in ticks of 10 ms.
+        """
+        return time.clock_gettime((~self.pid << 3) | CPUCLOCK_SCHED)
+
+    def resident_bytes(self) -> int:
+        resident: int = self._stat.memory_info().rss
+        return resident
+
+
+class Server(Child):
+    """A server, on the server's core, that listens on `port`."""
+
+    def __init__(self, peer: Peer, command: Sequence[str | Path]) -> None:
+        super().__init__(command, server_core)
+        self.peer = peer
+        try:
+            self.port: int = self.answer()["port"]
+        except BaseException:
+            self.__exit__()
+            raise
+
+
+def start_server(peer: Peer, work: str, load_program: Path) -> Server:
+    """Start `peer` on the server's core, and wait until it listens.
+
+    Raises:
+        BenchmarkError: it does not.
+    """
+    if not peer.module:
+        return Server(peer, [load_program, "serve"])
+    return Server(peer, [sys.executable, "-m", "benchmarks.servers", peer.name, work])

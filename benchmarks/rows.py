@@ -1,0 +1,201 @@
+"""What is measured: one row for each line of the targets, and a few beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.peers import C_SERVER
+
+__all__ = ["GROWTH_SIZES", "ROWS", "Row", "growth_rows"]
+
+LOOPS = ("psofa", "gevent", "asyncio", "uvloop", "twisted")
+STREAMS = ("asyncio-streams", "uvloop-streams")
+COROUTINES = ("psofa-async", *STREAMS)
+MANY = 15_000
+"""Sessions. A process may open 20,000 descriptors on many a machine."""
+GROWTH_SIZES = (10, 100, 1_000, 5_000, MANY)
+GROWTH_PEERS = ("psofa", "gevent", "uvloop")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: what ``--rows`` and the JSON file call it.
+        title: what it is, in words.
+        kind: how it is measured: echo, accept, sessions, broadcast or redis.
+        work: what the servers do: see `benchmarks.servers`.
+        connections: how many at a time.
+        peers: who takes part, in turn.
+        size: of a message, in bytes.
+        depth: messages under way on each connection.
+        item: what is counted.
+        shown: the metric that plots show.
+        rounds: how many times the plan's counted rounds are taken.
+        quick_peers: who takes part with ``--quick``; nobody: the row is left out.
+    """
+
+    name: str
+    title: str
+    kind: str
+    work: str
+    connections: int
+    peers: tuple[str, ...]
+    size: int = 64
+    depth: int = 1
+    item: str = "message"
+    shown: str = "per_cpu_second"
+    rounds: float = 1
+    quick_peers: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row(
+        "echo-10",
+        "echo, 64 B, 10 connections",
+        kind="echo",
+        work="echo",
+        connections=10,
+        peers=(*LOOPS, *STREAMS, C_SERVER),
+    ),
+    Row(
+        "echo-100",
+        "echo, 64 B, 100 connections",
+        kind="echo",
+        work="echo",
+        connections=100,
+        peers=(*LOOPS, *STREAMS, C_SERVER),
+        quick_peers=LOOPS,
+    ),
+    Row(
+        "echo-1000",
+        "echo, 64 B, 1,000 connections",
+        kind="echo",
+        work="echo",
+        connections=1_000,
+        peers=(*LOOPS, *STREAMS, C_SERVER),
+    ),
+    Row(
+        "async-100",
+        "echo, 64 B, 100 connections, coroutines",
+        kind="echo",
+        work="echo",
+        connections=100,
+        peers=COROUTINES,
+        quick_peers=COROUTINES,
+    ),
+    Row(
+        "suspend-100",
+        "echo, 64 B, 100 connections, coroutines that suspend",
+        kind="echo",
+        work="suspend",
+        connections=100,
+        peers=COROUTINES,
+        quick_peers=("psofa-async", "asyncio-streams"),
+    ),
+    Row(
+        "echo-64k",
+        "echo, 64 KiB, 10 connections",
+        kind="echo",
+        work="echo",
+        connections=10,
+        peers=(*LOOPS, C_SERVER),
+        size=64 * 1024,
+        shown="mb_per_second",
+        rounds=1.8,
+        quick_peers=("psofa", "asyncio", "uvloop"),
+    ),
+    Row(
+        "echo-1m",
+        "echo, 1 MiB, 10 connections",
+        kind="echo",
+        work="echo",
+        connections=10,
+        peers=(*LOOPS, C_SERVER),
+        size=1024 * 1024,
+        shown="mb_per_second",
+        rounds=1.8,
+    ),
+    Row(
+        "pipelined",
+        "echo, 64 B, 100 connections, depth 64",
+        kind="echo",
+        work="echo",
+        connections=100,
+        peers=(*LOOPS, *STREAMS, C_SERVER),
+        depth=64,
+        quick_peers=("psofa", "uvloop"),
+    ),
+    Row(
+        "accept",
+        "accept, echo 64 B once, close; 50 at a time",
+        kind="accept",
+        work="echo",
+        connections=50,
+        peers=(*LOOPS, *STREAMS, C_SERVER),
+        item="connection",
+        quick_peers=("psofa", "gevent", "uvloop"),
+    ),
+    Row(
+        "broadcast",
+        "broadcast of 64 B to 1,000 sessions",
+        kind="broadcast",
+        work="broadcast",
+        connections=1_000,
+        peers=LOOPS,
+        item="delivery",
+        quick_peers=("psofa", "uvloop"),
+    ),
+    Row(
+        "redis",
+        "redis-benchmark -t ping_inline, 100 connections",
+        kind="redis",
+        work="ping",
+        connections=100,
+        peers=(*LOOPS, "psofa-async", *STREAMS),
+        quick_peers=("psofa", "uvloop"),
+    ),
+    Row(
+        "sessions-1000",
+        "1,000 idle sessions, then shutdown",
+        kind="sessions",
+        work="hold",
+        connections=1_000,
+        peers=("psofa", "gevent"),
+        item="session",
+        shown="kb_per_session",
+        quick_peers=("psofa", "gevent"),
+    ),
+    Row(
+        "sessions-15000",
+        "15,000 idle sessions, then shutdown",
+        kind="sessions",
+        work="hold",
+        connections=MANY,
+        peers=("psofa", "gevent", "uvloop"),
+        item="session",
+        shown="kb_per_session",
+    ),
+)
+
+
+def growth_rows() -> Iterator[Row]:
+    """What ``--growth`` measures: the same costs with more and more sessions."""
+    for count in GROWTH_SIZES:
+        for kind, work, item in (
+            ("echo", "echo", "message"),
+            ("sessions", "hold", "session"),
+            ("broadcast", "broadcast", "delivery"),
+        ):
+            yield Row(
+                f"growth-{kind}-{count}",
+                f"growth: {kind}, {count:,} sessions",
+                kind=kind,
+                work=work,
+                connections=count,
+                peers=GROWTH_PEERS,
+                item=item,
+                rounds=0.6,
+            )

@@ -1,0 +1,30 @@
+"""Start one server: ``python -m benchmarks.servers PEER WORK``."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import resource
+import signal
+import sys
+
+from benchmarks.peers import PEERS
+
+PR_SET_PDEATHSIG = 1
+
+
+def announce(port: int) -> None:
+    print(f'{{"port": {port}}}', flush=True)
+
+
+def main(name: str, work: str) -> None:
+    # Nothing is left running when the benchmark is killed.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    peer = PEERS[name]
+    importlib.import_module(f"benchmarks.servers.{peer.module}").serve(peer.variant, work, announce)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,58 @@
+"""A Protocol on asyncio's own loop, and on uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
+
+transports: set[asyncio.Transport] = set()
+
+
+class Echo(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+class Ping(Echo):
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(pongs(data))
+
+
+class Broadcast(Echo):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        transports.add(self.transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        transports.discard(self.transport)
+
+    def data_received(self, data: bytes) -> None:
+        if data[0] != TO_ALL:
+            self.transport.write(data)
+            return
+        for transport in transports:
+            transport.write(data)
+
+
+PROTOCOLS = {"echo": Echo, "hold": Echo, "ping": Ping, "broadcast": Broadcast}
+
+
+async def listen(work: str, announce: Announce) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(PROTOCOLS[work], HOST, 0, backlog=BACKLOG)
+    announce(server.sockets[0].getsockname()[1])
+    await server.serve_forever()
+
+
+def serve(variant: str, work: str, announce: Announce) -> None:
+    if variant == "uvloop":
+        import uvloop
+
+        uvloop.run(listen(work, announce))
+    else:
+        asyncio.run(listen(work, announce))

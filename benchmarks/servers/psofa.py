@@ -1,0 +1,94 @@
+"""psofa_gevent, with sync and with async callbacks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+
+import gevent
+
+from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
+from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsSession
+
+SHUTDOWN_TIMEOUT = 60.0
+"""Seconds: long, so that a slow shutdown is measured rather than cut off."""
+
+
+class Echo(PsCallback):
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        session.send(message)
+
+
+class Hold(Echo):
+    closes = 0
+
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        self.closes += close_reason is PsCloseReason.SHUTDOWN
+
+
+class Ping(PsCallback):
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        session.send(pongs(message))
+
+
+class Broadcast(PsCallback):
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        if message[0] != TO_ALL:
+            session.send(message)
+            return
+        for each in session.owner.sessions:
+            each.send(message)
+
+
+class EchoAsync(PsCallback):
+    use_async_callback = True
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await session.send_async(message)
+
+
+class SuspendAsync(PsCallback):
+    use_async_callback = True
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await asyncio.sleep(0)
+        await session.send_async(message)
+
+
+class PingAsync(PsCallback):
+    use_async_callback = True
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await session.send_async(pongs(message))
+
+
+CALLBACKS: dict[tuple[str, str], type[PsCallback]] = {
+    ("sync", "echo"): Echo,
+    ("sync", "hold"): Hold,
+    ("sync", "ping"): Ping,
+    ("sync", "broadcast"): Broadcast,
+    ("async", "echo"): EchoAsync,
+    ("async", "suspend"): SuspendAsync,
+    ("async", "ping"): PingAsync,
+}
+
+
+def serve(variant: str, work: str, announce: Announce) -> None:
+    callback = CALLBACKS[variant, work]()
+    server = PsServer(callback, host=HOST, port=0, backlog=BACKLOG)
+    server.start()
+    if isinstance(callback, Hold):
+        gevent.signal_handler(signal.SIGUSR1, shut_down, server, callback)
+    announce(server.address[1])
+    server.wait_for()
+    gevent.sleep(1)  # until `shut_down` has printed
+
+
+def shut_down(server: PsServer, callback: Hold) -> None:
+    cpu, began = time.process_time(), time.monotonic()
+    server.shutdown(SHUTDOWN_TIMEOUT)
+    seconds = time.monotonic() - began
+    cpu = time.process_time() - cpu
+    print(json.dumps({"closes": callback.closes, "seconds": seconds, "cpu": cpu}), flush=True)
