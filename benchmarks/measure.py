@@ -40,14 +40,15 @@ METRICS = {
     "per_cpu_second": Metric("{items}/CPU s", more_is_better=True),
     "p50_ms": Metric("p50 ms", more_is_better=False, digits=3),
     "p99_ms": Metric("p99 ms", more_is_better=False, digits=3),
-    "server_busy": Metric("server's core %", more_is_better=True, digits=0),
-    "load_busy": Metric("load's core %", more_is_better=False, digits=0),
     "kb_per_session": Metric("kB/session", more_is_better=False, digits=2),
     "open_cpu_us": Metric("CPU µs/opening", more_is_better=False, digits=1),
     "idle_cpu_percent": Metric("idle CPU %", more_is_better=False, digits=3),
     "closes_per_second": Metric("closes/s", more_is_better=True),
     "close_cpu_us": Metric("CPU µs/close", more_is_better=False, digits=1),
     "closes_missing": Metric("on_close missing", more_is_better=False),
+    "server_busy": Metric("server ran %", more_is_better=True, digits=0),
+    "waited": Metric("waited %", more_is_better=False, digits=1),
+    "load_busy": Metric("load ran %", more_is_better=False, digits=0),
 }
 """In the order of the tables. `Row.item` goes into the braces."""
 
@@ -58,6 +59,7 @@ class Plan:
 
     Attributes:
         rounds: that count.
+        warm_up_rounds: shorter ones before them, that do not.
         seconds: that are counted in each sample.
         warm: seconds before them, in the same process.
         settle: seconds after the opening of idle sessions.
@@ -65,13 +67,14 @@ class Plan:
     """
 
     rounds: int
+    warm_up_rounds: int
     seconds: float
     warm: float
     settle: float
     idle: float
 
     def for_warm_up(self) -> Plan:
-        """The round that does not count is shorter."""
+        """What a round that does not count takes."""
         return replace(self, seconds=self.seconds / 4, settle=self.settle / 4, idle=self.idle / 4)
 
 
@@ -82,7 +85,11 @@ def measure(row: Row, peer: Peer, plan: Plan) -> Sample:
         BenchmarkError: the server or the load generator failed.
     """
     with start_server(peer, row.work, load_program()) as server:
-        return MEASURES[row.kind](row, server, plan)
+        waited, began = server.waited_seconds(), time.monotonic()
+        sample = MEASURES[row.kind](row, server, plan)
+        waited = server.waited_seconds() - waited
+        sample["waited"] = waited / (time.monotonic() - began) * 100
+        return sample
 
 
 def _throughput(row: Row, result: dict[str, Any]) -> Sample:

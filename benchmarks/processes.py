@@ -109,6 +109,11 @@ class Child:
         """
         return time.clock_gettime((~self.pid << 3) | CPUCLOCK_SCHED)
 
+    def waited_seconds(self) -> float:
+        """How long the process was ready to run while something else had its core."""
+        _ran, waited, _times = Path(f"/proc/{self.pid}/schedstat").read_text().split()
+        return int(waited) / 1e9
+
     def resident_bytes(self) -> int:
         resident: int = self._stat.memory_info().rss
         return resident

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.measure import METRICS
 from benchmarks.peers import PEERS
-from benchmarks.results import Results, RowResult, Spread
+from benchmarks.results import DISTURBED, SATURATED, Results, RowResult, Spread
 from benchmarks.targets import TARGETS, Target
 
 __all__ = ["report", "table"]
@@ -74,10 +74,13 @@ def _row_table(result: RowResult) -> str:
     for peer in result.samples:
         cells = [show_spread(result.spread(peer, m), METRICS[m].digits) for m in metrics]
         mark = " *" if result.is_load_limited(peer) else ""
+        mark += " !" if result.is_disturbed(peer) else ""
         lines.append([PEERS[peer].label + mark, *cells])
     text = table(["", *(label_of(metric, result) for metric in metrics)], lines)
     if any(result.is_load_limited(peer) for peer in result.samples):
-        text += "\n\n\\* the load generator's core was busy: compare the CPU time"
+        text += f"\n\n\\* the load generator used > {SATURATED:g} % of its core: compare CPU time"
+    if any(result.is_disturbed(peer) for peer in result.samples):
+        text += f"\n\n! others had the server's core for > {DISTURBED:g} % of the time"
     return text
 
 

@@ -12,10 +12,12 @@ from benchmarks.measure import Sample
 from benchmarks.rows import ROWS, Row, growth_rows
 from benchmarks.targets import Target
 
-__all__ = ["SATURATED", "Results", "RowResult", "Spread", "judged_metric"]
+__all__ = ["DISTURBED", "SATURATED", "Results", "RowResult", "Spread", "judged_metric"]
 
 SATURATED = 95.0
 """Percent of its core from which on the load generator may be what limits a rate."""
+DISTURBED = 5.0
+"""Percent of the time that others may have had the server's core before a row is marked."""
 
 
 class Spread(NamedTuple):
@@ -53,6 +55,10 @@ class RowResult:
     def is_load_limited(self, peer: str) -> bool:
         busy = self.spread(peer, "load_busy")
         return busy is not None and busy.median > SATURATED
+
+    def is_disturbed(self, peer: str) -> bool:
+        waited = self.spread(peer, "waited")
+        return waited is not None and waited.median > DISTURBED
 
 
 @dataclass

@@ -93,7 +93,6 @@ ROWS = (
         work="suspend",
         connections=100,
         peers=COROUTINES,
-        quick_peers=("psofa-async", "asyncio-streams"),
     ),
     Row(
         "echo-64k",
@@ -105,7 +104,6 @@ ROWS = (
         size=64 * 1024,
         shown="mb_per_second",
         rounds=1.8,
-        quick_peers=("psofa", "asyncio", "uvloop"),
     ),
     Row(
         "echo-1m",
@@ -150,7 +148,7 @@ ROWS = (
     ),
     Row(
         "redis",
-        "redis-benchmark -t ping_inline, 100 connections",
+        "redis-benchmark, ping_inline, 100 conn.",
         kind="redis",
         work="ping",
         connections=100,

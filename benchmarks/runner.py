@@ -58,7 +58,7 @@ def run(rows: Sequence[Row], plan: Plan, results: Results) -> bool:
     Returns:
         Whether every sample could be taken. Those that could not are noted.
     """
-    total = sum(len(row.peers) * (_rounds(row, plan) + 1) for row in rows)
+    total = sum(len(row.peers) * (_rounds(row, plan) + plan.warm_up_rounds) for row in rows)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -90,8 +90,8 @@ def _run_row(
 ) -> int:
     row = result.row
     failed: set[str] = set()
-    for count in range(_rounds(row, plan) + 1):
-        is_warm_up = count == 0
+    for count in range(-plan.warm_up_rounds, _rounds(row, plan)):
+        is_warm_up = count < 0
         for name in row.peers:
             tell(row, name)
             if name in failed:

@@ -43,5 +43,5 @@ HANDLERS: dict[str, Callable[[socket, object], None]] = {
 def serve(_variant: str, work: str, announce: Announce) -> None:
     server = StreamServer((HOST, 0), HANDLERS[work], backlog=BACKLOG)
     server.start()
-    announce(server.address[1])
+    announce(int(server.address[1]))
     server.serve_forever()
