@@ -21,7 +21,7 @@ from benchmarks.rows import ROWS, Row, growth_rows
 
 __all__ = ["main"]
 
-FULL = Plan(rounds=5, warm_up_rounds=1, seconds=1.0, warm=0.4, settle=1.0, idle=4.0)
+FULL = Plan(rounds=5, warm_up_rounds=1, seconds=0.8, warm=0.3, settle=1.0, idle=4.0)
 QUICK = Plan(rounds=3, warm_up_rounds=0, seconds=0.2, warm=0.1, settle=0.3, idle=1.2)
 BASELINE = Path(__file__).with_name("baseline.json")
 BUSY = 0.5

@@ -93,11 +93,11 @@ def measure(row: Row, peer: Peer, plan: Plan) -> Sample:
 
 
 def _throughput(row: Row, result: dict[str, Any]) -> Sample:
-    items, seconds = max(result["items"], 1), result["seconds"]
+    items, seconds = result["items"], result["seconds"]
     sample = {
         "rate": items / seconds,
         "cpu_us": result["server_cpu"] / items * 1e6,
-        "per_cpu_second": items / max(result["server_cpu"], 1e-9),
+        "per_cpu_second": items / result["server_cpu"],
         "p50_ms": result["p50_ms"],
         "p99_ms": result["p99_ms"],
         "server_busy": result["server_cpu"] / seconds * 100,

@@ -125,8 +125,10 @@ class Results:
 
 
 def judged_metric(result: RowResult, target: Target) -> str:
-    """The target's metric; CPU time instead of a rate that the load generator limited."""
-    limited = (
-        result.is_load_limited(peer) for peer in (target.ours, target.peer) if peer is not None
+    """The target's metric; CPU time instead of a rate that others than the server limited."""
+    limited = any(
+        result.is_load_limited(peer) or result.is_disturbed(peer)
+        for peer in (target.ours, target.peer)
+        if peer is not None
     )
-    return "per_cpu_second" if target.metric == "rate" and any(limited) else target.metric
+    return "per_cpu_second" if target.metric == "rate" and limited else target.metric

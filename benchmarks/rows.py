@@ -58,7 +58,7 @@ ROWS = (
         kind="echo",
         work="echo",
         connections=10,
-        peers=(*LOOPS, *STREAMS, C_SERVER),
+        peers=(*LOOPS, *STREAMS),
     ),
     Row(
         "echo-100",
@@ -75,7 +75,7 @@ ROWS = (
         kind="echo",
         work="echo",
         connections=1_000,
-        peers=(*LOOPS, *STREAMS, C_SERVER),
+        peers=(*LOOPS, *STREAMS),
     ),
     Row(
         "async-100",
@@ -100,10 +100,10 @@ ROWS = (
         kind="echo",
         work="echo",
         connections=10,
-        peers=(*LOOPS, C_SERVER),
+        peers=LOOPS,
         size=64 * 1024,
         shown="mb_per_second",
-        rounds=1.8,
+        rounds=1.4,
     ),
     Row(
         "echo-1m",
@@ -114,7 +114,7 @@ ROWS = (
         peers=(*LOOPS, C_SERVER),
         size=1024 * 1024,
         shown="mb_per_second",
-        rounds=1.8,
+        rounds=1.4,
     ),
     Row(
         "pipelined",
