@@ -20,6 +20,8 @@ __all__ = ["plot"]
 OURS, OTHERS = "#7b3fa0", "#b9bcc4"
 LINES = {"psofa": OURS, "gevent": "#4c9f70", "uvloop": "#d08a2e"}
 COLUMNS = 3
+OVERVIEW = ("echo-100", "async-100", "pipelined", "accept", "broadcast", "sessions-15000")
+"""The rows that the README shows."""
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -31,22 +33,24 @@ STYLE: dict[Any, Any] = {
 
 
 def plot(results: Results, directory: Path) -> list[Path]:
-    """Write ``benchmarks`` and ``growth`` into `directory`, as far as they were measured."""
+    """Write what was measured into `directory`: ``overview``, ``benchmarks`` and ``growth``."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    bars = [
-        result
+    bars = {
+        name: result
         for name, result in results.rows.items()
         if not name.startswith("growth-") and result.samples
-    ]
+    }
+    overview = [bars[name] for name in OVERVIEW if name in bars]
     lines = list(curves(results))
     about = results.about
     subject = f"{about['implementation']} {about['python']}, {about['processor']}"
     with mpl.rc_context(STYLE):
-        if bars:
-            figure = _bar_figure(bars)
-            figure.suptitle(f"Median of the rounds, least to most; server on one core; {subject}")
-            written += _save(figure, directory / "benchmarks")
+        for name, chosen in (("overview", overview), ("benchmarks", list(bars.values()))):
+            if chosen:
+                figure = _bar_figure(chosen)
+                figure.suptitle(f"Medians, least to most; the server on one core; {subject}")
+                written += _save(figure, directory / name)
         if lines:
             figure = _growth_figure(lines)
             figure.suptitle(f"Cost of one item by number of sessions; {subject}")

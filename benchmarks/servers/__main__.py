@@ -13,8 +13,8 @@ from benchmarks.peers import PEERS
 PR_SET_PDEATHSIG = 1
 FREED_ONCE = 4 * 1024 * 1024
 """Bytes. glibc maps a block of its own, and unmaps it, for whatever is larger than all that the
-program has freed so far. One that has run for a while has freed much; a fresh one does that for each
-recv of asyncio's Protocol, which asks for 256 KiB: 48 µs of CPU time a message instead of 17."""
+program has freed so far. One that has run for a while has freed much; a fresh one does that for
+each recv of asyncio's Protocol, which asks for 256 KiB: 48 µs of CPU time a message, not 17."""
 
 
 def announce(port: int) -> None:
