@@ -36,9 +36,9 @@ def load_program() -> Path:
     program = cache / f"load-{key}"
     if program.exists():
         return program
-    compiler = os.environ.get("CC") or shutil.which("cc")
-    if not compiler:
-        raise BenchmarkError("no C compiler: install one that is called cc (gcc, clang), or set CC")
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        raise BenchmarkError("no C compiler: install gcc or clang, or let CC name one")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
         built = Path(directory, "load")

@@ -66,7 +66,6 @@ class Child:
         with _on_core(core):  # children inherit it
             self._process = subprocess.Popen(
                 [str(part) for part in command],
-                cwd=PROJECT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -1,0 +1,125 @@
+"""The benchmarks run, and what they tell follows from what they measured.
+
+Their figures are nobody's business here: other tests run on the same cores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import REPOSITORY, TESTS, child_environment
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="they use epoll, processor affinity, /proc"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("psutil", "rich")),
+        reason="the extra [bench] is not installed",
+    ),
+]
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+def run_benchmarks(
+    *options: str | Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    variables = child_environment(environment)
+    # Last, so that an installed psofa_gevent comes before the checkout's.
+    variables["PYTHONPATH"] = os.pathsep.join((variables["PYTHONPATH"], str(REPOSITORY)))
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, options)],
+        cwd=TESTS,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def kept_run(path: Path, **rounds: list[float]) -> Path:
+    """A file as of ``--json``: the row echo-100, with messages per CPU second of each peer."""
+    peers = {
+        peer: {"rounds": [{"per_cpu_second": value} for value in values]}
+        for peer, values in rounds.items()
+    }
+    about: dict[str, Any] = {
+        "python": "3.12.0",
+        "implementation": "CPython",
+        "psofa_gevent": "abc",
+        "versions": {"gevent": "26.9"},
+        "processor": "a processor",
+        "system": "Linux",
+        "server_core": 0,
+        "load_core": 1,
+    }
+    document = {"about": about, "notes": [], "rows": {"echo-100": {"title": "", "peers": peers}}}
+    path.write_text(json.dumps(document))
+    return path
+
+
+@needs_compiler
+def test_a_tiny_run_measures_every_peer_of_every_row(tmp_path: Path) -> None:
+    written = tmp_path / "run.json"
+    done = run_benchmarks(
+        *("--quick", "--rounds=1", "--seconds=0.05", "--rows=echo-100,sessions-1000"),
+        *("--peers=psofa,gevent,asyncio", "--json", written),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(written.read_text())["rows"]
+    assert list(rows) == ["echo-100", "sessions-1000"]
+    echo = rows["echo-100"]["peers"]
+    assert set(echo) == {"psofa", "gevent", "asyncio"}
+    for peer in echo.values():
+        assert len(peer["rounds"]) == 1
+        assert all(sample["cpu_us"] > 0 and sample["rate"] > 0 for sample in peer["rounds"])
+    for sample in rows["sessions-1000"]["peers"]["psofa"]["rounds"]:
+        assert sample["closes_missing"] == 0
+        assert sample["kb_per_session"] > 0
+    assert "### Targets" in done.stdout
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    nothing = {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = run_benchmarks("--quick", environment=nothing)
+    assert done.returncode == 1
+    assert "no C compiler" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_the_rounds(tmp_path: Path) -> None:
+    run = kept_run(tmp_path / "run.json", psofa=[100, 50, 90], uvloop=[100, 100, 100])
+    done = run_benchmarks("--from", run)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("| echo-100")]
+    assert "0.90 (0.50–1.00)" in line
+    assert ">= 0.85 × uvloop Protocol" in line
+    assert "NOT" not in line
+
+
+def test_a_ratio_that_fell_by_more_than_its_tolerance_is_an_error(tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline.json"
+    before = kept_run(tmp_path / "before.json", psofa=[90, 90, 90], uvloop=[100, 100, 100])
+    assert run_benchmarks("--from", before, "--keep", baseline).returncode == 0
+    a_little = kept_run(tmp_path / "little.json", psofa=[88, 88, 88], uvloop=[100, 100, 100])
+    assert run_benchmarks("--from", a_little, "--compare", baseline).returncode == 0
+    worse = kept_run(tmp_path / "worse.json", psofa=[70, 70, 70], uvloop=[100, 100, 100])
+    done = run_benchmarks("--from", worse, "--compare", baseline)
+    assert done.returncode == 1
+    assert "WORSE" in done.stdout
+
+
+def test_nothing_to_compare_with_is_an_error(tmp_path: Path) -> None:
+    run = kept_run(tmp_path / "run.json", psofa=[1], uvloop=[1])
+    done = run_benchmarks("--from", run, "--compare", tmp_path / "nothing.json")
+    assert done.returncode == 1
+    assert "nothing to compare with" in done.stderr
