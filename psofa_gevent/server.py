@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import resource
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Self, cast
 
 import gevent
+from gevent import getcurrent
 
 from psofa_gevent.addresses import (
     check_address_family,
@@ -150,7 +152,7 @@ class PsServer(SessionOwner):
             self._bound_to = cast("Endpoint", listener.address)
             manager.dispatch.on_start(self)
             manager.has_started = True
-            if not self.started:
+            if self._manager is not manager or not self.started:
                 listener.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
             listener.start()
@@ -166,15 +168,16 @@ class PsServer(SessionOwner):
             True when it is shut down (or was never started), False when the time was over before.
 
         Raises:
-            PsServerError: called in another thread than the server's, in a callback, in a coroutine
-                or in the hub.
+            PsServerError: called in another thread than the server's, in a callback (``on_start``
+                included), in a coroutine or in the hub.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
         manager = self._manager
         if manager is None:
             return True
-        if not manager.thread.is_current() or not may_wait_for_callbacks():
+        starts = getcurrent() in manager.entering
+        if starts or not manager.thread.is_current() or not may_wait_for_callbacks():
             raise PsServerError(
                 "wait_for belongs to a greenlet of the server's own thread, and to no callback"
             )
@@ -316,6 +319,10 @@ class PsServer(SessionOwner):
         stopped = repr(self)
         self._bound_to = None
         super()._stopped()
+        listener, self._listener = self._listener, None
+        if listener is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed
+            with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
+                listener.close()
         if has_started:
             log_safely(logging.INFO, "%s: stopped", stopped)
 

@@ -709,6 +709,65 @@ def test_shutdown_while_start_looks_up_the_host_leaves_nothing(
         assert_serves(server)
 
 
+class SlowFirstStart(RecordingCallback):
+    """An echo whose first ``on_start`` takes as long as the test likes."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes)
+        self.go_on = Event()
+
+    def on_start(self, owner: Any) -> None:
+        super().on_start(owner)
+        if len(self.named("on_start")) == 1:
+            self.go_on.wait()
+
+
+@contextlib.contextmanager
+def shut_down_while_it_starts(
+    callback: SlowFirstStart,
+) -> Iterator[tuple[PsServer, tuple[Any, ...]]]:
+    """A server, and its first address, whose shutdown has returned before ``on_start`` does.
+
+    At the end of the block ``on_start`` has returned, and `start` has raised.
+    """
+
+    def start() -> None:
+        with pytest.raises(PsServerError, match="shut down while it started"):
+            server.start()
+
+    server = local_server(callback)
+    starting = gevent.spawn(start)
+    callback.wait_for("on_start")
+    address = server.address
+    server.shutdown(timeout=0.05)
+    try:
+        yield server, address
+    finally:
+        callback.go_on.set()
+        starting.get(timeout=5)
+
+
+def test_shutdown_does_not_wait_longer_than_its_timeout_for_on_start() -> None:
+    callback = SlowFirstStart()
+    with shut_down_while_it_starts(callback) as (server, address):
+        assert not server.started
+        assert server.wait_for(0) is True
+        assert_refused(address)
+    assert_refused(address)
+    assert [event.name for event in callback.events] == ["on_start"]
+
+
+def test_on_start_that_outlives_a_shutdown_does_not_disturb_the_next_start() -> None:
+    callback = SlowFirstStart()
+    with shut_down_while_it_starts(callback) as (server, first_address):
+        server.start()
+    assert server.started
+    assert_refused(first_address)
+    assert_serves(server)
+    server.shutdown()
+    assert len(callback.named("on_stop")) == 1
+
+
 # The cap
 
 
@@ -1424,6 +1483,51 @@ def test_wait_for_returns_true_after_the_last_callback() -> None:
         assert len(callback.named("on_stop")) == 1
         assert [waiter.get(timeout=1) for waiter in waiters] == [True, True, True]
         stopper.get(timeout=1)
+
+
+@pytest.mark.parametrize("use_async_callback", [False, True], ids=["sync", "async"])
+def test_wait_for_in_a_callback_is_an_error_that_says_so(use_async_callback: bool) -> None:
+    class WaitsIn(RecordingCallback):
+        def on_start(self, owner: Any) -> None:
+            super().on_start(owner)
+            refuse("on_start")
+
+        def on_open(self, session: PsSession) -> None:
+            super().on_open(session)
+            refuse("on_open")
+
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            refuse("on_message")
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            self.on_message(session, message)
+
+        def on_eof(self, session: PsSession) -> None:
+            super().on_eof(session)
+            refuse("on_eof")
+
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            super().on_close(session, close_reason)
+            refuse("on_close")
+
+        def on_stop(self, owner: Any) -> None:
+            super().on_stop(owner)
+            refuse("on_stop")
+
+    def refuse(method: str) -> None:
+        with pytest.raises(PsServerError, match="no callback"):
+            server.wait_for()
+        refused.append(method)
+
+    refused: list[str] = []
+    callback = WaitsIn(use_async_callback=use_async_callback)
+    server = local_server(callback, allow_half_open=True)
+    with server, ScriptedClient(server.address) as client:
+        client.send("x")
+        client.eof()
+        callback.wait_for("on_eof")
+    assert refused == ["on_start", "on_open", "on_message", "on_eof", "on_close", "on_stop"]
 
 
 def test_wait_for_in_another_thread_is_an_error_that_says_so(ps_server: ServerFactory) -> None:
