@@ -37,13 +37,14 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
     if not get_hub().main_hub:
         yield
         return
-    _asked.append(ask)
     try:
+        _asked.append(ask)
         if len(_asked) == 1:
             _installed.enter_context(_handlers())
         yield
     finally:
-        _asked.remove(ask)
+        if ask in _asked:  # unless a handler of the program's own raised before
+            _asked.remove(ask)
         if not _asked:
             _installed.close()
 
@@ -52,7 +53,10 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
 def _handlers() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for each in SIGNALS:
-            undo.callback(signal.signal, each, signal.signal(each, _handle) or signal.SIG_DFL)
+            undo.callback(signal.signal, each, signal.getsignal(each) or signal.SIG_DFL)
+        # Only now: the first one that comes changes the handlers of all.
+        for each in SIGNALS:
+            signal.signal(each, _handle)
         undo.enter_context(_waking_the_loop())
         yield
 
@@ -82,8 +86,9 @@ def _drain(watched: _socket.socket) -> None:
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    if _asked:  # else the handlers of before are being restored just now
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
     for ask in _asked:
         ask(signal.Signals(number).name)
 

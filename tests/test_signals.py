@@ -693,6 +693,124 @@ def test_signal_while_serve_forever_starts_ends_it_gracefully() -> None:
         assert process.lines == ["starting", "stop", "returned"]
 
 
+A_SIGNAL_AT_EVERY_LINE = """
+    import signal
+    import sys
+
+    import gevent
+    from psofa_gevent import PsServer
+    from psofa_gevent.testing import RecordingCallback
+
+    def own_handler(number, frame):
+        early.append(number)
+        if not waiting:
+            hub.loop.run_callback(signal.raise_signal, number)  # once more, when it serves
+
+    def trace_call(frame, event, arg):
+        if "psofa_gevent" in frame.f_code.co_filename:
+            return trace_line
+
+    def trace_line(frame, event, arg):
+        global lines, waiting
+        if event == "line":
+            if frame.f_code.co_name == "wait_for" and not waiting:
+                waiting = True
+                gevent.spawn(server.shutdown)
+            lines += 1
+            if lines == line:
+                signal.raise_signal(number)
+        return trace_line
+
+    hub = gevent.get_hub()
+    number = signal.Signals[sys.argv[1]]
+    early = []
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, own_handler)
+    line, lines = 0, 1
+    while line < lines:
+        line += 1
+        lines, waiting = 0, False
+        callback = RecordingCallback()
+        server = PsServer(callback, host="127.0.0.1", port=0)
+        sys.settrace(trace_call)
+        with gevent.Timeout(10):
+            server.serve_forever()
+        sys.settrace(None)
+        assert not server.started
+        names = [event.name for event in callback.events]
+        assert names in ([], ["on_start", "on_stop"]), (line, names)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            assert signal.getsignal(each) is own_handler, (line, each)
+        assert gevent.wait(timeout=10), (line, "something is left")
+    assert 0 < len(early) < line / 2
+    print("survived")
+"""
+
+
+@both_signals
+def test_signal_at_any_moment_of_serve_forever_ends_it_gracefully(number: signal.Signals) -> None:
+    """Before there is a manager too: from the moment in which the handlers are set."""
+    done = run_python(A_SIGNAL_AT_EVERY_LINE, number.name, timeout=60.0)
+    assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
+
+
+def test_signal_before_serve_forever_is_for_the_programs_own_handler() -> None:
+    program = """
+        import signal
+        from psofa_gevent import PsCallback, PsServer
+
+        server = PsServer(PsCallback(), host="127.0.0.1", port=0)
+        try:
+            signal.raise_signal(signal.SIGINT)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("interrupted", server.started)
+    """
+    done = run_python(program)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted False\n", "", 0)
+
+
+@pytest.mark.parametrize("mode", ["unpatched", "patched"])
+def test_serve_forever_in_the_main_thread_returns_after_a_shutdown_in_another(mode: str) -> None:
+    program = """
+        import sys
+
+        if sys.argv[1] == "patched":
+            from gevent import monkey
+            monkey.patch_all()
+        from helpers import NativeThread
+        from psofa_gevent import PsServer
+        from psofa_gevent.testing import RecordingCallback, ScriptedClient
+
+        class StartsAThread(RecordingCallback):
+            def on_open(self, session):
+                super().on_open(session)
+                threads.append(NativeThread(shut_down))
+
+        def shut_down():
+            server.shutdown()
+            # Not before all is over.
+            return [event.name for event in callback.events]
+
+        def connect():
+            with ScriptedClient(server.address) as client:
+                client.expect_eof()
+
+        threads = []
+        callback = StartsAThread()
+        server = PsServer(callback, host="127.0.0.1", port=0)
+        server.start()
+        client = NativeThread(connect)
+        server.serve_forever()
+        print("returned", server.started, server.get_session_count())
+        print(*threads[0].join(5))  # natively: the hub is of no use to it any more
+        client.join(5)
+    """
+    done = run_python(program, mode)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "returned False 0\non_start on_open on_close on_stop\n"
+
+
 def test_serve_forever_returns_after_a_shutdown_by_a_callback() -> None:
     with serving_process() as (process, client):
         client.send("shutdown")
