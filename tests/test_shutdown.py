@@ -14,7 +14,7 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -791,6 +791,76 @@ def test_start_in_on_stop_is_an_error() -> None:
         server.shutdown()
         assert callback.was_refused
         assert not server.started
+
+
+# A log that fails
+
+
+class FailingHandler(logging.Handler):
+    """As one that writes to a full disk, and whose `logging.Handler.handleError` was replaced."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def failing_log() -> Iterator[Callable[[int], None]]:
+    """Makes the library's log fail from the given level on."""
+    logger = logging.getLogger("psofa_gevent")
+    before = logger.level
+    handler = FailingHandler()
+
+    def fail_from(level: int) -> None:
+        logger.setLevel(level)
+        logger.addHandler(handler)
+
+    yield fail_from
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+class FailingInTheEnd(Resisting):
+    """Its on_close and its on_stop raise; its on_message hangs, and resists when asked to."""
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        if message == b"resist":
+            super().on_message(session, message)
+        else:
+            RecordingCallback.on_message(self, session, message)
+            gevent.sleep(FOREVER)
+
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        super().on_close(session, close_reason)
+        raise ZeroDivisionError
+
+    def on_stop(self, owner: Any) -> None:
+        super().on_stop(owner)
+        raise ZeroDivisionError
+
+
+@pytest.mark.logs_errors
+@pytest.mark.hub_errors
+@pytest.mark.parametrize("level", ["ERROR", "DEBUG"])
+@pytest.mark.parametrize("kills", [0, 3, 1_000_000], ids=["none-resists", "one-resists", "stuck"])
+def test_log_handler_that_raises_costs_a_shutdown_nothing(
+    kills: int, level: str, failing_log: Callable[[int], None]
+) -> None:
+    callback = FailingInTheEnd(kills)
+    with serving_clients(callback, 6) as (server, clients):
+        clients[1].send("hang")
+        clients[2].send("resist" if kills else "hang")
+        callback.wait_for("on_message", 2)
+        failing_log(logging.getLevelNamesMapping()[level])
+        with takes(0.1, most=0.1 + SECOND_BOUND):
+            server.shutdown(timeout=0.1)
+        assert not server.started
+        assert server.get_session_count() == 0
+        stuck = 1 if kills > 3 else 0
+        assert closes(callback) == [PsCloseReason.SHUTDOWN] * (len(clients) - stuck)
+        assert callback.events[-1].name == "on_stop"
+        for client in clients:
+            client.receive_until_eof()
+        callback.go_on.set()
 
 
 # Drain
