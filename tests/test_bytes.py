@@ -7,7 +7,9 @@ that the test ends in time only if the promise holds.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -351,6 +353,24 @@ def test_there_is_no_lingering_after_a_send_timeout(ps_server: ServerFactory) ->
         [opened] = callback.wait_for("on_open")
         assert opened.session is not None
         assert isinstance(sending(opened.session, timeout=0.1).get(), PsSendError)
+        [closed] = callback.wait_for("on_close")
+        assert closed.value is PsCloseReason.FAILED
+
+
+def test_there_is_no_lingering_after_a_send_that_failed(ps_server: ServerFactory) -> None:
+    """By an error of the socket alone: the connection is there, and bytes are on their way."""
+    callback = RecordingCallback()
+    server = ps_server(callback, linger_timeout=FOREVER)
+    with stalled_peer(server.address):
+        [opened] = callback.wait_for("on_open")
+        session = opened.session
+        assert session is not None
+        filling = sending(session)
+        wait_until_stalled(session)
+        with socket.socket(fileno=os.dup(session._sock.fileno())) as of_a_stranger:
+            of_a_stranger.shutdown(socket.SHUT_WR)
+        assert isinstance(filling.get(), PsSendError)
+        assert isinstance(session.close_cause, OSError)
         [closed] = callback.wait_for("on_close")
         assert closed.value is PsCloseReason.FAILED
 

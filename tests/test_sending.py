@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import gc
 import socket
 import sys
 import time
@@ -963,6 +964,64 @@ def test_send_async_waits_in_an_asyncio_loop_of_the_programs_own() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("gave up\n", "", 0)
 
 
+CLOSED_LOOP = """
+    from gevent import monkey
+    monkey.patch_all()
+    import asyncio
+    import logging
+    import gevent
+    from helpers import stalled_peer
+    from psofa_gevent import PsCloseReason, PsSendError
+    from psofa_gevent.testing import RecordingCallback, eventually, serving
+
+    HUGE = 32 * 1024 * 1024
+    logging.getLogger("asyncio").disabled = True  # it says that tasks were pending
+
+    def send_in_a_loop_that_is_closed(message):
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(session.send_async(message, timeout=None))
+        loop.run_until_complete(asyncio.sleep(0.1))
+        loop.close()
+        return task  # if it went, it would leave the line at once
+
+    def expect_error(message):
+        try:
+            session.send(message, timeout=None)
+        except PsSendError:
+            print("the line ended")
+
+    callback = RecordingCallback()
+    with serving(callback, linger_timeout=0) as server:
+        with stalled_peer(server.address) as peer:
+            session = callback.wait_for("on_open")[0].session
+            first = gevent.spawn(session.send, bytes(HUGE), timeout=None)
+            eventually(lambda: session.bytes_sent > 0)
+            kept = gevent.spawn(send_in_a_loop_that_is_closed, b"never").get(timeout=5)
+            third = gevent.spawn(session.send, b"c", timeout=None)
+            gevent.sleep(0)
+            peer.socket.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, HUGE)
+            peer.expect(bytes(HUGE) + b"c")
+            first.get(timeout=5)
+            third.get(timeout=5)
+            print("the line went on")
+        with stalled_peer(server.address) as peer:
+            session = callback.wait_for("on_open", 2)[1].session
+            kept_too = gevent.spawn(send_in_a_loop_that_is_closed, bytes(HUGE)).get(timeout=5)
+            assert session.bytes_sent > 0
+            second = gevent.spawn(expect_error, b"c")
+            gevent.sleep(0)
+            peer.receive(1_000_000)
+            second.get(timeout=5)
+            assert callback.wait_for("on_close", 2)[1].value is PsCloseReason.FAILED
+"""
+
+
+def test_loop_of_the_programs_own_closed_under_a_sender_does_not_hold_up_the_line() -> None:
+    done = run_python(CLOSED_LOOP, environment={"PYTHONWARNINGS": "ignore"})
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "the line went on\nthe line ended\n"
+
+
 # An asyncio loop of another OS thread
 
 
@@ -1022,6 +1081,50 @@ def test_send_async_of_another_thread_cancelled_after_a_part_left_fails_the_sess
     stalled = line()
     NativeThread(asyncio.run, expect_cancelled(cancelled_send(stalled.session, "a" * BIG))).wait()
     assert stalled.close_reason() is PsCloseReason.FAILED
+
+
+def send_in_a_loop_that_is_closed(session: PsSession, message: bytes) -> None:
+    """Close an asyncio loop, of another thread than the session's, while its send waits."""
+    loop = asyncio.new_event_loop()
+    sending = loop.create_task(session.send_async(message, timeout=None))
+    loop.run_until_complete(asyncio.sleep(0.1))
+    assert not sending.done()
+    loop.close()
+    del sending
+    gc.collect()  # now asyncio says that it was pending, and not in another test
+
+
+@pytest.mark.logs_errors
+def test_loop_of_another_thread_closed_under_the_first_sender_does_not_hold_up_the_line(
+    line: LineFactory,
+) -> None:
+    _server, session, peer, _callback = line()
+    NativeThread(send_in_a_loop_that_is_closed, session, b"a" * BIG).wait()
+    assert session.bytes_sent > 0
+    second = line_up(session, "b")
+    # A part of the message had left, so the rest of it comes too.
+    peer.expect(b"a" * BIG + b"b")
+    assert result(second) is None
+    session.send("fine")
+    peer.expect("fine")
+
+
+@pytest.mark.logs_errors
+def test_loop_of_another_thread_closed_under_a_sender_in_line_does_not_hold_up_the_line(
+    line: LineFactory,
+) -> None:
+    _server, session, peer, _callback = line()
+    first = start_waiting_send(session)
+    NativeThread(send_in_a_loop_that_is_closed, session, b"b").wait()
+    third = line_up(session, "c")
+    peer.expect(b"a" * BIG)
+    # Whether the message of the closed loop comes is not promised.
+    if (rest := peer.receive(1)) != b"c":
+        rest += peer.receive(1)
+    assert rest in (b"c", b"bc")
+    assert result(first) is None
+    assert result(third) is None
+    assert session.is_open
 
 
 async def expect_cancelled(sending: Awaitable[None]) -> None:

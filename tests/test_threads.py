@@ -36,6 +36,7 @@ from psofa_gevent.testing import (
     ScriptedClient,
     ServerFactory,
     eventually,
+    serving,
 )
 
 native_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
@@ -555,6 +556,85 @@ def test_server_in_another_thread_is_used_and_shut_down_from_here() -> None:
         client.expect_eof()
     assert other.thread.join(AT_ONCE) is True
     assert reasons(callback) == [PsCloseReason.SHUTDOWN]
+
+
+class ShutsOtherDown(RecordingCallback):
+    """Shuts another thread's server down in one of its methods; an on_message "hang" hangs."""
+
+    def __init__(self, method: str, *, use_async_callback: bool = False) -> None:
+        super().__init__(use_async_callback=use_async_callback)
+        self._method = method
+        self.other: PsServer | None = None
+        self.seconds: list[float] = []
+
+    def _act(self, method: str) -> None:
+        if method == self._method and self.other is not None:
+            began = time.monotonic()
+            self.other.shutdown(timeout=1.0)
+            self.seconds.append(time.monotonic() - began)
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        super().on_message(session, message)
+        if message == b"hang":
+            gevent.sleep(600)
+        self._act("on_message")
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await super().on_message_async(session, message)
+        self._act("on_message")
+
+    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        super().on_close(session, close_reason)
+        self._act("on_close")
+
+    def on_stop(self, owner: Any) -> None:
+        super().on_stop(owner)
+        self._act("on_stop")
+
+
+@pytest.mark.parametrize(
+    ("method", "use_async_callback"),
+    [("on_message", False), ("on_message", True), ("on_close", False), ("on_stop", False)],
+)
+def test_callback_may_shut_down_the_server_of_another_thread_and_does_not_wait_for_it(
+    method: str, use_async_callback: bool
+) -> None:
+    there = ShutsOtherDown("")
+    other = ServerThread(there)
+    here = ShutsOtherDown(method, use_async_callback=use_async_callback)
+    with ScriptedClient(other.server.address) as hanging:
+        hanging.send("hang")
+        there.wait_for("on_message")
+        here.other = other.server
+        with serving(here) as server, ScriptedClient(server.address) as client:
+            client.send("x")
+            here.wait_for("on_message")
+        eventually(lambda: here.seconds)
+        assert here.seconds[0] < 0.9, "it waited for the callback that hangs in the other thread"
+        assert other.thread.wait() is True
+        hanging.expect_eof()
+    assert reasons(there) == [PsCloseReason.SHUTDOWN]
+
+
+def test_servers_of_two_threads_may_shut_each_other_down() -> None:
+    callbacks = [ShutsOtherDown("on_close") for _ in range(2)]
+    servers = [ServerThread(callback) for callback in callbacks]
+    callbacks[0].other, callbacks[1].other = servers[1].server, servers[0].server
+    with (
+        ScriptedClient(servers[0].server.address) as first,
+        ScriptedClient(servers[1].server.address) as second,
+    ):
+        for callback in callbacks:
+            callback.wait_for("on_open")
+        first.eof()
+        second.eof()
+        first.expect_eof()
+        second.expect_eof()
+    for each in servers:
+        assert each.thread.wait() is True
+    for callback in callbacks:
+        assert len(callback.named("on_close")) == 1
+        assert callback.events[-1].name == "on_stop"
 
 
 TWO_HUBS = """
