@@ -1603,6 +1603,73 @@ def test_dropped_server_that_was_never_started_is_simply_gone() -> None:
     gc.collect()
 
 
+PREFORK = """
+    import os
+    import signal
+    import sys
+
+    if "patched" in sys.argv:
+        from gevent import monkey
+        monkey.patch_all()
+    import gevent.os
+    from psofa_gevent import PsServer
+    from psofa_gevent.testing import RecordingCallback, ScriptedClient
+
+    def serve(pipe):
+        server.start()
+        # Written when this greenlet waits, its signal handlers set.
+        gevent.spawn(lambda: os.write(pipe, b"%d" % server.address[1]))
+        signal.alarm(20)  # ends it if its parent has failed
+        server.serve_forever()
+        names = [event.name for event in callback.events[before:]]
+        return names != ["on_start", "on_open", "on_message", "on_close", "on_stop"]
+
+    def talk(client):
+        client.send("ping")
+        client.expect("ping")
+
+    callback = RecordingCallback(bytes, use_async_callback="async" in sys.argv)
+    server = PsServer(callback, host="127.0.0.1", port=0)
+    if "used" in sys.argv:
+        with server, ScriptedClient(server.address) as client:
+            talk(client)
+    before = len(callback.events)
+    children = {}
+    for _ in range(2):
+        read, write = os.pipe()
+        pid = gevent.os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = serve(write)
+            finally:
+                os._exit(code)
+        children[pid] = int(os.read(read, 100))
+    for port in children.values():
+        with ScriptedClient(("127.0.0.1", port)) as client:
+            talk(client)
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(gevent.os.waitpid(pid, 0)[1]))
+    with server, ScriptedClient(server.address) as client:
+        talk(client)
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("mode", ["unpatched", "patched"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("before", ["new", "used"])
+def test_server_made_before_a_fork_may_be_started_in_each_child(
+    before: str, kind: str, mode: str
+) -> None:
+    """As by gunicorn, with an application that is loaded before its workers are forked."""
+    # Python warns of a fork in a process with threads, which gevent's resolver has started.
+    done = run_python(PREFORK, before, kind, mode, environment={"PYTHONWARNINGS": "ignore"})
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "0\n0\ndone\n"
+
+
 def test_server_sockets_are_not_inherited_by_child_processes(ps_server: ServerFactory) -> None:
     """A child that kept the listener would keep the port in use after the shutdown."""
     callback = echo()
