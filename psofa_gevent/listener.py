@@ -5,7 +5,8 @@ it at the end. An accepted socket belongs to its session as soon as there is one
 
 Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a second, and starts again
 by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
-session notices, and one warning tells. While the pool is full, `StreamServer` does not even accept.
+session notices, and a warning tells, once a minute at most. While the pool is full, `StreamServer`
+does not even accept.
 
 If the listening socket itself is gone, that is an error in the log, and the open sessions go on.
 
@@ -18,6 +19,7 @@ import _socket
 import errno
 import logging
 import socket
+from time import monotonic
 from typing import Any
 
 from gevent import monkey
@@ -34,6 +36,8 @@ _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
 
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+WARNING_PERIOD = 60.0
+"""Seconds from one warning to the next: a server at its limit fails and heals many times in it."""
 
 
 def bind(
@@ -75,6 +79,7 @@ class Listener(StreamServer):
         self._manager = manager
         self._paused = False
         self._backoff = self.min_delay
+        self._next_warning = monotonic()
         super().__init__(listening, handle=_never_called, spawn=manager.pool)
 
     def pause(self) -> None:
@@ -133,9 +138,8 @@ class Listener(StreamServer):
             log_from_hub(logging.ERROR, "%r: the listening socket is gone: %s", owner, exc)
             return
         if self._backoff == self.min_delay:
-            gone = exc.errno == errno.ECONNABORTED
             log_from_hub(
-                logging.DEBUG if gone else logging.WARNING,
+                self._level(exc),
                 "%r: cannot accept: %s; connections wait in the backlog until it can",
                 owner,
                 exc,
@@ -143,6 +147,14 @@ class Listener(StreamServer):
         self._timer = self.loop.timer(self._backoff)
         self._timer.start(self._try_accepting)
         self._backoff = min(self.max_delay, self._backoff * 2)
+
+    def _level(self, exc: OSError) -> int:
+        """How loudly to tell that accepting has paused."""
+        now = monotonic()
+        if exc.errno == errno.ECONNABORTED or now < self._next_warning:
+            return logging.DEBUG
+        self._next_warning = now + WARNING_PERIOD
+        return logging.WARNING
 
 
 def _never_called(_accepted: object, _address: object) -> None:

@@ -1175,18 +1175,39 @@ def test_accept_that_always_fails_makes_no_busy_loop(
         client.expect("hello")
 
 
-def test_descriptors_run_out_again_warns_again(
+def test_server_at_its_descriptor_limit_warns_once_a_minute(
+    failing_accept: FailingAccept,
+    ps_server: ServerFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(psofa_gevent.listener, "monotonic", lambda: now)
+    caplog.set_level(logging.DEBUG, "psofa_gevent")
+    server = ps_server(echo())
+    levels = []
+    for seconds_later in (0.0, 1.0, 58.9, 0.2, 59.9, 60.0):
+        now += seconds_later
+        failing_accept.codes = [errno.EMFILE] * 3
+        assert_serves(server)  # it has healed
+        [record] = (record for record in caplog.records if "cannot accept" in record.message)
+        assert str(server.address[1]) in record.message
+        assert os.strerror(errno.EMFILE) in record.message
+        levels.append(record.levelname)
+        caplog.clear()
+    assert levels == ["WARNING", "DEBUG", "DEBUG", "WARNING", "DEBUG", "WARNING"]
+
+
+def test_reset_connection_at_accept_does_not_hold_back_the_warning_of_a_shortage(
     failing_accept: FailingAccept, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "psofa_gevent")
     server = ps_server(echo())
-    for shortage in (1, 2):
-        failing_accept.codes = [errno.EMFILE] * 4
+    for code in (errno.ECONNABORTED, errno.EMFILE):
+        failing_accept.codes = [code]
         assert_serves(server)
-        assert len(caplog.records) == shortage
-    assert caplog.records[0].levelno == logging.WARNING
-    assert str(server.address[1]) in caplog.messages[0]
-    assert os.strerror(errno.EMFILE) in caplog.messages[0]
+    [record] = caplog.records
+    assert os.strerror(errno.EMFILE) in record.getMessage()
 
 
 def test_paused_server_stays_paused_when_descriptors_are_back(
