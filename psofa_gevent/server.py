@@ -190,7 +190,8 @@ class PsServer(SessionOwner):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
-        once. On any other way out (an exception) the server is shut down too.
+        once. On any other way out (an exception) the server is shut down too. Afterwards the
+        program's own signal handlers work again.
 
         Args:
             shutdown_timeout: the ``timeout`` of that `shutdown`, in seconds.

@@ -4,6 +4,11 @@ The handlers are the process's, not a server's: the first server installs them, 
 restores what was there before, and a signal asks all of them. From then on the signals have their
 default action, so that a second one ends the process at once, whatever still runs.
 
+What was there before may be a handler of `signal.signal`, or one of `gevent.signal_handler`, which
+Python does not know of: libev and libuv call sigaction(2) themselves, once, when a signal's first
+watcher starts. So the C level's handler is restored too, with the same call. That takes ctypes;
+where Python was built without, a program must cancel such a handler afterwards and set it anew.
+
 They are Python's handlers and not gevent's, whose signals wait until the hub runs: a callback that
 never gives way could not be ended by any of them. But gevent's loop looks for Python's signals only
 before it waits, and one that comes just then would wait with it. So Python also writes each to a
@@ -20,9 +25,18 @@ from types import FrameType
 
 from gevent import get_hub
 
+try:
+    import ctypes
+except ImportError:
+    HAS_CTYPES = False  # a Python that was built without libffi
+else:
+    HAS_CTYPES = True
+
 __all__ = ["ask_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LARGEST_SIGACTION = 1024
+"""Bytes for a struct sigaction, which is copied as it is: Linux has 152 at most, macOS 16."""
 READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
 
@@ -53,12 +67,28 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
 def _handlers() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for each in SIGNALS:
+            undo.enter_context(_restoring_the_c_handler(each))
             undo.callback(signal.signal, each, signal.getsignal(each) or signal.SIG_DFL)
         # Only now: the first one that comes changes the handlers of all.
         for each in SIGNALS:
             signal.signal(each, _handle)
         undo.enter_context(_waking_the_loop())
         yield
+
+
+@contextlib.contextmanager
+def _restoring_the_c_handler(number: signal.Signals) -> Iterator[None]:
+    if not HAS_CTYPES:
+        yield
+        return
+    sigaction = ctypes.CDLL(None).sigaction
+    before = ctypes.create_string_buffer(LARGEST_SIGACTION)
+    known = sigaction(number, None, before) == 0
+    try:
+        yield
+    finally:
+        if known:
+            sigaction(number, before, None)
 
 
 @contextlib.contextmanager

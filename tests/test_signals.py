@@ -853,6 +853,44 @@ def test_serve_forever_again_after_a_signal_handles_the_next_one() -> None:
         assert process.wait() == 0
 
 
+HANDLER_OF_ITS_OWN = """
+    import signal
+    import sys
+
+    if "no ctypes" in sys.argv:
+        sys.modules["ctypes"] = None
+    import gevent
+    from gevent.queue import Queue
+    from psofa_gevent import PsCallback, PsServer
+
+    told = Queue()
+    if sys.argv[1] == "gevent":
+        handler = gevent.signal_handler(signal.SIGTERM, told.put, "own handler")
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: told.put("own handler"))
+    for _ in range(2):
+        # Printed when the main greenlet waits, its handlers set.
+        gevent.spawn(print, "serving", flush=True)
+        PsServer(PsCallback(), host="127.0.0.1", port=0).serve_forever()
+        assert told.empty()
+        print("returned", flush=True)
+        print(told.get(timeout=30), flush=True)
+"""
+
+
+@pytest.mark.parametrize("arguments", [("gevent",), ("python",), ("python", "no ctypes")])
+def test_handler_that_the_program_had_works_again_after_serve_forever(
+    arguments: tuple[str, ...],
+) -> None:
+    with python_process("-c", textwrap.dedent(HANDLER_OF_ITS_OWN), *arguments) as process:
+        for _ in range(2):
+            for line in ("serving", "returned"):
+                process.expect_line(line)
+                process.send_signal(signal.SIGTERM)
+            process.expect_line("own handler")
+        assert process.wait() == 0
+
+
 def test_serve_forever_in_this_process_restores_the_handlers(on_signal: OnSignal) -> None:
     callback = RecordingCallback()
     server = PsServer(callback, host="127.0.0.1", port=0)
