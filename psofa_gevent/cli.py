@@ -12,11 +12,11 @@ ours is one line on the standard error.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
@@ -24,6 +24,7 @@ import gevent
 
 from psofa_gevent import __version__, demo, serve
 from psofa_gevent.errors import PsServerError
+from psofa_gevent.settings import LONGEST_TIME
 
 __all__ = ["main"]
 
@@ -87,14 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: from ``--help``, ``--version`` (0) and errors in the arguments (2).
-        Exception: what the served module raises while it is imported, or its factory when called.
+        Exception: what the served callback's ``on_start`` raises.
     """
     # Ctrl-C ends a program that waits. gevent would print a line for it, as for an error.
     hub = gevent.get_hub()
     hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
     program = program_name()
     parser = build_parser(program)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # Not by parse_args, which would refer to the help that doesn't list a command's options.
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -103,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (serve.UsageError, PsServerError) as exc:
         print(f"{program} {args.command}: error: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, serve.UsageError) else 1
+    except serve.ModuleFailedError as exc:
+        traceback.print_exception(exc.__cause__)
+        return 1
     except BrokenPipeError:
         serve.discard_output()
         return 1
@@ -147,15 +154,17 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(
         dest="command", title="commands", metavar="{demo,serve}", prog=program
     )
-    commands.add_parser(
+    demo_parser = commands.add_parser(
         "demo",
         help="a server and five clients show how it works",
         description="Run the README's counter callback at both ends of five connections.",
     )
+    demo_parser.set_defaults(parser=demo_parser)
     add_serve_parser(
         commands.add_parser(
             "serve",
@@ -172,6 +181,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
 def add_serve_parser(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of ``serve``: one for every setting of `PsServer`."""
     parser.epilog = SERVE_EXAMPLES.format(program=parser.prog)
+    parser.set_defaults(parser=parser)
     parser.add_argument(
         "target",
         nargs="?",
@@ -307,9 +317,9 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def seconds(text: str) -> float:
-    """A time on the command line: a number, not negative and not infinite."""
+    """A time on the command line."""
     value = float(text)
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value <= LONGEST_TIME:
         raise ValueError(text)
     return value
 
@@ -318,7 +328,7 @@ def word_or(number: Callable[[str], N], word: str) -> Callable[[str], N | None]:
     """A converter for a setting that is a number, or `word`, which stands for ``None``."""
 
     def convert(text: str) -> N | None:
-        return None if text == word else number(text)
+        return None if text.lower() == word else number(text)
 
     # argparse builds its message from the name: "invalid seconds or 'none' value: 'x'".
     convert.__name__ = f"{number.__name__} or {word!r}"

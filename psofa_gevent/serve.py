@@ -2,7 +2,7 @@
 
 All of it runs in the main greenlet of the command line program, before the server accepts its first
 connection. What a user can get wrong raises `UsageError`, whose text is one line; what goes wrong
-inside the user's module is the user's, and comes out as it is, with its traceback.
+inside the user's module is the user's: `ModuleFailedError` has it, and the module's own traceback.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import os
 import resource
 import socket
 import sys
+from types import TracebackType
 
 import gevent
 
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsSocketAddressFamily
-from psofa_gevent.errors import PsCallbackError
 from psofa_gevent.network import local_addresses
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
 
-__all__ = ["UsageError", "run"]
+__all__ = ["ModuleFailedError", "UsageError", "run"]
 
 logger = logging.getLogger("psofa_gevent")
 
@@ -37,6 +37,10 @@ OPEN_MAX = 10_240
 
 class UsageError(Exception):
     """The command line asks for what is not there; its text is the one line that the user sees."""
+
+
+class ModuleFailedError(Exception):
+    """The served module raised, imported or called; ``__cause__`` is what it raised."""
 
 
 class EchoCallback(PsCallback):
@@ -74,17 +78,23 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the command line asks for what is not there, or cannot be.
         PsServerError: the server could not start.
-        Exception: what the served module raises when it is loaded.
+        ModuleFailedError: the served module raised when it was loaded.
+        Exception: what the callback's ``on_start`` raises.
     """
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
-    callback = load_callback(args.target) if args.target else EchoCallback()
+    try:
+        callback = load_callback(args.target) if args.target else EchoCallback()
+    except UsageError:
+        raise
+    except Exception as exc:
+        raise ModuleFailedError from exc.with_traceback(_of_the_module(exc.__traceback__))
     raise_descriptor_limit()  # before the server derives its cap from it
     try:
         server = make_server(callback, args)
-    except (PsCallbackError, TypeError, ValueError) as exc:
-        raise UsageError(exc) from exc
+    except (TypeError, ValueError) as exc:  # a PsCallbackError is a TypeError
+        raise UsageError(_as_typed(str(exc), args)) from exc
     server.start()
     text = where_to_reach(server.address, args.target or "an echo")
     # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
@@ -92,6 +102,23 @@ def run(args: argparse.Namespace) -> int:
     gevent.spawn(announce, text)
     server.serve_forever(shutdown_timeout=args.shutdown_timeout, drain=args.drain)
     return 0
+
+
+def _of_the_module(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames through which we came to the user's code.
+
+    ``None`` where nothing is left, for a syntax error: that tells its place itself.
+    """
+    before_it = (os.path.dirname(__file__), os.path.dirname(importlib.__file__), "<frozen")
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(before_it):
+        trace = trace.tb_next
+    return trace
+
+
+def _as_typed(message: str, args: argparse.Namespace) -> str:
+    """The message of a setting's error, which begins with its name, with the option's instead."""
+    setting, _, rest = message.partition(" ")
+    return f"--{setting.replace('_', '-')} {rest}" if setting in args else message
 
 
 def announce(text: str) -> None:
