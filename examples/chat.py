@@ -12,11 +12,19 @@ let memory grow.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import gevent
 from gevent.queue import Full, Queue
 
-from psofa_gevent import PsCallback, PsCloseReason, PsSendError, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsSendError,
+    PsServer,
+    PsServerError,
+    PsSession,
+)
 
 # Together they bound what a member can cost: at most about 1,000 lines of 1,000 bytes wait.
 MAX_LINE = 1_000
@@ -137,14 +145,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8710, help="0: a free one (%(default)s)")
     args = parser.parse_args()
 
-    server = PsServer(
-        ChatRoom(),
-        host=args.host,
-        port=args.port,
-        idle_milliseconds=None,  # listening in silence is allowed
-        send_timeout=None,  # how slow is too slow is decided by the outbox
-    )
-    server.start()
+    try:
+        server = PsServer(
+            ChatRoom(),
+            host=args.host,
+            port=args.port,
+            idle_milliseconds=None,  # listening in silence is allowed
+            send_timeout=None,  # how slow is too slow is decided by the outbox
+        )
+        server.start()
+    except (ValueError, PsServerError) as error:
+        sys.exit(str(error))  # no port has that number; or it is in use
     host, port = server.address[:2]
     print(f"listening on {host}:{port}", flush=True)
     server.serve_forever()  # until Ctrl-C or SIGTERM, then shuts down

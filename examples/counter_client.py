@@ -59,11 +59,11 @@ def main() -> None:
     args = parser.parse_args()
 
     callback = CounterCallback()
-    client = PsClient(callback, args.host, args.port)
     try:
+        client = PsClient(callback, args.host, args.port)
         client.connect()
-    except PsClientError as error:
-        sys.exit(str(error))  # names the host, the port and the cause
+    except (ValueError, PsClientError) as error:
+        sys.exit(str(error))  # no port has that number; or names host, port and cause
     # The callbacks run in the session's greenlet while this one waits.
     callback.closed.wait()
     client.disconnect()

@@ -10,8 +10,16 @@ when it has counted past three. End the server with Ctrl-C or SIGTERM: it shuts 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from psofa_gevent import PsCallback, PsCloseReason, PsSendError, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsSendError,
+    PsServer,
+    PsServerError,
+    PsSession,
+)
 
 KEY = "inc"
 
@@ -51,8 +59,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8710, help="0: a free one (%(default)s)")
     args = parser.parse_args()
 
-    server = PsServer(CounterCallback(), host=args.host, port=args.port)
-    server.start()
+    try:
+        server = PsServer(CounterCallback(), host=args.host, port=args.port)
+        server.start()
+    except (ValueError, PsServerError) as error:
+        sys.exit(str(error))  # no port has that number; or it is in use
     host, port = server.address[:2]
     print(f"listening on {host}:{port}", flush=True)
     server.serve_forever()  # until Ctrl-C or SIGTERM, then shuts down

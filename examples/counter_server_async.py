@@ -10,8 +10,16 @@ library may be awaited in them, and sync servers and clients go on in the same p
 from __future__ import annotations
 
 import argparse
+import sys
 
-from psofa_gevent import PsCallback, PsCloseReason, PsSendError, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsSendError,
+    PsServer,
+    PsServerError,
+    PsSession,
+)
 
 KEY = "inc"
 
@@ -50,8 +58,11 @@ def main() -> None:
     args = parser.parse_args()
 
     # Starting and stopping stay sync: only the callbacks live on the asyncio loop.
-    server = PsServer(CounterAsyncCallback(), host=args.host, port=args.port)
-    server.start()
+    try:
+        server = PsServer(CounterAsyncCallback(), host=args.host, port=args.port)
+        server.start()
+    except (ValueError, PsServerError) as error:
+        sys.exit(str(error))  # no port has that number; or it is in use
     host, port = server.address[:2]
     print(f"listening on {host}:{port}", flush=True)
     server.serve_forever()  # until Ctrl-C or SIGTERM, then shuts down

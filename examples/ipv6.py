@@ -58,11 +58,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8710, help="0: a free one (%(default)s)")
     args = parser.parse_args()
 
-    server = PsServer(WhoAmI(), port=args.port, socket_address_family=PsSocketAddressFamily.IPV6)
+    ipv6 = PsSocketAddressFamily.IPV6
     try:
+        server = PsServer(WhoAmI(), port=args.port, socket_address_family=ipv6)
         server.start()
-    except PsServerError as error:
-        sys.exit(str(error))  # a machine without IPv6, or a port in use
+    except (ValueError, PsServerError) as error:
+        sys.exit(str(error))  # no port has that number; a port in use; a machine without IPv6
     try:
         host, port = server.address[:2]
         print(f"listening on [{host}]:{port}", flush=True)

@@ -10,12 +10,20 @@ so that there is something to connect to.
 from __future__ import annotations
 
 import argparse
+import sys
 import uuid
 from contextlib import ExitStack
 
 from gevent.event import Event
 
-from psofa_gevent import PsCallback, PsCloseReason, PsMultiClient, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsMultiClient,
+    PsServer,
+    PsServerError,
+    PsSession,
+)
 
 SERVERS = 3
 
@@ -65,7 +73,10 @@ def main() -> None:
         ports = []
         for number in range(SERVERS):
             port = args.port + number if args.port else 0
-            server = stack.enter_context(PsServer(Echo(), host="127.0.0.1", port=port))
+            try:
+                server = stack.enter_context(PsServer(Echo(), host="127.0.0.1", port=port))
+            except (ValueError, PsServerError) as error:
+                sys.exit(str(error))  # no port has that number; or it is in use
             ports.append(server.address[1])
             print(f"listening on 127.0.0.1:{ports[-1]}", flush=True)
 

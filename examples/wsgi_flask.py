@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 
 import flask
 import gevent
@@ -25,7 +26,14 @@ from gevent.event import AsyncResult, Event
 from gevent.lock import BoundedSemaphore
 from gevent.pywsgi import WSGIServer
 
-from psofa_gevent import PsCallback, PsCloseReason, PsSendError, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsSendError,
+    PsServer,
+    PsServerError,
+    PsSession,
+)
 
 MAX_LINE = 65_536
 DEVICE = "device"
@@ -177,12 +185,6 @@ def main() -> None:
     args = parser.parse_args()
 
     devices = Devices()
-    device_server = PsServer(
-        devices,
-        host=args.host,
-        port=args.device_port,
-        idle_milliseconds=None,  # a device speaks when it is asked, which may be never
-    )
     # A greenlet per request, at most so many at a time: the others wait in the backlog.
     app = create_app(devices, args.ask_timeout)
     http_server = WSGIServer((args.host, args.http_port), app, spawn=1_000)
@@ -190,8 +192,17 @@ def main() -> None:
     stopping = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(number, stopping.set)
-    device_server.start()
-    http_server.start()
+    try:
+        device_server = PsServer(
+            devices,
+            host=args.host,
+            port=args.device_port,
+            idle_milliseconds=None,  # a device speaks when it is asked, which may be never
+        )
+        device_server.start()
+        http_server.start()
+    except (OSError, OverflowError, ValueError, PsServerError) as error:
+        sys.exit(str(error))  # no port has that number; or it is in use
     print(f"devices on {args.host}:{device_server.address[1]}", flush=True)
     print(f"http on {args.host}:{http_server.server_port}", flush=True)
 

@@ -22,7 +22,7 @@ from example_process import (
     example,
     serving_example,
 )
-from helpers import PythonProcess, free_port, python_process, stalled_peer
+from helpers import PythonProcess, ScriptedServer, free_port, python_process, stalled_peer
 from psofa_gevent.testing import ScriptedClient, eventually
 
 ASK_TIMEOUT = "1.0"  # seconds: more than the steps between question and answer take in the tests
@@ -70,6 +70,35 @@ def test_counter_client_says_why_it_can_not_connect(client: str) -> None:
             assert process.wait() == 1
     assert "Traceback" not in "\n".join(process.lines)
     assert str(port) in process.lines[-1]
+
+
+SERVERS_TO_PORT = [
+    ["counter_server.py", "--port"],
+    ["counter_server_async.py", "--port"],
+    ["multi_client.py", "--port"],
+    ["chat.py", "--port"],
+    ["wsgi_flask.py", "--http-port", "0", "--device-port"],
+    ["wsgi_flask.py", "--device-port", "0", "--http-port"],
+]
+OTHERS_TO_PORT = [
+    ["counter_client.py", "--port"],
+    ["counter_client_async.py", "--port"],
+    ["ipv6.py", "--port"],
+]
+
+
+@pytest.mark.parametrize("command", SERVERS_TO_PORT + OTHERS_TO_PORT, ids=" ".join)
+def test_port_that_there_is_not_is_told_in_one_line(command: list[str]) -> None:
+    with example(*command, "99999") as process:
+        assert process.wait() == 1
+    assert re.fullmatch(r".*port must be (from \d to |0-)65535.*", "\n".join(process.lines))
+
+
+@pytest.mark.parametrize("command", SERVERS_TO_PORT, ids=" ".join)
+def test_port_in_use_is_told_in_one_line(command: list[str]) -> None:
+    with ScriptedServer() as taken, example(*command, str(taken.port)) as process:
+        assert process.wait() == 1
+    assert re.fullmatch(r".*Address (already )?in use.*", "\n".join(process.lines))
 
 
 # IPv6, multi client
