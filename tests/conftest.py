@@ -32,6 +32,7 @@ if os.environ.get("PSOFA_TEST_PATCHED") == "1":
 import contextlib
 import gc
 import logging
+import resource
 import stat
 import sys
 import time
@@ -209,6 +210,17 @@ def leaves_nothing_behind(
         problems += reported
     if problems:
         pytest.fail("the test left behind:\n" + "\n".join(problems), pytrace=False)
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Room for 1,000 connections with both their ends in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4_096:
+        pytest.skip(f"this process may open no more than {hard} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4_096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @contextlib.contextmanager

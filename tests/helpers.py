@@ -8,10 +8,12 @@ point it is to block the hub.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -22,14 +24,20 @@ import gevent.subprocess
 from gevent import monkey
 
 import psofa_gevent
-from psofa_gevent.testing import ScriptedClient, eventually
+from psofa_gevent import PsCallback, PsServer
+from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+LOOPBACK = "127.0.0.1"
 TINY_BUFFER = 4_096
+SLACK = 2.0
+"""Seconds: how late this machine may be, with others at work on it."""
+EARLY = 0.02
+"""Seconds: how early timers may fire; both of gevent's loops count in milliseconds."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -68,6 +76,65 @@ def stalled_peer(address: tuple[Any, ...]) -> ScriptedClient:
     on a busy machine what comes next may take many seconds.
     """
     return ScriptedClient(address, receive_buffer_size=TINY_BUFFER, timeout=30.0)
+
+
+def echo() -> RecordingCallback:
+    """A callback that sends back what it gets."""
+    return RecordingCallback(lambda message: message)
+
+
+def local_server(callback: PsCallback | None = None, **settings: Any) -> PsServer:
+    """A server on a free port, not started."""
+    return PsServer(callback or PsCallback(), host=LOOPBACK, port=0, **settings)
+
+
+def close_reasons(callback: RecordingCallback) -> list[object]:
+    """The reasons of all ``on_close`` calls so far; no session had two of them."""
+    closed = callback.named("on_close")
+    sessions = [event.session for event in closed]
+    assert len(sessions) == len(set(sessions)), "a session got on_close twice"
+    return [event.value for event in closed]
+
+
+def living_greenlets() -> set[gevent.Greenlet[..., Any]]:
+    """Every greenlet of gevent's that has not ended, wherever it is held."""
+    gc.collect()
+    return {
+        item for item in gc.get_objects() if isinstance(item, gevent.Greenlet) and not item.dead
+    }
+
+
+@contextlib.contextmanager
+def takes(least: float = 0.0, *, most: float) -> Iterator[None]:
+    """Check that the ``with`` block takes so many seconds, give or take what a machine needs."""
+    began = time.monotonic()
+    yield
+    spent = time.monotonic() - began
+    assert least - EARLY <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[tuple[Any, ...]]:
+    """An address at which a connect waits: the kernel drops what its full backlog can't take."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(gevent.socket.socket())
+        listener.bind((LOOPBACK, 0))
+        listener.listen(0)
+        fillers = [stack.enter_context(gevent.socket.socket()) for _ in range(10)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        eventually(lambda: any(map(is_connected, fillers)))
+        yield listener.getsockname()
+
+
+def is_connected(sock: gevent.socket.socket) -> bool:
+    """Whether the kernel has connected `sock` by now."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 class ScriptedServer:

@@ -19,6 +19,7 @@ from gevent import monkey
 from gevent.event import AsyncResult, Event
 
 from helpers import stalled_peer
+from marks import sync_and_async
 from psofa_gevent import PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
 from psofa_gevent.testing import (
     ClientFactory,
@@ -117,7 +118,6 @@ class ActsIn(RecordingCallback):
         await self._do_async("on_stop", None)
 
 
-sync_and_async = pytest.mark.parametrize("use_async_callback", [False, True], ids=["sync", "async"])
 in_session_methods = pytest.mark.parametrize("method", ["on_open", "on_message", "on_eof"])
 
 

@@ -24,6 +24,7 @@ import pytest
 
 import helpers
 import psofa_gevent
+from marks import needs_ipv6
 from psofa_gevent import PsServer, PsSocketAddressFamily, cli, demo, serve
 from psofa_gevent.testing import ScriptedClient, eventually
 
@@ -483,18 +484,6 @@ def test_serve_serves_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
 
 
 # -- where serve can be reached
-
-
-def has_ipv6() -> bool:
-    try:
-        with gevent.socket.socket(gevent.socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
 @needs_ipv6

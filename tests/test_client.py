@@ -17,7 +17,17 @@ import pytest
 from gevent import monkey
 from gevent.event import Event
 
-from helpers import NativeThread, ScriptedServer, free_port, run_python
+from helpers import (
+    LOOPBACK,
+    NativeThread,
+    ScriptedServer,
+    black_hole,
+    echo,
+    free_port,
+    run_python,
+    takes,
+)
+from marks import needs_ipv6
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -28,30 +38,9 @@ from psofa_gevent import (
 )
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
-LOOPBACK = "127.0.0.1"
 IPV6 = PsSocketAddressFamily.IPV6
 UNREACHABLE = "224.0.0.1"
 """A multicast address: TCP cannot reach it on any machine, and the kernel says so at once."""
-SLACK = 2.0
-"""Seconds: how late this machine may be, with others at work on it."""
-EARLY = 0.02
-"""Seconds: how early timers may fire; both of gevent's loops count in milliseconds."""
-
-
-def has_ipv6() -> bool:
-    try:
-        with gevent.socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
-
-
-def echo() -> RecordingCallback:
-    return RecordingCallback(lambda message: message)
 
 
 @contextlib.contextmanager
@@ -64,29 +53,6 @@ def client_of(
         yield client
     finally:
         client.disconnect()
-
-
-@contextlib.contextmanager
-def takes(least: float = 0.0, *, most: float) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    spent = time.monotonic() - began
-    assert least - EARLY <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
-
-
-@contextlib.contextmanager
-def black_hole() -> Iterator[tuple[Any, ...]]:
-    """An address at which a connect waits: the kernel drops what its full backlog can't take."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(gevent.socket.socket())
-        listener.bind((LOOPBACK, 0))
-        listener.listen(0)
-        for _ in range(10):
-            filler = stack.enter_context(gevent.socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        gevent.sleep(0.02)
-        yield listener.getsockname()
 
 
 AddressInfo = tuple[int, int, int, str, tuple[Any, ...]]

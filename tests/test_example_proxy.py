@@ -21,12 +21,12 @@ import pytest
 
 from example_process import Address, announced_address, end, example, host_and_port
 from helpers import PythonProcess, ScriptedServer, free_port, stalled_peer, wait_until_accepting
+from marks import needs_ipv6
 from psofa_gevent.testing import ScriptedClient, eventually
 
 psutil: Any = pytest.importorskip("psutil")
 
 MIB = 1_048_576
-IPV6_IS_THERE = gevent.socket.has_ipv6 and Path("/proc/net/if_inet6").is_file()
 
 
 @contextlib.contextmanager
@@ -274,7 +274,7 @@ def test_without_any_back_end_the_client_is_reset_until_one_comes_up() -> None:
                 client.expect("welcome")
 
 
-@pytest.mark.skipif(not IPV6_IS_THERE, reason="no IPv6 here")
+@needs_ipv6
 def test_addresses_in_brackets_are_ipv6() -> None:
     with (
         ScriptedServer(host="::1") as backend,

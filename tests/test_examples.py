@@ -7,7 +7,6 @@ import json
 import re
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import gevent
 import gevent.socket
@@ -23,10 +22,10 @@ from example_process import (
     serving_example,
 )
 from helpers import PythonProcess, ScriptedServer, free_port, python_process, stalled_peer
+from marks import needs_ipv6
 from psofa_gevent.testing import ScriptedClient, eventually
 
 ASK_TIMEOUT = "1.0"  # seconds: more than the steps between question and answer take in the tests
-IPV6_IS_THERE = gevent.socket.has_ipv6 and Path("/proc/net/if_inet6").is_file()
 
 
 def test_readme_lists_every_example() -> None:
@@ -104,7 +103,7 @@ def test_port_in_use_is_told_in_one_line(command: list[str]) -> None:
 # IPv6, multi client
 
 
-@pytest.mark.skipif(not IPV6_IS_THERE, reason="no IPv6 here")
+@needs_ipv6
 def test_ipv6_server_is_reached_over_both_protocols() -> None:
     with example("ipv6.py", "--port", "0") as process:
         ended_well(process)

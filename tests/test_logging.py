@@ -14,7 +14,7 @@ import pytest
 from gevent import GreenletExit
 from gevent.event import Event
 
-from helpers import run_python, stalled_peer
+from helpers import echo, run_python, stalled_peer
 from psofa_gevent import PsCallback, PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
 from psofa_gevent.testing import (
     RecordingCallback,
@@ -25,10 +25,6 @@ from psofa_gevent.testing import (
 )
 
 NAME = "psofa_gevent"
-
-
-def echo() -> RecordingCallback:
-    return RecordingCallback(lambda message: message)
 
 
 class Keeping(logging.Handler):

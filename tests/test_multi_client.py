@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import resource
 import socket
-import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import gevent
@@ -17,7 +14,17 @@ import gevent.socket
 import pytest
 from gevent.event import Event
 
-from helpers import NativeThread, ScriptedServer, free_port
+from helpers import (
+    LOOPBACK,
+    NativeThread,
+    ScriptedServer,
+    black_hole,
+    close_reasons,
+    echo,
+    free_port,
+    living_greenlets,
+    takes,
+)
 from psofa_gevent import (
     PsCallback,
     PsClientError,
@@ -29,16 +36,6 @@ from psofa_gevent import (
     PsSocketAddressFamily,
 )
 from psofa_gevent.testing import RecordingCallback, ServerFactory, eventually
-
-LOOPBACK = "127.0.0.1"
-SLACK = 2.0
-"""Seconds: how late this machine may be, with others at work on it."""
-EARLY = 0.02
-"""Seconds: how early timers may fire; both of gevent's loops count in milliseconds."""
-
-
-def echo() -> RecordingCallback:
-    return RecordingCallback(lambda message: message)
 
 
 def always(answer: bytes) -> RecordingCallback:
@@ -53,54 +50,7 @@ def failed_connect(
     return failed.value
 
 
-@contextlib.contextmanager
-def takes(least: float = 0.0, *, most: float) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    spent = time.monotonic() - began
-    assert least - EARLY <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
-
-
-@contextlib.contextmanager
-def black_hole() -> Iterator[tuple[Any, ...]]:
-    """An address at which a connect waits: the kernel drops what its full backlog can't take."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(gevent.socket.socket())
-        listener.bind((LOOPBACK, 0))
-        listener.listen(0)
-        for _ in range(10):
-            filler = stack.enter_context(gevent.socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        gevent.sleep(0.02)
-        yield listener.getsockname()
-
-
-def living_greenlets() -> set[gevent.Greenlet[..., Any]]:
-    gc.collect()
-    return {
-        item for item in gc.get_objects() if isinstance(item, gevent.Greenlet) and not item.dead
-    }
-
-
-def reasons(callback: RecordingCallback) -> list[object]:
-    sessions = [event.session for event in callback.named("on_close")]
-    assert len(sessions) == len(set(sessions)), "a session got on_close twice"
-    return [event.value for event in callback.named("on_close")]
-
-
 # Many connections
-
-
-@pytest.fixture
-def many_descriptors() -> Iterator[None]:
-    """Room for 1,000 connections with both their ends in this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 4_096:
-        pytest.skip(f"this process may open no more than {hard} files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4_096), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("many_descriptors")
@@ -133,7 +83,7 @@ def test_1000_connections_share_one_timer_and_one_close_greenlet(
         assert bundle.get_session_count() == 500
         with takes(most=3):
             bundle.destroy_bundle(timeout=30)
-    assert Counter(reasons(callback)) == {PsCloseReason.SELF_CLOSE: 1_000}
+    assert Counter(close_reasons(callback)) == {PsCloseReason.SELF_CLOSE: 1_000}
     assert len(greenlets) == 1
     assert callback.events[-1].name == "on_stop"
     eventually(lambda: server.get_session_count() == 0, 10)
@@ -201,7 +151,7 @@ def test_same_chosen_id_may_be_used_by_two_connections(ps_server: ServerFactory)
         bundle.disconnect(first)
         callback.wait_for("on_close")
         assert list(bundle.sessions) == [second.session]
-    assert len(reasons(callback)) == 2
+    assert len(close_reasons(callback)) == 2
 
 
 def test_ipv6_family_is_chosen_for_each_connection(ps_server: ServerFactory) -> None:
@@ -256,7 +206,7 @@ def test_disconnect_again_has_no_effect(ps_server: ServerFactory) -> None:
         callback.wait_for("on_close")
         bundle.disconnect(connection)
     bundle.disconnect(connection)
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 def test_disconnect_from_callbacks_and_threads(ps_server: ServerFactory) -> None:
@@ -273,7 +223,7 @@ def test_disconnect_from_callbacks_and_threads(ps_server: ServerFactory) -> None
         callback.wait_for("on_close")
         NativeThread(bundle.disconnect, connections[1]).join()
         callback.wait_for("on_close", 2)
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * 2
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE] * 2
 
 
 @pytest.mark.parametrize("value", [None, 7, uuid.uuid4(), "connection", object()])
@@ -314,7 +264,7 @@ def test_destroy_bundle_closes_all_and_returns_after_on_stop(ps_server: ServerFa
     for _ in range(10):
         bundle.connect(*address)
     bundle.destroy_bundle()
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * 10
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE] * 10
     assert len(callback.named("on_open")) == 10, "connect and destroy at once skips no on_open"
     assert callback.events[0].name == "on_start"
     assert callback.events[-1].name == "on_stop"
@@ -336,7 +286,7 @@ def test_destroy_bundle_in_a_callback_returns_at_once(ps_server: ServerFactory) 
         first, _second = [bundle.connect(*address).session for _ in range(2)]
         first.send("destroy")
         callback.wait_for("on_stop")
-        assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * 2
+        assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE] * 2
 
 
 def test_destroy_bundle_ends_attempts_that_are_under_way() -> None:
@@ -363,7 +313,7 @@ def test_with_destroys_on_exit_also_when_its_body_raises(ps_server: ServerFactor
     bundle = PsMultiClient(callback)
     with pytest.raises(ZeroDivisionError):
         fail_while_connected()
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
     assert bundle.get_session_count() == 0
 
 
@@ -537,7 +487,7 @@ def test_one_that_the_peer_closes_costs_no_other() -> None:
         first.close()
         second.reset()
         callback.wait_for("on_close", 2)
-        assert Counter(reasons(callback)) == {
+        assert Counter(close_reasons(callback)) == {
             PsCloseReason.PEER_CLOSE: 1,
             PsCloseReason.FAILED: 1,
         }
@@ -559,7 +509,7 @@ def test_failing_on_open_costs_no_other(ps_server: ServerFactory) -> None:
     with PsMultiClient(callback) as bundle:
         bundle.connect(*address)
         callback.wait_for("on_close")
-        assert reasons(callback) == [PsCloseReason.FAILED]
+        assert close_reasons(callback) == [PsCloseReason.FAILED]
         bundle.connect(*address).session.send("hello")
         callback.wait_for("on_message")
 
@@ -607,7 +557,7 @@ def test_destroy_bundle_in_another_thread_returns_after_on_stop(ps_server: Serve
         for _ in range(3):
             bundle.connect(*address)
         assert NativeThread(destroy).wait() == "on_stop"
-        assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * 3
+        assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE] * 3
 
 
 # Idle

@@ -21,7 +21,16 @@ from gevent import monkey
 from gevent.event import Event
 
 import psofa_gevent.listener
-from helpers import NativeThread, PythonProcess, python_process, run_python
+from helpers import (
+    LOOPBACK,
+    NativeThread,
+    PythonProcess,
+    echo,
+    local_server,
+    python_process,
+    run_python,
+)
+from marks import needs_ipv6
 from psofa_gevent import (
     PsCallback,
     PsCloseReason,
@@ -39,32 +48,11 @@ from psofa_gevent.testing import (
     serving,
 )
 
-LOOPBACK = "127.0.0.1"
 IPV6 = PsSocketAddressFamily.IPV6
 NOT_OURS = "203.0.113.7"
 """RFC 5737: an address for documentation, which no machine has."""
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
-
-
-def has_ipv6() -> bool:
-    try:
-        with _SystemSocket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
-
-
-def echo() -> RecordingCallback:
-    return RecordingCallback(lambda message: message)
-
-
-def local_server(callback: PsCallback | None = None, **settings: Any) -> PsServer:
-    return PsServer(callback or PsCallback(), host=LOOPBACK, port=0, **settings)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
-import resource
 import socket
 import time
 from collections import Counter
@@ -25,9 +23,17 @@ import pytest
 from gevent import GreenletExit, monkey
 from gevent.event import Event
 
-from helpers import NativeThread, stalled_peer
+from helpers import (
+    LOOPBACK,
+    NativeThread,
+    close_reasons,
+    echo,
+    living_greenlets,
+    local_server,
+    stalled_peer,
+    takes,
+)
 from psofa_gevent import (
-    PsCallback,
     PsCloseReason,
     PsMultiClient,
     PsServer,
@@ -37,23 +43,14 @@ from psofa_gevent import (
 )
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
-LOOPBACK = "127.0.0.1"
 FOREVER = 120.0
 """Seconds: longer than any test, not longer than its greenlet may live if the test fails."""
 SECOND_BOUND = 1.0
 """Seconds that killed callbacks have at least (design: point 8)."""
-SLACK = 2.0
-"""Seconds: how late this machine may be, with others at work on it."""
-EARLY = 0.02
-"""Seconds: how early timers may fire; both of gevent's loops count in milliseconds."""
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 
 sync_and_async = pytest.mark.parametrize("use_async", [False, True], ids=["sync", "async"])
-
-
-def local_server(callback: PsCallback, **settings: Any) -> PsServer:
-    return PsServer(callback, host=LOOPBACK, port=0, **settings)
 
 
 @contextlib.contextmanager
@@ -68,25 +65,9 @@ def serving_clients(
         yield server, clients
 
 
-@contextlib.contextmanager
-def takes(least: float = 0.0, *, most: float) -> Iterator[None]:
-    """Check that the ``with`` block takes so many seconds."""
-    began = time.monotonic()
-    yield
-    spent = time.monotonic() - began
-    assert least - EARLY <= spent <= most + SLACK, f"{spent:.3f} s, not {least} to {most} s"
-
-
-def closes(callback: RecordingCallback) -> list[object]:
-    """The close reasons, and that no session got two."""
-    sessions = [event.session for event in callback.named("on_close")]
-    assert len(sessions) == len(set(sessions)), "a session got on_close twice"
-    return [event.value for event in callback.named("on_close")]
-
-
 def assert_all_closed(callback: RecordingCallback, reason: PsCloseReason, count: int) -> None:
     """Every session that was opened got one on_close, on_stop came last."""
-    assert closes(callback) == [reason] * count
+    assert close_reasons(callback) == [reason] * count
     assert len(callback.named("on_open")) == count
     assert callback.events[-1].name == "on_stop"
 
@@ -212,17 +193,6 @@ def test_shutdown_stops_listening_first() -> None:
         address = server.address
         server.shutdown()
     assert callback.was_refused
-
-
-@pytest.fixture
-def many_descriptors() -> Iterator[None]:
-    """Room for 1,000 connections with both their ends in this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 4_096:
-        pytest.skip(f"this process may open no more than {hard} files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4_096), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("many_descriptors")
@@ -387,7 +357,7 @@ def test_callback_that_never_ends_is_left_behind_within_the_bounds(
         assert not server.started
         assert server.get_session_count() == 0
         assert server.wait_for(0) is True
-        assert closes(callback) == [PsCloseReason.SHUTDOWN] * 2
+        assert close_reasons(callback) == [PsCloseReason.SHUTDOWN] * 2
         assert callback.events[-1].name == "on_stop"
         errors = errors_of(caplog)
         for session in stuck:
@@ -444,7 +414,7 @@ def test_server_starts_again_while_a_callback_of_before_still_runs() -> None:
             gevent.sleep(0.05)
             assert server.started
             assert server.get_session_count() == 0
-    assert closes(callback) == [PsCloseReason.PEER_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
 
 
 @sync_and_async
@@ -545,7 +515,7 @@ def test_lingering_session_ends_at_the_timeout_with_its_own_reason() -> None:
         assert callback.named("on_close") == []
         with takes(most=0.2):
             server.shutdown(timeout=0.2)
-        assert closes(callback) == [PsCloseReason.SELF_CLOSE]
+        assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 def test_peer_that_never_stops_sending_does_not_hold_up_the_shutdown() -> None:
@@ -866,10 +836,6 @@ def test_log_handler_that_raises_costs_a_shutdown_nothing(
 # Drain
 
 
-def echo() -> RecordingCallback:
-    return RecordingCallback(lambda message: message)
-
-
 def test_sessions_go_on_while_drained_and_no_one_new_is_accepted() -> None:
     callback = echo()
     with serving_clients(callback, 2) as (server, [client, other]):
@@ -909,7 +875,7 @@ def test_sessions_that_stay_are_closed_when_drain_is_over() -> None:
         clients[0].close()
         with takes(0.2, most=0.3):
             stopper.get(timeout=5)
-        reasons = Counter(closes(callback))
+        reasons = Counter(close_reasons(callback))
         assert reasons == {PsCloseReason.PEER_CLOSE: 1, PsCloseReason.SHUTDOWN: 2}
 
 
@@ -1113,7 +1079,7 @@ def test_those_that_close_while_the_shutdown_begins_get_one_on_close() -> None:
         for session in list(server.sessions)[-10:]:
             session.abort()
         server.shutdown()
-        assert len(closes(callback)) == 100
+        assert len(close_reasons(callback)) == 100
         assert callback.events[-1].name == "on_stop"
 
 
@@ -1170,7 +1136,7 @@ def test_shutdown_in_a_callback_returns_at_once_and_works(method: str) -> None:
                 client.expect_eof()
         assert all(seconds < 1 for seconds in callback.seconds)
         assert callback.seconds
-        assert len(closes(callback)) == len(callback.named("on_open"))
+        assert len(close_reasons(callback)) == len(callback.named("on_open"))
         assert callback.events[-1].name == "on_stop"
 
 
@@ -1228,13 +1194,6 @@ def test_callback_that_waits_for_the_shutdown_it_began_elsewhere_is_ended() -> N
         assert_all_closed(callback, PsCloseReason.SHUTDOWN, 2)
 
 
-def living_greenlets() -> set[gevent.Greenlet[..., Any]]:
-    gc.collect()
-    return {
-        item for item in gc.get_objects() if isinstance(item, gevent.Greenlet) and not item.dead
-    }
-
-
 @pytest.mark.logs_errors
 @pytest.mark.parametrize("drain", [0.0, 0.3])
 def test_stranger_that_kills_all_greenlets_does_not_stop_the_shutdown(drain: float) -> None:
@@ -1248,7 +1207,7 @@ def test_stranger_that_kills_all_greenlets_does_not_stop_the_shutdown(drain: flo
             gevent.sleep(0.01)
             gevent.killall(list(living_greenlets() - before), block=False)
         assert server.wait_for(10) is True
-        assert len(closes(callback)) == len(callback.named("on_open")) == 6
+        assert len(close_reasons(callback)) == len(callback.named("on_open")) == 6
         assert callback.events[-1].name == "on_stop"
         assert len(callback.named("on_stop")) == 1
 
@@ -1315,7 +1274,7 @@ def test_start_and_shutdown_many_times_leaves_nothing() -> None:
             (len(living_greenlets()), len(descriptors()), gevent.get_hub().loop.activecnt)
         )
     assert len(set(counts[1:])) == 1, counts
-    assert len(closes(callback)) == 20
+    assert len(close_reasons(callback)) == 20
 
 
 # Disconnect and destroy keep the same promises

@@ -20,6 +20,7 @@ import gevent
 import pytest
 
 from helpers import NativeThread, PythonProcess, ScriptedServer, python_process, run_python
+from marks import sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -85,7 +86,6 @@ class StopsIn(RecordingCallback):
 
 
 METHODS = ["on_open", "on_message", "on_eof", "on_close", "on_stop"]
-sync_and_async = pytest.mark.parametrize("use_async_callback", [False, True], ids=["sync", "async"])
 
 
 def provoke(method: str, peer: ScriptedClient, session: PsSession, stop: Stop) -> None:

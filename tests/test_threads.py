@@ -17,7 +17,7 @@ import gevent
 import pytest
 from gevent import monkey
 
-from helpers import NativeThread, ScriptedServer, run_python, stalled_peer
+from helpers import NativeThread, ScriptedServer, close_reasons, run_python, stalled_peer
 from psofa_gevent import (
     PsClient,
     PsClientError,
@@ -73,10 +73,6 @@ def only_session(callback: RecordingCallback) -> PsSession:
     session = callback.wait_for("on_open")[0].session
     assert session is not None
     return session
-
-
-def reasons(callback: RecordingCallback) -> list[object]:
-    return [event.value for event in callback.named("on_close")]
 
 
 # Sending
@@ -160,7 +156,7 @@ def test_thread_whose_send_waits_is_released_by_the_close(
     session.close()
     with pytest.raises(PsSendError):
         thread.wait()
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 def test_thread_whose_send_waits_is_released_by_the_shutdown_and_may_be_joined_natively(
@@ -175,7 +171,7 @@ def test_thread_whose_send_waits_is_released_by_the_shutdown_and_may_be_joined_n
     server.shutdown()
     with pytest.raises(PsSendError):
         thread.join(AT_ONCE)
-    assert reasons(callback) == [PsCloseReason.SHUTDOWN]
+    assert close_reasons(callback) == [PsCloseReason.SHUTDOWN]
 
 
 # Calls that return at once, whatever the hub does
@@ -196,7 +192,7 @@ def test_close_from_a_thread_closes(
     assert call(close) is False
     client.expect_eof()
     callback.wait_for("on_close")
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 @in_each_kind_of_thread
@@ -209,7 +205,7 @@ def test_abort_from_a_thread_resets(
     call(session.abort)
     client.expect_reset()
     callback.wait_for("on_close")
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 @in_each_kind_of_thread
@@ -265,7 +261,7 @@ def test_calls_that_never_wait_return_while_the_hub_stands_still(
     ):
         NativeThread(call).join(AT_ONCE)
     callback.wait_for("on_close")
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 def test_disconnect_of_a_multi_client_from_a_thread_returns_at_once() -> None:
@@ -276,7 +272,7 @@ def test_disconnect_of_a_multi_client_from_a_thread_returns_at_once() -> None:
         NativeThread(bundle.disconnect, connection).join(AT_ONCE)
         assert not connection.session.is_open
         callback.wait_for("on_close", session=connection.session)
-        assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+        assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
         assert kept.session.is_open
 
 
@@ -305,7 +301,7 @@ def test_close_from_a_thread_wins_over_what_fails_after_it(
     client = ps_client(ps_server(callback))
     client.send("x")
     callback.wait_for("on_close")
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 def test_close_from_a_thread_wins_over_a_shutdown_after_it(
@@ -317,7 +313,7 @@ def test_close_from_a_thread_wins_over_a_shutdown_after_it(
     session = only_session(callback)
     NativeThread(session.close).join(AT_ONCE)
     server.shutdown()
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 def test_abort_from_a_thread_resets_also_when_the_callback_returns_at_once(
@@ -328,7 +324,7 @@ def test_abort_from_a_thread_resets_also_when_the_callback_returns_at_once(
     client.send("x")
     client.expect_reset()
     callback.wait_for("on_close")
-    assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 @in_each_kind_of_thread
@@ -370,7 +366,7 @@ def test_shutdown_from_a_thread_returns_when_all_is_done(
 
     def shut_down() -> None:
         server.shutdown()
-        seen_by_the_thread.append((reasons(callback), len(callback.named("on_stop"))))
+        seen_by_the_thread.append((close_reasons(callback), len(callback.named("on_stop"))))
         seen_by_the_thread.append((server.started, server.get_session_count()))
 
     call(shut_down)
@@ -409,7 +405,7 @@ def test_shutdown_from_threads_greenlets_and_a_callback_at_once(
     for thread in threads:
         thread.join(AT_ONCE)
     gevent.joinall(greenlets, timeout=5, raise_error=True)
-    assert reasons(callback) == [PsCloseReason.SHUTDOWN] * 2
+    assert close_reasons(callback) == [PsCloseReason.SHUTDOWN] * 2
     assert len(callback.named("on_stop")) == 1
 
 
@@ -443,7 +439,7 @@ def test_disconnect_of_a_client_from_a_thread_returns_after_on_close(call: InThr
         for count in (1, 2):
             client.connect()
             call(client.disconnect)
-            assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * count
+            assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE] * count
             assert len(callback.named("on_stop")) == count
         call(client.disconnect)
 
@@ -457,7 +453,7 @@ def test_thread_that_disconnects_may_be_joined_natively_as_soon_as_the_client_ha
         client.disconnect()
         for thread in threads:
             thread.join(AT_ONCE)
-        assert reasons(callback) == [PsCloseReason.SELF_CLOSE]
+        assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 @in_each_kind_of_thread
@@ -469,7 +465,7 @@ def test_destroy_bundle_from_a_thread_returns_after_every_on_close(call: InThrea
         for _ in range(5):
             bundle.connect(*listener.address)
         call(bundle.destroy_bundle)
-        assert reasons(callback) == [PsCloseReason.SELF_CLOSE] * 5
+        assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE] * 5
         assert bundle.get_session_count() == 0
 
 
@@ -555,7 +551,7 @@ def test_server_in_another_thread_is_used_and_shut_down_from_here() -> None:
         other.server.shutdown()
         client.expect_eof()
     assert other.thread.join(AT_ONCE) is True
-    assert reasons(callback) == [PsCloseReason.SHUTDOWN]
+    assert close_reasons(callback) == [PsCloseReason.SHUTDOWN]
 
 
 class ShutsOtherDown(RecordingCallback):
@@ -812,7 +808,7 @@ def stop_server_while_a_thread_is_at(line: int, operation: str) -> bool:
         assert server.wait_for(5)
         paused.go_on()
         paused.thread.join(AT_ONCE)
-        assert len(reasons(callback)) == 1
+        assert len(close_reasons(callback)) == 1
         return paused.stopped
 
 
