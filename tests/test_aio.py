@@ -254,13 +254,15 @@ def test_a_kill_is_not_lost_when_a_timeout_comes_after_it() -> None:
 @pytest.mark.hub_errors
 def test_what_a_cancelled_coroutine_raises_itself_is_raised() -> None:
     async def fail_when_cancelled() -> None:
+        started.set()
         try:
             await wait_forever()
         finally:
             raise LookupError("while cleaning up")
 
+    started = gevent.event.Event()
     waiting = gevent.spawn(run_coroutine, fail_when_cancelled())
-    gevent.sleep(0.001)
+    assert started.wait(5)
     waiting.kill()
     assert isinstance(waiting.exception, LookupError)
 
@@ -314,8 +316,7 @@ def test_a_finished_coroutine_leaves_nothing_to_the_garbage_collector() -> None:
     gc.disable()
     try:
         reference = gevent.spawn(run).get()
-        gevent.sleep(0.001)
-        assert reference() is None
+        eventually(lambda: reference() is None)
     finally:
         gc.enable()
 
@@ -514,22 +515,25 @@ def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again() -> None:
 
     async def hold(how: str) -> None:
         task = asyncio.current_task()
-        if how == "sleep":
-            gevent.sleep(0.01)
+        holding.set()
+        if how == "event":
+            gate.wait()
         else:
             with pytest.raises(gevent.Timeout), gevent.Timeout(0.01):
                 gevent.sleep(60)
         seen.append(asyncio.get_running_loop() is hub_loop() and asyncio.current_task() is task)
         await asyncio.sleep(0)
 
-    for how in ("sleep", "timeout"):
+    for how in ("event", "timeout"):
+        holding, gate = gevent.event.Event(), gevent.event.Event()
         waiting = gevent.spawn(run_coroutine, hold(how))
-        gevent.sleep(0.002)
+        assert holding.wait(5)
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
         assert asyncio.current_task(hub_loop()) is None
         # Another loop can run meanwhile. (In a patched process it waits in gevent's way.)
         assert asyncio.run(give("beside")) == "beside"
+        gate.set()
         waiting.get(timeout=5)
     assert seen == [True, True]
 
@@ -537,7 +541,10 @@ def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again() -> None:
 def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed() -> None:
     told: list[str] = []
 
+    holding = gevent.event.Event()
+
     async def hold() -> None:
+        holding.set()
         try:
             gevent.sleep(60)
         except asyncio.CancelledError:
@@ -547,21 +554,22 @@ def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed() -> None:
             raise
 
     waiting = gevent.spawn(run_coroutine, hold())
-    gevent.sleep(0.001)
+    assert holding.wait(5)
     waiting.kill(timeout=5)
     assert waiting.dead
     assert told == ["cleaned up"]
 
 
 def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelled() -> None:
-    gate = gevent.event.Event()
+    holding, gate = gevent.event.Event(), gevent.event.Event()
 
     async def hold() -> None:
+        holding.set()
         gate.wait()
         await wait_forever()
 
     waiting = gevent.spawn(run_coroutine, hold())
-    gevent.sleep(0.001)
+    assert holding.wait(5)
     waiting.kill(block=False)
     gate.set()
     waiting.join(timeout=5)

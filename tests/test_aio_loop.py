@@ -107,7 +107,7 @@ def test_async_generators_that_nobody_finished_are_closed_on_the_loop() -> None:
 def test_async_generators_of_other_loops_are_left_to_them() -> None:
     hooks = sys.get_asyncgen_hooks()
     sleeping = spawn_coroutine(asyncio.sleep(60))
-    gevent.sleep(0.001)
+    run_coroutine(asyncio.sleep(0))  # when this has had its turn, so has that
     assert sys.get_asyncgen_hooks() == hooks
     sleeping.kill()
 
@@ -163,9 +163,12 @@ def test_readers_and_writers_are_called_and_removed() -> None:
         ours.setblocking(False)
         loop.add_reader(ours, read)
         loop.add_writer(ours.fileno(), write)
-        for text in (b"one", b"two", b"three"):
-            theirs.send(text)
-            gevent.sleep(0.005)
+        theirs.send(b"one")
+        eventually(lambda: len(got) == 1)
+        theirs.send(b"two")
+        eventually(lambda: len(got) == 2)
+        theirs.send(b"three")
+        gevent.sleep(0.01)
         assert got == [b"one", b"two"]
         assert writable == [True]
         assert not loop.remove_reader(ours)
@@ -176,7 +179,7 @@ def test_calls_from_greenlets_wake_the_loop() -> None:
     called: list[str] = []
     run_coroutine(asyncio.sleep(0))
     sleeping = spawn_coroutine(asyncio.sleep(60))
-    gevent.sleep(0.001)
+    run_coroutine(asyncio.sleep(0))  # when this has had its turn, so has that
     loop.call_later(0.002, called.append, "later")
     loop.call_soon(called.append, "soon")
     loop.call_later(0, called.append, "now").cancel()
@@ -487,7 +490,7 @@ def test_a_process_that_used_the_loop_ends_quietly() -> None:
         async def forever():
             await asyncio.get_running_loop().create_future()
         spawn_coroutine(forever())
-        gevent.sleep(0.01)
+        run_coroutine(asyncio.sleep(0))
         print("end")
         """,
         environment={"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error", "PYTHONASYNCIODEBUG": "0"},
@@ -504,10 +507,12 @@ def test_a_forked_child_makes_a_loop_of_its_own_and_leaves_its_parents_alone() -
 
         async def read():
             reader, writer = await asyncio.open_connection(sock=ours)
+            connected.set()
             return await reader.readexactly(4)
 
+        connected = gevent.event.Event()
         reading = spawn_coroutine(read())
-        gevent.sleep(0.01)
+        connected.wait()
         parents = hub_loop()
         pid = fork()
         if not pid:
@@ -552,15 +557,16 @@ def test_threads_that_end_leave_nothing_to_say() -> None:
         logging.basicConfig()
 
         async def hold():
+            holding.set()
             event.wait()
 
         def use(how):
-            global event
+            global event, holding
             run_coroutine(asyncio.sleep(0.001))
             if how == "held":
-                event = gevent.event.Event()
+                event, holding = gevent.event.Event(), gevent.event.Event()
                 spawn_coroutine(hold())
-                gevent.sleep(0.001)
+                holding.wait()
             if how == "unused":
                 hub_loop()
 
@@ -582,7 +588,7 @@ def test_a_stray_kill_of_the_loops_greenlet_is_reported_and_dropped(
     loop = hub_loop()
     loop.set_exception_handler(lambda _loop, context: reported.append(context))
     sleeping = spawn_coroutine(asyncio.sleep(0.02, "slept"))
-    gevent.sleep(0.001)
+    run_coroutine(asyncio.sleep(0))  # when this has had its turn, so has that
     gevent.kill(loop.greenlet)
     assert sleeping.get(timeout=5) == "slept"
     assert "GreenletExit" in reported[0]["message"]

@@ -84,7 +84,7 @@ def test_all_bytes_are_handed_over_when_the_fin_comes_while_a_callback_runs(
     client = ps_client(ps_server(callback, read_buffer_size=10_000, idle_milliseconds=1))
     client.send(DATA[:200_000])
     client.close()
-    gevent.sleep(0.05)
+    gevent.sleep(0.05)  # nothing tells that the FIN is there
     go_on.set()
     session = callback.opened()
     assert callback.closed(session) is PsCloseReason.PEER_CLOSE

@@ -412,9 +412,10 @@ def test_connect_while_connected_is_an_error_and_changes_nothing(
 
 
 def test_connect_while_connecting_is_an_error_and_the_first_goes_on() -> None:
-    with black_hole() as address, client_of(address) as client:
+    callback = RecordingCallback()
+    with black_hole() as address, client_of(address, callback) as client:
         first = gevent.spawn(pytest.raises, PsClientError, client.connect, timeout=0.3)
-        gevent.sleep(0.02)
+        callback.wait_for("on_start")
         with pytest.raises(PsClientError, match="already"):
             client.connect()
         assert "timed out" in str(first.get(timeout=5).value)
@@ -673,7 +674,7 @@ def test_disconnect_during_connect_ends_the_attempt() -> None:
     callback = RecordingCallback()
     with black_hole() as address, client_of(address, callback) as client:
         connecting = gevent.spawn(pytest.raises, PsClientError, client.connect, timeout=30)
-        gevent.sleep(0.05)
+        callback.wait_for("on_start")
         with takes(most=0.5):
             client.disconnect()
             failed = connecting.get(timeout=5)
@@ -686,13 +687,15 @@ def test_disconnect_while_the_name_is_looked_up_ends_the_attempt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def answer_late() -> list[str]:
+        asked.set()
         gevent.sleep(60)
         return [LOOPBACK]
 
+    asked = Event()
     look_up(monkeypatch, answer_late)
     with client_of(("slow.example", 9)) as client:
         connecting = gevent.spawn(pytest.raises, PsClientError, client.connect)
-        gevent.sleep(0.05)
+        assert asked.wait(5)
         with takes(most=0.5):
             client.disconnect()
             connecting.get(timeout=5)
@@ -705,7 +708,7 @@ def test_disconnect_while_on_start_runs_leaves_nothing_open(ps_server: ServerFac
         connecting = gevent.spawn(pytest.raises, PsClientError, client.connect)
         callback.wait_for("on_start")
         disconnecting = gevent.spawn(client.disconnect)
-        gevent.sleep(0.02)
+        eventually(lambda: not client.started)
         callback.go_on.set()
         connecting.get(timeout=5)
         disconnecting.get(timeout=5)
@@ -753,7 +756,7 @@ def test_connect_while_disconnecting_is_an_error() -> None:
     with ScriptedServer() as server, client_of(server.address, Slow()) as client:
         client.connect()
         disconnecting = gevent.spawn(client.disconnect)
-        gevent.sleep(0.02)
+        eventually(lambda: not client.started)
         with pytest.raises(PsClientError, match="disconnect"):
             client.connect()
         go_on.set()
@@ -800,9 +803,10 @@ def test_timeout_of_the_caller_ends_a_connect_cleanly() -> None:
 
 
 def test_kill_ends_a_connect_cleanly() -> None:
-    with black_hole() as address, client_of(address) as client:
+    callback = RecordingCallback()
+    with black_hole() as address, client_of(address, callback) as client:
         connecting = gevent.spawn(client.connect, timeout=30)
-        gevent.sleep(0.05)
+        callback.wait_for("on_start")
         connecting.kill(timeout=5)
         assert connecting.dead
         assert client.session is None
@@ -903,6 +907,7 @@ def test_client_that_is_dropped_while_disconnected_leaves_nothing() -> None:
         import gc, weakref
         import gevent
         from psofa_gevent import PsCallback, PsClient, PsServer
+        from psofa_gevent.testing import eventually
 
         gc.disable()
         with PsServer(PsCallback(), host="127.0.0.1", port=0) as server:
@@ -911,7 +916,7 @@ def test_client_that_is_dropped_while_disconnected_leaves_nothing() -> None:
             client.disconnect()
             dropped = weakref.ref(client)
             del client
-            gevent.sleep(0.05)
+            eventually(lambda: dropped() is None)
             print(dropped())
         """
     )

@@ -424,7 +424,6 @@ class StrangerKillsIt(Scenario):
     def play(self, server: PsServer, callback: RecordingCallback) -> None:
         with ScriptedClient(server.address):
             eventually(lambda: self.greenlets)
-            gevent.sleep(0.01)
             gevent.killall(self.greenlets)
             callback.wait_for("on_close")
 

@@ -7,6 +7,7 @@ test's end. Nothing is logged, as pytest would keep the records, and with them t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import sys
@@ -86,12 +87,16 @@ class Forgetful(PsCallback):
         return session
 
     def assert_freed(self, count: int = 1) -> None:
-        """Wait for `count` sessions to be closed, and then for nothing else."""
+        """Wait for `count` sessions to be closed and gone; no garbage collector helps."""
         eventually(lambda: len(self.reasons) == count)
-        # The end of the greenlets that run now: the session's, the closing one's turn, a sender's.
-        gevent.sleep(0.01)
-        alive = [each for reference in self.references if (each := reference()) is not None]
+        # The greenlets that run now must end: the session's, the closing one's turn, a sender's.
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not self._alive(), timeout=1.0)
+        alive = self._alive()
         assert alive == [], [gc.get_referrers(each) for each in alive]
+
+    def _alive(self) -> list[object]:
+        return [each for reference in self.references if (each := reference()) is not None]
 
 
 # Each reason to close
@@ -526,9 +531,8 @@ def test_an_idle_session_keeps_no_message(
     client = ps_client(ps_server(callback))
     client.send("the first and only")
     eventually(lambda: callback.messages)
-    gevent.sleep(0.01)
     mine = [bytes(bytearray(b"the same, made here"))]
-    assert sys.getrefcount(callback.messages[0]) == sys.getrefcount(mine[0])
+    eventually(lambda: sys.getrefcount(callback.messages[0]) == sys.getrefcount(mine[0]))
 
 
 def test_a_session_keeps_no_message_that_was_sent(
@@ -555,5 +559,5 @@ def test_a_user_who_keeps_a_closed_session_keeps_no_other_and_no_greenlet(
     for client in clients:
         client.eof()
     eventually(lambda: len(callback.reasons) == 3)
-    gevent.sleep(0.01)
-    assert [each for reference in callback.references if (each := reference())] == kept
+    # No more than that one, when the greenlets that run now have ended.
+    eventually(lambda: [each for ref in callback.references if (each := ref())] == kept)

@@ -574,7 +574,6 @@ def test_a_session_with_both_directions_shut_ends_with_peer_close(
     client.eof()
     callback.wait_for("on_eof")
     if when == "after on_eof":
-        gevent.sleep(0.01)
         session.send_eof()
     client.receive_until_eof()
     assert callback.closed(session) is PsCloseReason.PEER_CLOSE
@@ -621,7 +620,6 @@ def test_a_half_open_session_can_be_ended_in_every_way(
         client.eof()
         session = callback.opened()
         callback.wait_for("on_eof")
-        gevent.sleep(0.01)
         reason = PsCloseReason.SELF_CLOSE
         if end == "close":
             session.close()

@@ -266,10 +266,11 @@ def test_no_on_message_begins_after_the_shutdown_did() -> None:
     callback = Callback()
     with serving_clients(callback, 1) as (server, [client]):
         client.send("first")
-        callback.wait_for("on_message")
+        session = callback.wait_for("on_message")[0].session
+        assert session is not None
         client.send("second")
         stopper = gevent.spawn(server.shutdown, 20)
-        gevent.sleep(0.05)
+        eventually(lambda: not session.is_open)
         go_on.set()
         stopper.get(timeout=5)
         assert callback.received() == b"first"
@@ -859,7 +860,7 @@ def test_drain_ends_when_the_last_session_has_left() -> None:
     callback = echo()
     with serving_clients(callback, 3) as (server, clients):
         stopper = gevent.spawn(server.shutdown, drain=60)
-        gevent.sleep(0.02)
+        eventually(lambda: not server.started)
         with takes(most=0.5):
             for client in clients:
                 client.close()
@@ -871,7 +872,7 @@ def test_sessions_that_stay_are_closed_when_drain_is_over() -> None:
     callback = echo()
     with serving_clients(callback, 3) as (server, clients):
         stopper = gevent.spawn(server.shutdown, drain=0.3)
-        gevent.sleep(0.02)
+        eventually(lambda: not server.started)
         clients[0].close()
         with takes(0.2, most=0.3):
             stopper.get(timeout=5)
@@ -883,7 +884,7 @@ def test_on_close_is_delivered_during_the_drain() -> None:
     callback = echo()
     with serving_clients(callback, 2) as (server, clients):
         stopper = gevent.spawn(server.shutdown, drain=60)
-        gevent.sleep(0.02)
+        eventually(lambda: not server.started)
         clients[0].close()
         callback.wait_for("on_close")
         assert not stopper.dead
@@ -936,7 +937,7 @@ def test_second_call_may_shorten_the_drain() -> None:
     callback = echo()
     with serving_clients(callback, 2) as (server, _clients):
         stopper = gevent.spawn(server.shutdown, drain=60)
-        gevent.sleep(0.02)
+        eventually(lambda: not server.started)
         with takes(0.1, most=0.2):
             server.shutdown(drain=0.1)
         stopper.get(timeout=1)
@@ -949,7 +950,7 @@ def test_second_call_may_shorten_the_timeout() -> None:
         clients[0].send("hang")
         callback.wait_for("on_message")
         stopper = gevent.spawn(server.shutdown, None)
-        gevent.sleep(0.02)
+        eventually(lambda: not server.started)
         with takes(0.1, most=0.2):
             server.shutdown(timeout=0.1)
         stopper.get(timeout=1)
@@ -962,7 +963,7 @@ def test_second_call_during_the_drain_shortens_what_comes_after_it() -> None:
         client.send("hang")
         callback.wait_for("on_message")
         stopper = gevent.spawn(server.shutdown, None, drain=0.3)
-        gevent.sleep(0.02)
+        eventually(lambda: not server.started)
         with takes(0.2, most=0.5):
             server.shutdown(timeout=0.1, drain=60)
         stopper.get(timeout=1)
@@ -977,7 +978,7 @@ def test_second_call_cannot_lengthen_the_timeout(longer: dict[str, Any]) -> None
         callback.wait_for("on_message")
         with takes(0.2, most=0.3):
             stopper = gevent.spawn(server.shutdown, 0.3)
-            gevent.sleep(0.02)
+            eventually(lambda: not server.started)
             server.shutdown(**longer)
         stopper.get(timeout=1)
 
@@ -987,7 +988,7 @@ def test_second_call_cannot_lengthen_the_drain() -> None:
     with serving_clients(callback, 1) as (server, _clients):
         with takes(0.1, most=0.3):
             stopper = gevent.spawn(server.shutdown, drain=0.3)
-            gevent.sleep(0.02)
+            eventually(lambda: not server.started)
             server.shutdown(drain=60)
         stopper.get(timeout=1)
 

@@ -237,7 +237,7 @@ def test_send_eof_of_a_thread_does_not_overtake_a_send_that_another_has_begun(
     session = only_session(callback)
     # The hub stands still meanwhile, so nothing of both is done yet.
     sending = NativeThread(session.send, "begun before")
-    native_sleep(0.1)
+    native_sleep(0.1)  # nothing tells, without the hub, that it has begun
     NativeThread(session.send_eof).join(AT_ONCE)
     assert client.receive_until_eof() == b"begun before"
     sending.wait()
@@ -482,7 +482,7 @@ def test_disconnect_from_a_thread_ends_an_attempt_to_connect() -> None:
         with pytest.raises(TimeoutError):
             connect_until_it_waits()
         connecting = gevent.spawn(expect_client_error, client)
-        gevent.sleep(0.05)
+        callback.wait_for("on_start")
         in_native_thread(client.disconnect)
         connecting.get(timeout=5)
         for each in with_full_backlog:
