@@ -584,7 +584,9 @@ def run_pytest(folder: Path) -> CompletedProcess[str]:
         import pytest
         sys.exit(pytest.main([sys.argv[1], "-rA", "-p", "no:cacheprovider"]))
     """
-    return run_python(program, str(folder))
+    # None of the plugins that happen to be installed: they take longer than the tests.
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return run_python(program, str(folder), environment=environment)
 
 
 @pytest.fixture
