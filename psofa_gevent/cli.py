@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import signal
 import sys
 import traceback
@@ -135,7 +136,9 @@ def interrupt() -> None:
 def program_name() -> str:
     """How the user called us, for texts that they can copy."""
     name = os.path.basename(sys.argv[0])
-    return "python -m psofa_gevent" if name == "__main__.py" else name
+    if name == "__main__.py":
+        return "python -m psofa_gevent"
+    return name if shutil.which(name) else sys.argv[0]
 
 
 def version() -> str:

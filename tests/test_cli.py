@@ -744,6 +744,19 @@ def test_help_shows_what_there_is_and_how_to_talk_to_it(tmp_path: Path) -> None:
         assert text in result.stdout
 
 
+def test_the_script_is_named_so_that_it_can_be_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `psofa` only where that is found: not in a virtual environment that is not activated."""
+    script = tmp_path / "psofa"
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/psofa", "demo"])
+    monkeypatch.setenv("PATH", os.devnull)
+    assert cli.program_name() == ".venv/bin/psofa"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.program_name() == "psofa"
+
+
 def test_no_command_prints_the_help_as_an_error(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
