@@ -72,8 +72,8 @@ def stalled_peer(address: tuple[Any, ...]) -> ScriptedClient:
     """A client with a tiny receive buffer: as long as its script doesn't read, sends to it stall.
 
     The sender's own buffer takes up to some megabytes before they do. A stalled sender's kernel
-    looks again after longer and longer pauses whether the peer reads (RFC 9293, section 3.8.6.1), so
-    on a busy machine what comes next may take many seconds.
+    looks again after longer and longer pauses whether the peer reads (RFC 9293, section 3.8.6.1),
+    so on a busy machine what comes next may take many seconds.
     """
     return ScriptedClient(address, receive_buffer_size=TINY_BUFFER, timeout=30.0)
 
