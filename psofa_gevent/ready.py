@@ -24,7 +24,7 @@ class ReadySessions:
     """The readable sessions of one hub. It looks at them as long as any session is `registered`."""
 
     def __init__(self) -> None:
-        self._loop = get_hub().loop
+        self._loop: Any = get_hub().loop
         self.sessions: list[PsSession] = []
         """The next one last: libev tells the events of a round in reverse order."""
         self._is_reversed = "libev" in type(self._loop).__module__

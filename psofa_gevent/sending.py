@@ -77,7 +77,9 @@ class SendingHalf:
         """Send a message, and return when the kernel has taken all of it.
 
         From any greenlet and any OS thread. Two sends never mix their bytes. In an async callback
-        it works as long as it need not wait; ``await session.send_async`` waits there.
+        it works as long as it need not wait; ``await session.send_async`` waits there. Not in a
+        handler of ``signal.signal``, which may hit a send of this very session half-way; one of
+        ``gevent.signal_handler`` runs in a greenlet of its own.
 
         Args:
             message: bytes, or text, which is sent as UTF-8. A mutable buffer must not change until

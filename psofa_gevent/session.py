@@ -337,14 +337,14 @@ class PsSession(SendingHalf):
             self._host.session_ended(self)
             self._greenlet = None
 
-    def _read(self) -> None:
+    def _read(self) -> None:  # noqa: C901  # in one piece, as each call more would be felt
         """Wait, read, hand over, until a close is requested: the way of every message.
 
         Each wait is a switch to the next session that is readable, or to the hub if there is none
-        (`psofa_gevent.ready`). All in one function, as each call more would be felt.
+        (`psofa_gevent.ready`).
         """
         watcher = self._watcher
-        ready = self._ready.sessions
+        ready: list[Any] = self._ready.sessions  # whoever waits has a greenlet
         become_ready = ready.append
         switch_to_hub = self._host.thread.hub.switch
         recv = self._sock.recv
@@ -366,7 +366,7 @@ class PsSession(SendingHalf):
                 else:
                     switch_to_hub()
                 if not self._open:
-                    return
+                    return  # type: ignore[unreachable]  # others ran since the last look
                 try:
                     message = recv(size)
                 except BlockingIOError:

@@ -827,7 +827,7 @@ def test_log_handler_that_raises_costs_a_shutdown_nothing(
         assert not server.started
         assert server.get_session_count() == 0
         stuck = 1 if kills > 3 else 0
-        assert closes(callback) == [PsCloseReason.SHUTDOWN] * (len(clients) - stuck)
+        assert close_reasons(callback) == [PsCloseReason.SHUTDOWN] * (len(clients) - stuck)
         assert callback.events[-1].name == "on_stop"
         for client in clients:
             client.receive_until_eof()

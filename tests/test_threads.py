@@ -609,7 +609,7 @@ def test_callback_may_shut_down_the_server_of_another_thread_and_does_not_wait_f
         assert here.seconds[0] < 0.9, "it waited for the callback that hangs in the other thread"
         assert other.thread.wait() is True
         hanging.expect_eof()
-    assert reasons(there) == [PsCloseReason.SHUTDOWN]
+    assert close_reasons(there) == [PsCloseReason.SHUTDOWN]
 
 
 def test_servers_of_two_threads_may_shut_each_other_down() -> None:
