@@ -1087,7 +1087,7 @@ def test_send_async_of_another_thread_cancelled_after_a_part_left_fails_the_sess
 def send_in_a_loop_that_is_closed(session: PsSession, message: bytes) -> None:
     """Close an asyncio loop, of another thread than the session's, while its send waits."""
     loop = asyncio.new_event_loop()
-    sending = loop.create_task(session.send_async(message, timeout=None))
+    sending: Any = loop.create_task(session.send_async(message, timeout=None))
     loop.run_until_complete(asyncio.sleep(0.1))
     assert not sending.done()
     loop.close()
