@@ -27,7 +27,9 @@ class ReadySessions:
         self._loop: Any = get_hub().loop
         self.sessions: list[PsSession] = []
         """The next one last: libev tells the events of a round in reverse order."""
-        self._is_reversed = "libev" in type(self._loop).__module__
+        self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
+        """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
+        itself at a reset, with the bytes before that still unread, and tells nobody."""
         self._registered = 0
         self._check: Any = None
 

@@ -337,7 +337,7 @@ class PsSession(SendingHalf):
             self._host.session_ended(self)
             self._greenlet = None
 
-    def _read(self) -> None:  # noqa: C901  # in one piece, as each call more would be felt
+    def _read(self) -> None:  # noqa: C901, PLR0912  # each call more would be felt
         """Wait, read, hand over, until a close is requested: the way of every message.
 
         Each wait is a switch to the next session that is readable, or to the hub if there is none
@@ -346,6 +346,7 @@ class PsSession(SendingHalf):
         watcher = self._watcher
         ready: list[Any] = self._ready.sessions  # whoever waits has a greenlet
         become_ready = ready.append
+        keeps_watching = self._ready.keeps_watching
         switch_to_hub = self._host.thread.hub.switch
         recv = self._sock.recv
         size = self._host.settings.read_buffer_size
@@ -367,6 +368,8 @@ class PsSession(SendingHalf):
                     switch_to_hub()
                 if not self._open:
                     return  # type: ignore[unreachable]  # others ran since the last look
+                if not keeps_watching:
+                    self._stop_watching()
                 try:
                     message = recv(size)
                 except BlockingIOError:

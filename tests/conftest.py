@@ -33,6 +33,7 @@ import contextlib
 import gc
 import logging
 import resource
+import signal
 import stat
 import sys
 import time
@@ -70,6 +71,9 @@ FILE_TYPES = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job: the programs that tests start and interrupt would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for marker in (
         "logs_errors: the test makes the library log errors",
         "hub_errors: the test makes gevent's hub report exceptions",

@@ -363,6 +363,24 @@ def test_a_reset_fails_the_session_and_is_no_error_of_ours(
     assert not error_records(caplog)
 
 
+@pytest.mark.parametrize("messages", [1, 2])
+def test_a_reset_that_comes_with_the_last_bytes_is_seen_after_them(
+    messages: int, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    client = ps_client(ps_server(callback))
+    callback.wait_for("on_open")
+    for number in range(1, messages):
+        client.send("x")
+        callback.wait_for("on_message", number)
+    # Nothing here waits, so the session finds both at once.
+    client.send("the last words")
+    client.reset()
+    (close,) = callback.wait_for("on_close")
+    assert close.value is PsCloseReason.FAILED
+    assert callback.named("on_message")[-1].value == b"the last words"
+
+
 def test_a_reset_while_a_callback_runs_fails_the_session_when_that_has_returned(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
