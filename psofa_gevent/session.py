@@ -8,13 +8,13 @@ Rules, all kept in this file:
 - `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
   the session where it waits on its own socket, and interrupts its senders. It never switches.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
-  wait of its own, and only then may anyone switch into it (`_resume`). A callback that waits
-  on something else is never disturbed by an event of the socket: the read watcher runs only
-  during a wait, which costs no system call on libev.
+  wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`). A
+  callback that waits on something else is never disturbed by an event of the socket: the read
+  watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 - The wait comes before the read: an idle session owns no buffer.
 
-What may switch: whatever runs a callback, `_wait_and_receive`, `_wait_half_open`, `_linger`, a send
-that waits, and a log handler, so logging comes after what must not be interrupted. All else runs
+What may switch: whatever runs a callback, `_read`, `_wait_half_open`, `_linger`, a send that
+waits, and a log handler, so logging comes after what must not be interrupted. All else runs
 through without another greenlet in between. All attributes belong to the hub's thread, and callers
 in other OS threads are handed over (`HubThread`); only `close` and `abort` note there at once that
 they were asked (`_open`, `_abort_asked`).
