@@ -381,6 +381,31 @@ def test_a_reset_that_comes_with_the_last_bytes_is_seen_after_them(
     assert callback.named("on_message")[-1].value == b"the last words"
 
 
+def test_bytes_that_wait_for_a_busy_callback_do_not_keep_the_hub_busy(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Waits(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            go_on.wait()
+
+    go_on = gevent.event.Event()
+    turns: list[None] = []
+    callback = Waits()
+    client = ps_client(ps_server(callback))
+    client.send("first")
+    callback.wait_for("on_message")
+    client.send("second")
+    watcher = gevent.get_hub().loop.check()
+    watcher.start(turns.append, None)
+    gevent.sleep(0.3)  # how long it is watched
+    watcher.stop()
+    watcher.close()
+    go_on.set()
+    callback.wait_for("on_message", 2)
+    assert len(turns) < 100
+
+
 def test_a_reset_while_a_callback_runs_fails_the_session_when_that_has_returned(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
