@@ -89,10 +89,19 @@ class Stop:
         self._changed.set()
 
     def begin(self, manager: SessionManager) -> None:
-        """Start the greenlet that stops `manager`, after a `shorten`. May be called again."""
+        """Start the greenlet that stops `manager`, after a `shorten`. May be called again.
+
+        By a signal handler that hits this very call, too. `Greenlet.start` would not do: on libuv
+        a part of it is Python code, and a start in its middle switches to the greenlet twice.
+        """
         if not self._greenlets:
             self._greenlets.append(self._new_greenlet(manager))
-        self._greenlets[0].start()
+        manager.thread.loop.run_callback(self._start)
+
+    def _start(self) -> None:
+        greenlet = self._greenlets[0]
+        if not greenlet.started and not greenlet.dead:
+            greenlet.switch()
 
     def add_thread(self, event: CallerEvent) -> None:
         """Set `event` when all is over, for an OS thread that waits."""
@@ -116,7 +125,7 @@ class Stop:
         outcome: object = greenlet.value
         if isinstance(outcome, GreenletExit) and not self._stopped.is_set():
             self._greenlets[0] = self._new_greenlet(manager)
-            self._greenlets[0].start()
+            manager.thread.loop.run_callback(self._start)
 
     @property
     def _timeout(self) -> float:

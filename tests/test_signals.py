@@ -494,6 +494,63 @@ def test_shutdown_in_a_signal_handler_whatever_it_hits(mode: str) -> None:
     assert (done.stdout, done.returncode) == ("survived\n", 0)
 
 
+A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN = """
+    import signal
+    import sys
+
+    import gevent
+    from psofa_gevent import PsServer, testing
+    from psofa_gevent.testing import RecordingCallback, ScriptedClient
+
+    testing.POLL_SECONDS = 0.001
+
+    # On libuv gevent's loop is Python code, and a signal may hit that too.
+    def trace_call(frame, event, arg):
+        if "psofa_gevent" in frame.f_code.co_filename or "loop.py" in frame.f_code.co_filename:
+            return trace_line
+
+    def trace_line(frame, event, arg):
+        global lines
+        if event == "line":
+            lines += 1
+            if lines == line:
+                signal.raise_signal(signal.SIGUSR1)
+        return trace_line
+
+    def shut_down():
+        sys.settrace(trace_call)  # the greenlet that runs this
+        server.shutdown()
+        sys.settrace(None)
+
+    signal.signal(signal.SIGUSR1, lambda number, frame: server.shutdown())
+    line, lines = 0, 1
+    while line < lines:
+        line += 1
+        lines = 0
+        callback = RecordingCallback()
+        server = PsServer(callback, host="127.0.0.1", port=0)
+        server.start()
+        with ScriptedClient(server.address):
+            callback.wait_for("on_open")
+            if sys.argv[1] == "main":
+                shut_down()
+            else:
+                gevent.get_hub().loop.run_callback(shut_down)
+                callback.wait_for("on_stop")
+            assert server.wait_for(5)
+        names = [event.name for event in callback.events]
+        assert names == ["on_start", "on_open", "on_close", "on_stop"], (line, names)
+        assert gevent.wait(timeout=10), (line, "something is left")
+    print("survived")
+"""
+
+
+@pytest.mark.parametrize("caller", ["main", "hub"])
+def test_shutdown_in_a_signal_handler_that_hits_any_line_of_a_shutdown(caller: str) -> None:
+    done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN, caller, timeout=60.0)
+    assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
+
+
 # serve_forever
 
 SERVE = """
