@@ -4,6 +4,10 @@ At any time it runs, is parked (in the selector, between two rounds of the loop)
 of a task waits in gevent's way). Only `LoopGreenlet.wake` ends the parking, and only what the step
 waits for ends the holding: a stale wake must never switch into a step that waits for other things.
 
+While it is parked, another greenlet may have it run the first step of a task, without a round of
+the loop (`LoopGreenlet.run_first_step`): it switches here, and is switched back to at the end of
+that step. A coroutine that does not suspend is over by then.
+
 While it is switched out, the thread looks as if there were no such loop: the running loop, the
 current task and the hooks for async generators are those that were there before it was switched to.
 Parking does that itself; a step that waits goes through gevent's ``Hub.switch``, which calls
@@ -15,6 +19,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
+from collections.abc import Callable
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, getcurrent
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 
     from psofa_gevent.aio_loop import HubLoop
 
-__all__ = ["LoopGreenlet"]
+__all__ = ["FirstStep", "LoopGreenlet"]
 
 CLAIM_SECONDS = 0.1
 """How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
@@ -38,6 +44,18 @@ waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 _switch = greenlet.switch
 
 
+class FirstStep:
+    """The first step of a task, and the greenlet that waits until it has ended."""
+
+    __slots__ = ("context", "greenlet", "step", "waits")
+
+    def __init__(self, step: Callable[[], object], context: Context, greenlet: greenlet) -> None:
+        self.step = step
+        self.context = context
+        self.greenlet = greenlet
+        self.waits = False
+
+
 class LoopGreenlet(greenlet):
     """Runs a `HubLoop`, and hides it while it is switched out."""
 
@@ -46,6 +64,9 @@ class LoopGreenlet(greenlet):
         self.loop = loop
         self.hub = hub
         self.parked = False
+        self.in_select = False
+        """Parked, or in a first step that another greenlet asked for while it was."""
+        self._missed_wake = False
         self._held = False
         self._held_task: Task[Any] | None = None
         self._to_cancel: set[Task[Any]] = set()
@@ -98,22 +119,60 @@ class LoopGreenlet(greenlet):
 
     def park(self) -> None:
         """Switch to the hub until woken. In this greenlet, between two rounds of the loop."""
-        if self._ending:
-            raise GreenletExit
+        back: greenlet = self.hub
+        self._leave()
+        self.in_select = True
+        try:
+            while True:
+                if self._ending:
+                    raise GreenletExit
+                self.keep_hub_alive_if_needed()
+                self.parked = True
+                try:
+                    first = _switch(back)
+                finally:
+                    self.parked = False
+                if type(first) is not FirstStep:
+                    return
+                back = self._run_first_step(first)
+        finally:
+            self.in_select = False
+            self._enter()
+
+    def keep_hub_alive_if_needed(self) -> None:
+        """The hub stays alive as long as somebody waits for this loop."""
         needed = self.loop.waiting > 0
         if needed is not self._keeps_alive:
             self._keep_alive.ref = self._keeps_alive = needed
-        self._leave()
-        self.parked = True
+
+    def run_first_step(self, first: FirstStep) -> None:
+        """Run the first step of a task at once. In another greenlet, and only if parked.
+
+        Returns when the step has ended. Interrupted before, by a kill say, the step goes on.
+        """
+        first.waits = True
         try:
-            _switch(self.hub)
+            _switch(self, first)
         finally:
-            self.parked = False
-            self._enter()
+            first.waits = False
+
+    def _run_first_step(self, first: FirstStep) -> greenlet:
+        """Run it in this greenlet; return whom to switch to then."""
+        self._enter()
+        try:
+            first.context.run(first.step)
+        except (KeyboardInterrupt, SystemExit):
+            pass  # it is the task's outcome, which whoever asked for this step waits for
+        finally:
+            self._leave()
+        if self._missed_wake:
+            self._missed_wake = False
+            self._wake = self.hub.loop.run_callback(self._unpark)
+        return first.greenlet if first.waits else self.hub
 
     def wake(self) -> None:
         """Let the loop go on, if it is parked, soon. In the hub's thread."""
-        if self.parked and not self._wake.pending:
+        if self.in_select and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
     def wake_threadsafe(self) -> None:
@@ -125,6 +184,8 @@ class LoopGreenlet(greenlet):
     def _unpark(self) -> None:
         if self.parked:
             _switch(self)
+        elif self.in_select:
+            self._missed_wake = True
 
     def cancel(self, task: Task[Any]) -> None:
         """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.

@@ -18,15 +18,15 @@ import os
 import socket
 import sys
 from asyncio import Handle, Task
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextvars import Context
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar, TypeVarTuple, Unpack, cast
 
 from gevent import GreenletExit, get_hub, getcurrent, monkey
 from greenlet import greenlet
 
-from psofa_gevent.aio_greenlet import LoopGreenlet
+from psofa_gevent.aio_greenlet import FirstStep, LoopGreenlet
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.hub_thread import HubThread
 
@@ -62,14 +62,51 @@ class HubLoop(asyncio.SelectorEventLoop):
         super().__init__(self._hub_selector)
         self._called = Handle(callable, (), self)
         self._called.cancel()
+        self._beginner: greenlet | None = None
+        self._first: FirstStep | None = None
 
-    def join(self, task: Task[T], current: greenlet) -> T:
+    def run(
+        self,
+        coro: Coroutine[Any, Any, T],
+        current: greenlet,
+        context: Context | None,
+        name: str | None,
+    ) -> T:
+        """Run a coroutine as a task, and wait for it in the greenlet `current`, the caller.
+
+        If the loop is parked the first step runs at once. Else (it is held, or has not started) all
+        of it runs in the rounds of the loop.
+        """
+        if not self.greenlet.parked:
+            return self._join(Task(coro, loop=self, name=name, context=context), current)
+        # Not an eager task, which 3.11 does not have, and which would run in the calling greenlet.
+        self._beginner = current
+        try:
+            task = Task(coro, loop=self, name=name, context=context)
+        finally:
+            self._beginner = None
+        first, self._first = self._first, None
+        assert first is not None
+        thrown: BaseException | None = None
+        try:
+            self.greenlet.run_first_step(first)
+        except BaseException as exc:
+            thrown = exc
+            self.greenlet.cancel(task)
+        try:
+            if thrown is None and task.done():
+                return task.result()
+            return self._join(task, current, thrown)
+        finally:
+            del first, task, thrown  # as in `_join`
+
+    def _join(self, task: Task[T], current: greenlet, thrown: BaseException | None = None) -> T:
         """Wait in the greenlet `current`, the caller, for a task of this loop."""
         waiter = _Waiter(self, task, current)
         self.waiting += 1
+        self.greenlet.keep_hub_alive_if_needed()
         task.add_done_callback(waiter)
         hub = self.hub
-        thrown: BaseException | None = None
         try:
             while not task.done():
                 waiter.parked = True
@@ -95,7 +132,11 @@ class HubLoop(asyncio.SelectorEventLoop):
         context: Context | None = None,
     ) -> Handle:
         """As in asyncio; from other greenlets of the hub's thread too."""
-        if self.greenlet.parked:
+        if self._beginner is not None:
+            step: Any = callback
+            self._first = FirstStep(step, cast("Context", context), self._beginner)
+            return self._called
+        if self.greenlet.in_select:
             self.greenlet.wake()
         waiter: object = callback
         if type(waiter) is _Waiter:
