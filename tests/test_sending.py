@@ -20,7 +20,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from acting import LONGER_THAN_A_WINDOW_PROBE, wait_until_stalled
+from acting import wait_until_stalled
 from helpers import NativeThread, run_python, stalled_peer
 from psofa_gevent import (
     PsCloseReason,
@@ -36,6 +36,7 @@ from psofa_gevent.testing import (
     RecordingCallback,
     ScriptedClient,
     ServerFactory,
+    connected_session,
     eventually,
 )
 
@@ -61,13 +62,30 @@ class Line(NamedTuple):
     callback: RecordingCallback
 
     def close_reason(self) -> object:
-        """Wait for the close; the reason of the only ``on_close``."""
-        events = self.callback.wait_for("on_close", session=self.session)
-        assert len(events) == 1
-        return events[0].value
+        return close_reason(self.callback, self.session)
+
+
+class FullLine(NamedTuple):
+    """A session whose buffers are full to the last byte until its peer reads."""
+
+    session: PsSession
+    peer: ScriptedClient
+    callback: RecordingCallback
+    filled: int
+
+    def close_reason(self) -> object:
+        return close_reason(self.callback, self.session)
+
+
+def close_reason(callback: RecordingCallback, session: PsSession) -> object:
+    """Wait for the close; the reason of the only ``on_close``."""
+    events = callback.wait_for("on_close", session=session)
+    assert len(events) == 1
+    return events[0].value
 
 
 LineFactory: TypeAlias = Callable[..., Line]
+FullLineFactory: TypeAlias = Callable[..., FullLine]
 
 
 @pytest.fixture
@@ -84,6 +102,25 @@ def line(ps_server: ServerFactory) -> Iterator[LineFactory]:
             # There is no setting for it: the kernel's own tuning serves users better.
             session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
             return Line(server, session, peer, callback)
+
+        yield make
+
+
+@pytest.fixture
+def full_line() -> Iterator[FullLineFactory]:
+    """Makes a `FullLine`: ``full_line(callback)``.
+
+    Of a Unix socket pair: a TCP connection that is full may take some bytes more whenever the
+    kernel probes the peer's window.
+    """
+    with contextlib.ExitStack() as pairs:
+
+        def make(callback: RecordingCallback | None = None) -> FullLine:
+            callback = callback or RecordingCallback()
+            pair = pairs.enter_context(connected_session(callback, linger_timeout=0.0))
+            callback.wait_for("on_open")
+            pair.session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+            return FullLine(pair.session, pair.peer, callback, fill(pair.session))
 
         yield make
 
@@ -130,7 +167,7 @@ def fill(session: PsSession) -> int:
             session.send("-", timeout=None)
 
     pouring = attempt(pour)
-    wait_until_stalled(session, LONGER_THAN_A_WINDOW_PROBE)
+    wait_until_stalled(session)
     pouring.kill()
     assert session.is_open
     return session.bytes_sent
@@ -625,9 +662,10 @@ def test_sender_hit_by_a_timeout_in_line_leaves_the_stream_whole(line: LineFacto
     peer.expect("fine")
 
 
-def test_first_sender_of_whose_message_nothing_left_may_be_thrown_out(line: LineFactory) -> None:
-    _server, session, peer, _callback = line()
-    filled = fill(session)
+def test_first_sender_of_whose_message_nothing_left_may_be_thrown_out(
+    full_line: FullLineFactory,
+) -> None:
+    session, peer, _callback, filled = full_line()
     with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
         session.send("b" * BIG, timeout=None)
     assert isinstance(kill(line_up(session, "c" * BIG)), gevent.GreenletExit)
@@ -650,10 +688,10 @@ async def cancelled_send(session: PsSession, message: str) -> None:
 
 @pytest.mark.parametrize("steps", range(4))
 def test_sender_killed_as_its_turn_comes_passes_it_on_or_fails_the_session(
-    steps: int, line: LineFactory
+    steps: int, full_line: FullLineFactory
 ) -> None:
-    stalled = line()
-    filled = fill(stalled.session)
+    stalled = full_line()
+    filled = stalled.filled
     first = line_up(stalled.session, "b" * BIG)
     second = line_up(stalled.session, "c")
     stalled.peer.receive(filled // 2)
@@ -686,10 +724,10 @@ def test_sender_killed_after_a_part_left_fails_the_session_and_all_in_line(
 
 
 def test_sender_killed_after_a_part_left_when_its_turn_came_fails_the_session(
-    line: LineFactory,
+    full_line: FullLineFactory,
 ) -> None:
-    stalled = line()
-    filled = fill(stalled.session)
+    stalled = full_line()
+    filled = stalled.filled
     sender = line_up(stalled.session, "b" * BIG)
     stalled.peer.expect("-" * filled)
     eventually(lambda: stalled.session.bytes_sent > filled)
@@ -834,11 +872,10 @@ def test_sync_send_in_an_async_callback_works_where_it_need_not_wait(line: LineF
 
 
 def test_sync_send_that_would_wait_in_an_async_callback_names_send_async(
-    line: LineFactory,
+    full_line: FullLineFactory,
 ) -> None:
     callback = AsyncAction(send_sync)
-    _server, session, peer, _callback = line(callback)
-    filled = fill(session)
+    session, peer, _callback, filled = full_line(callback)
     peer.send("x")
     error = callback.next_outcome()
     assert isinstance(error, PsSendError)
@@ -884,10 +921,9 @@ def test_sync_send_in_a_greenlet_awaited_by_an_async_callback_may_wait(line: Lin
 
 
 def test_sync_send_in_a_coroutine_outside_a_callback_is_refused_the_same_way(
-    line: LineFactory,
+    full_line: FullLineFactory,
 ) -> None:
-    _server, session, _peer, _callback = line()
-    fill(session)
+    session, _peer, _callback, _filled = full_line()
     with pytest.raises(PsSendError, match="send_async"):
         run_coroutine(send_sync(session))
     assert session.is_open
@@ -1160,9 +1196,8 @@ def test_send_in_the_hub_works_where_it_need_not_wait(line: LineFactory) -> None
     peer.expect("from the hub")
 
 
-def test_send_in_the_hub_that_would_wait_is_refused(line: LineFactory) -> None:
-    _server, session, peer, _callback = line()
-    filled = fill(session)
+def test_send_in_the_hub_that_would_wait_is_refused(full_line: FullLineFactory) -> None:
+    session, peer, _callback, filled = full_line()
     assert isinstance(in_the_hub(lambda: session.send("x" * BIG)), PsSendError)
     assert session.is_open
     peer.expect("-" * filled)
