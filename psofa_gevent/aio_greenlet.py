@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
-from collections.abc import Callable
+from collections.abc import Coroutine
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +43,34 @@ waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 # Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
 _switch = greenlet.switch
 
+# Looked up once: they are called for each coroutine that a greenlet runs.
+_get_running_loop = asyncio._get_running_loop
+_set_running_loop = asyncio._set_running_loop
+_get_hooks = sys.get_asyncgen_hooks
+_set_hooks = sys.set_asyncgen_hooks
+
 
 class FirstStep:
-    """The first step of a task, and the greenlet that waits until it has ended."""
+    """A coroutine that is to become a task, and the greenlet that waits for its first step."""
 
-    __slots__ = ("context", "greenlet", "step", "waits")
+    __slots__ = ("context", "coro", "error", "greenlet", "name", "task", "waits")
 
-    def __init__(self, step: Callable[[], object], context: Context, greenlet: greenlet) -> None:
-        self.step = step
+    def __init__(
+        self,
+        coro: Coroutine[Any, Any, Any],
+        context: Context,
+        name: str | None,
+        greenlet: greenlet,
+    ) -> None:
+        self.coro = coro
         self.context = context
+        self.name = name
         self.greenlet = greenlet
-        self.waits = False
+        self.waits = True
+        self.task: Task[Any] | None = None
+        """The task, when its first step has ended."""
+        self.error: BaseException | None = None
+        """What that raised, if not into the task: then there is none."""
 
 
 class LoopGreenlet(greenlet):
@@ -88,7 +105,7 @@ class LoopGreenlet(greenlet):
         self._enter()
         try:
             while not self.loop.is_closed():
-                asyncio._set_running_loop(None)
+                _set_running_loop(None)
                 try:
                     self.loop.run_forever()
                 except (KeyboardInterrupt, SystemExit) as exc:
@@ -123,19 +140,18 @@ class LoopGreenlet(greenlet):
         self._leave()
         self.in_select = True
         try:
-            while True:
-                if self._ending:
-                    raise GreenletExit
-                self.keep_hub_alive_if_needed()
+            while not self._ending:
+                if self._keeps_alive is not (self.loop.waiting > 0):
+                    self.keep_hub_alive_if_needed()
                 self.parked = True
-                try:
-                    first = _switch(back)
-                finally:
-                    self.parked = False
+                first = _switch(back)
+                self.parked = False
                 if type(first) is not FirstStep:
                     return
                 back = self._run_first_step(first)
+            raise GreenletExit
         finally:
+            self.parked = False
             self.in_select = False
             self._enter()
 
@@ -146,23 +162,23 @@ class LoopGreenlet(greenlet):
             self._keep_alive.ref = self._keeps_alive = needed
 
     def run_first_step(self, first: FirstStep) -> None:
-        """Run the first step of a task at once. In another greenlet, and only if parked.
+        """Make a task, and run its first step at once. In another greenlet, and only if parked.
 
         Returns when the step has ended. Interrupted before, by a kill say, the step goes on.
         """
-        first.waits = True
         try:
             _switch(self, first)
-        finally:
+        except BaseException:
             first.waits = False
+            raise
 
     def _run_first_step(self, first: FirstStep) -> greenlet:
         """Run it in this greenlet; return whom to switch to then."""
         self._enter()
         try:
-            first.context.run(first.step)
-        except (KeyboardInterrupt, SystemExit):
-            pass  # it is the task's outcome, which whoever asked for this step waits for
+            first.task = self.loop.begin_task(first)
+        except BaseException as exc:
+            first.error = exc
         finally:
             self._leave()
         if self._missed_wake:
@@ -265,22 +281,22 @@ class LoopGreenlet(greenlet):
             self._held_task = None
 
     def _enter(self) -> None:
-        other = self._other_loop = asyncio._get_running_loop()
+        other = self._other_loop = _get_running_loop()
         if other is not None and (task := asyncio.current_task(other)) is not None:
             # Since Python 3.14 a thread has one current task, not one for each loop.
             asyncio._leave_task(other, task)
             self._other_task = task
-        self._other_hooks = sys.get_asyncgen_hooks()
+        self._other_hooks = _get_hooks()
         if self._hooks is not None:
-            sys.set_asyncgen_hooks(*self._hooks)
-        asyncio._set_running_loop(self.loop)
+            _set_hooks(*self._hooks)
+        _set_running_loop(self.loop)
 
     def _leave(self) -> None:
         if self._hooks is None:
             # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
-            self._hooks = tuple(sys.get_asyncgen_hooks())
-        sys.set_asyncgen_hooks(*self._other_hooks)
-        asyncio._set_running_loop(self._other_loop)
+            self._hooks = tuple(_get_hooks())
+        _set_hooks(*self._other_hooks)
+        _set_running_loop(self._other_loop)
         if self._other_task is not None and self._other_loop is not None:
             asyncio._enter_task(self._other_loop, self._other_task)
             self._other_task = None

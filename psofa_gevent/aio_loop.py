@@ -20,8 +20,8 @@ import sys
 from asyncio import Handle, Task
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from contextvars import Context
-from typing import Any, TypeVar, TypeVarTuple, Unpack, cast
+from contextvars import Context, copy_context
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from gevent import GreenletExit, get_hub, getcurrent, monkey
 from greenlet import greenlet
@@ -62,8 +62,6 @@ class HubLoop(asyncio.SelectorEventLoop):
         super().__init__(self._hub_selector)
         self._called = Handle(callable, (), self)
         self._called.cancel()
-        self._beginner: greenlet | None = None
-        self._first: FirstStep | None = None
 
     def run(
         self,
@@ -74,31 +72,59 @@ class HubLoop(asyncio.SelectorEventLoop):
     ) -> T:
         """Run a coroutine as a task, and wait for it in the greenlet `current`, the caller.
 
-        If the loop is parked the first step runs at once. Else (it is held, or has not started) all
-        of it runs in the rounds of the loop.
+        If the loop is parked the first step runs at once: most coroutines of callbacks are over
+        with it. Else (the loop is held, or has not started) all of it runs in rounds of the loop.
         """
         if not self.greenlet.parked:
             return self._join(Task(coro, loop=self, name=name, context=context), current)
-        # Not an eager task, which 3.11 does not have, and which would run in the calling greenlet.
-        self._beginner = current
-        try:
-            task = Task(coro, loop=self, name=name, context=context)
-        finally:
-            self._beginner = None
-        first, self._first = self._first, None
-        assert first is not None
+        if context is None:
+            context = copy_context()  # the caller's; it would be that of the loop's greenlet
+        first = FirstStep(coro, context, name, current)
         thrown: BaseException | None = None
         try:
             self.greenlet.run_first_step(first)
         except BaseException as exc:
             thrown = exc
-            self.greenlet.cancel(task)
         try:
-            if thrown is None and task.done():
+            task: Task[T] | None = first.task
+            if task is None:
+                task = self._task_of(first)
+            if thrown is not None:
+                self.greenlet.cancel(task)
+            elif task.done():
                 return task.result()
             return self._join(task, current, thrown)
         finally:
-            del first, task, thrown  # as in `_join`
+            first = thrown = task = None  # type: ignore[assignment]  # as in `_join`
+
+    def _task_of(self, first: FirstStep) -> Task[Any]:
+        """The task whose first step raised past it, or is held."""
+        if first.error is not None:
+            raise first.error
+        return next(task for task in asyncio.all_tasks(self) if task.get_coro() is first.coro)
+
+    if sys.version_info >= (3, 12):
+
+        def begin_task(self, first: FirstStep) -> Task[Any]:
+            """Make a task and run its first step. In the loop's greenlet, between two steps."""
+            return Task(
+                first.coro, loop=self, name=first.name, context=first.context, eager_start=True
+            )
+
+    else:
+
+        def begin_task(self, first: FirstStep) -> Task[Any]:
+            """Make a task and run its first step. In the loop's greenlet, between two steps."""
+            # What the task asks for when it is made; without eager tasks it asks for nothing else.
+            steps: list[tuple[Callable[[], None], Context]] = []
+            self.__dict__["call_soon"] = lambda step, context: steps.append((step, context))
+            try:
+                task = Task(first.coro, loop=self, name=first.name, context=first.context)
+            finally:
+                del self.__dict__["call_soon"]
+            step, context = steps[0]
+            context.run(step)
+            return task
 
     def _join(self, task: Task[T], current: greenlet, thrown: BaseException | None = None) -> T:
         """Wait in the greenlet `current`, the caller, for a task of this loop."""
@@ -132,10 +158,6 @@ class HubLoop(asyncio.SelectorEventLoop):
         context: Context | None = None,
     ) -> Handle:
         """As in asyncio; from other greenlets of the hub's thread too."""
-        if self._beginner is not None:
-            step: Any = callback
-            self._first = FirstStep(step, cast("Context", context), self._beginner)
-            return self._called
         if self.greenlet.in_select:
             self.greenlet.wake()
         waiter: object = callback
