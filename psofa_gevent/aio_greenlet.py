@@ -5,8 +5,8 @@ of a task waits in gevent's way). Only `LoopGreenlet.wake` ends the parking, and
 waits for ends the holding: a stale wake must never switch into a step that waits for other things.
 
 While it is parked, another greenlet may have it run the first step of a task, without a round of
-the loop (`LoopGreenlet.run_first_step`): it switches here, and is switched back to at the end of
-that step. A coroutine that does not suspend is over by then.
+the loop: it switches here with a `FirstStep` (`switch_to_loop`), and is switched back to at the end
+of that step. A coroutine that does not suspend is over by then.
 
 While it is switched out, the thread looks as if there were no such loop: the running loop, the
 current task and the hooks for async generators are those that were there before it was switched to.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from psofa_gevent.aio_loop import HubLoop
 
-__all__ = ["FirstStep", "LoopGreenlet"]
+__all__ = ["FirstStep", "LoopGreenlet", "switch_to_loop"]
 
 CLAIM_SECONDS = 0.1
 """How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
@@ -41,7 +41,7 @@ waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 """
 
 # Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
-_switch = greenlet.switch
+_switch = switch_to_loop = greenlet.switch
 
 # Looked up once: they are called for each coroutine that a greenlet runs.
 _get_running_loop = asyncio._get_running_loop
@@ -75,6 +75,29 @@ class FirstStep:
 
 class LoopGreenlet(greenlet):
     """Runs a `HubLoop`, and hides it while it is switched out."""
+
+    # An attribute in a dictionary takes a greenlet three times as long to find.
+    __slots__ = (
+        "_claimed",
+        "_ending",
+        "_held",
+        "_held_task",
+        "_hooks",
+        "_keep_alive",
+        "_keeps_alive",
+        "_missed_wake",
+        "_other_hooks",
+        "_other_loop",
+        "_other_task",
+        "_to_cancel",
+        "_unclaimed",
+        "_wake",
+        "_wake_threadsafe",
+        "hub",
+        "in_select",
+        "loop",
+        "parked",
+    )
 
     def __init__(self, loop: HubLoop, hub: Hub) -> None:
         super().__init__(None, hub)
@@ -160,17 +183,6 @@ class LoopGreenlet(greenlet):
         needed = self.loop.waiting > 0
         if needed is not self._keeps_alive:
             self._keep_alive.ref = self._keeps_alive = needed
-
-    def run_first_step(self, first: FirstStep) -> None:
-        """Make a task, and run its first step at once. In another greenlet, and only if parked.
-
-        Returns when the step has ended. Interrupted before, by a kill say, the step goes on.
-        """
-        try:
-            _switch(self, first)
-        except BaseException:
-            first.waits = False
-            raise
 
     def _run_first_step(self, first: FirstStep) -> greenlet:
         """Run it in this greenlet; return whom to switch to then."""
@@ -288,14 +300,16 @@ class LoopGreenlet(greenlet):
             self._other_task = task
         self._other_hooks = _get_hooks()
         if self._hooks is not None:
-            _set_hooks(*self._hooks)
+            firstiter, finalizer = self._hooks
+            _set_hooks(firstiter, finalizer)
         _set_running_loop(self.loop)
 
     def _leave(self) -> None:
         if self._hooks is None:
             # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
             self._hooks = tuple(_get_hooks())
-        _set_hooks(*self._other_hooks)
+        firstiter, finalizer = self._other_hooks
+        _set_hooks(firstiter, finalizer)
         _set_running_loop(self._other_loop)
         if self._other_task is not None and self._other_loop is not None:
             asyncio._enter_task(self._other_loop, self._other_task)

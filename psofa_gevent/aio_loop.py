@@ -26,7 +26,7 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 from gevent import GreenletExit, get_hub, getcurrent, monkey
 from greenlet import greenlet
 
-from psofa_gevent.aio_greenlet import FirstStep, LoopGreenlet
+from psofa_gevent.aio_greenlet import FirstStep, LoopGreenlet, switch_to_loop
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.hub_thread import HubThread
 
@@ -82,8 +82,9 @@ class HubLoop(asyncio.SelectorEventLoop):
         first = FirstStep(coro, context, name, current)
         thrown: BaseException | None = None
         try:
-            self.greenlet.run_first_step(first)
-        except BaseException as exc:
+            switch_to_loop(self.greenlet, first)
+        except BaseException as exc:  # the step goes on
+            first.waits = False
             thrown = exc
         try:
             task: Task[T] | None = first.task

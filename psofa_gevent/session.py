@@ -81,6 +81,8 @@ class Host(Protocol):
 class SessionGreenlet(LibraryGreenlet):
     """The greenlet of one session."""
 
+    __slots__ = ("session",)
+
     def __init__(self, session: PsSession) -> None:
         super().__init__()
         self.session = session

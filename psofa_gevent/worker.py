@@ -27,6 +27,9 @@ else:
 class LibraryGreenlet(_Greenlet):
     """A greenlet of the library's own."""
 
+    # Without a dictionary it is smaller, and its methods are found faster.
+    __slots__ = ()
+
 
 def in_callback() -> bool:
     """Whether the caller is a callback (or was called by one, in the same greenlet)."""
