@@ -172,6 +172,7 @@ class LoopGreenlet(greenlet):
                 if type(first) is not FirstStep:
                     return
                 back = self._run_first_step(first)
+                first = None  # while parked it would be held
             raise GreenletExit
         finally:
             self.parked = False

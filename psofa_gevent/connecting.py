@@ -22,6 +22,7 @@ from psofa_gevent.manager import SessionManager
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_seconds
+from psofa_gevent.tcp import set_no_delay
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
@@ -58,7 +59,7 @@ class ConnectingOwner(SessionOwner):
     ) -> PsSession:
         if not manager.thread.is_current():
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
-        connector = Connector(host, port, family, self._error)
+        connector = Connector(host, port, family, self._settings.no_delay, self._error)
         with manager.entrance():
             self._connectors.add(connector)
             where = format_address(host, port)
@@ -102,11 +103,13 @@ class Connector:
         host: str,
         port: int,
         family: PsSocketAddressFamily,
+        no_delay: bool,
         error: type[PsError],
     ) -> None:
         self._host = host
         self._port = port
         self._family = family
+        self._no_delay = no_delay
         self._error = error
         self._greenlet: Any = None
         self._aborted = Timeout(None)
@@ -169,6 +172,8 @@ class Connector:
         try:
             if self._family is PsSocketAddressFamily.IPV6:
                 connecting.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
+            if self._no_delay:
+                set_no_delay(connecting)
             connecting.settimeout(None if timeout is None else max(timeout, 0.001))
             connecting.connect(address)
             return _socket.socket(family, _socket.SOCK_STREAM, 0, connecting.detach())

@@ -29,12 +29,14 @@ from psofa_gevent.addresses import SocketAddress, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
+from psofa_gevent.tcp import NO_DELAY_IS_INHERITED, Endpoint, set_no_delay
 
 __all__ = ["Listener", "bind"]
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
 
+EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 WARNING_PERIOD = 60.0
 """Seconds from one warning to the next: a server at its limit fails and heals many times in it."""
@@ -46,6 +48,7 @@ def bind(
     *,
     backlog: int,
     receive_buffer_size: int | None,
+    no_delay: bool,
 ) -> socket.socket:
     """A socket that listens on `address`.
 
@@ -63,6 +66,8 @@ def bind(
         if receive_buffer_size is not None:
             # Before listen: the window scale is fixed in the handshake (tcp(7)).
             listening.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVBUF, receive_buffer_size)
+        if no_delay:
+            set_no_delay(listening)
         listening.bind(address)
         listening.listen(backlog)
         listening.setblocking(False)
@@ -80,6 +85,10 @@ class Listener(StreamServer):
         self._paused = False
         self._backoff = self.min_delay
         self._next_warning = monotonic()
+        self._sets_no_delay = manager.settings.no_delay and not NO_DELAY_IS_INHERITED
+        bound_to: Endpoint = listening.getsockname()
+        self._local_endpoint = None if bound_to[0] in EVERY_ADDRESS else bound_to
+        """That of all accepted sockets, if the server listens on one address only."""
         super().__init__(listening, handle=_never_called, spawn=manager.pool)
 
     def pause(self) -> None:
@@ -122,7 +131,9 @@ class Listener(StreamServer):
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager."""
         try:
-            self._manager.open(accepted, address)
+            if self._sets_no_delay:
+                set_no_delay(accepted)
+            self._manager.open(accepted, address, None, self._local_endpoint)
         except OSError as exc:
             # Reset before it could be looked at.
             accepted.close()

@@ -29,6 +29,7 @@ from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.idle import IdleTimer
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
+from psofa_gevent.tcp import Endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
@@ -73,13 +74,20 @@ class SessionManager:
         sock: _socket.socket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None = None,
+        local_endpoint: Endpoint | None = None,
     ) -> PsSession:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
+
+        Args:
+            sock: the socket, its options set.
+            remote_endpoint: the peer's address.
+            connection_id: the session's id; by default a random one.
+            local_endpoint: the socket's own address where it is known; else the system is asked.
 
         Raises:
             OSError: the socket is not connected any more. The caller closes it.
         """
-        session = PsSession(self, sock, remote_endpoint, connection_id)
+        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint)
         greenlet: Any = session._greenlet
         greenlet.rawlink(self._greenlet_ended)
         self.sessions[session] = None
@@ -163,6 +171,6 @@ class SessionManager:
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
         session = greenlet.session
-        if not session._started:
+        if session is not None and not session._started:
             self.forget(session)
             session._drop()

@@ -16,6 +16,7 @@ from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_instance
+from psofa_gevent.tcp import set_no_delay
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 
@@ -174,6 +175,8 @@ class PsMultiClient(ConnectingOwner):
     def _adopt(self, connected: _socket.socket) -> PsSession:
         """Take over a connected stream socket of any kind: for `psofa_gevent.testing`."""
         sock = _socket.socket(connected.family, connected.type, connected.proto, connected.detach())
+        if self._settings.no_delay:
+            set_no_delay(sock)
         return self._running_manager().open(sock, sock.getpeername())
 
     def _running_manager(self) -> SessionManager:

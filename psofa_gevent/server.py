@@ -294,6 +294,7 @@ class PsServer(SessionOwner):
                 self._family,
                 backlog=self._backlog,
                 receive_buffer_size=self._receive_buffer_size,
+                no_delay=self._settings.no_delay,
             )
         except OSError as exc:
             raise PsServerError(f"cannot listen on {where}: {self._explain(exc)}") from exc

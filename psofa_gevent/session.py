@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
 
 from gevent import GreenletExit, getcurrent
 
+from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.ready import ready_sessions
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import SessionSettings, check_idle, check_instance
-from psofa_gevent.tcp import Endpoint, endpoint, reset, set_no_delay, unacknowledged
+from psofa_gevent.tcp import Endpoint, endpoint, reset, unacknowledged
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
@@ -85,10 +86,15 @@ class SessionGreenlet(LibraryGreenlet):
 
     def __init__(self, session: PsSession) -> None:
         super().__init__()
-        self.session = session
+        self.session: PsSession | None = session
+        """None when the session has ended: whoever switched here last may hold this greenlet."""
 
     def _run(self) -> None:
-        self.session._live()
+        try:
+            assert self.session is not None
+            self.session._live()
+        finally:
+            self.session = None
 
 
 class PsSession(SendingHalf):
@@ -127,18 +133,17 @@ class PsSession(SendingHalf):
         sock: _socket.socket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None,
+        local_endpoint: Endpoint | None = None,
     ) -> None:
         super().__init__(host, sock)
         settings = host.settings
         sock.setblocking(False)
-        if settings.no_delay:
-            set_no_delay(sock)
-        self._local_endpoint = endpoint(sock.getsockname())
+        self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._watcher = self._loop.io(sock.fileno(), READ)
         self._ready = ready_sessions()
         self._ready.register()
-        self._connection_id = connection_id or uuid.uuid4()
+        self._connection_id = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
         self._idle = _NEVER if idle is None else idle / 1_000
@@ -160,7 +165,11 @@ class PsSession(SendingHalf):
     @property
     def connection_id(self) -> uuid.UUID:
         """The session's id: random, or what the client chose in ``connect``."""
-        return self._connection_id
+        chosen = self._connection_id
+        if isinstance(chosen, bytes):
+            # Another thread that asks just now makes an equal one.
+            chosen = self._connection_id = random_id(chosen)
+        return chosen
 
     @property
     def owner(self) -> Owner:
@@ -216,7 +225,7 @@ class PsSession(SendingHalf):
     def __repr__(self) -> str:
         state = "open" if self._open else self._reason.name
         return (
-            f"<PsSession {self._connection_id} {_format(self._local_endpoint)} - "
+            f"<PsSession {self.connection_id} {_format(self._local_endpoint)} - "
             f"{_format(self._remote_endpoint)} {state}>"
         )
 
@@ -363,7 +372,9 @@ class PsSession(SendingHalf):
                 while ready:
                     other = ready.pop()
                     if other._waiting_since:
-                        other._greenlet.switch()
+                        greenlet = other._greenlet
+                        del other  # a wait must not hold another session
+                        greenlet.switch()
                         break
                     other._stop_watching()
                 else:
@@ -456,7 +467,8 @@ class PsSession(SendingHalf):
         """Let the peer take what was sent, before the close."""
         if self._abort_asked:  # by another thread; its request is on its way
             self._abort()
-        self._wait_for_callbacks_that_send()
+        if self._line is not None:
+            self._wait_for_callbacks_that_send()
         may_linger = self._may_linger and self._reason is not PsCloseReason.PEER_CLOSE
         if may_linger and not self._released:
             try:

@@ -13,11 +13,20 @@ import struct
 import sys
 from typing import Any
 
-__all__ = ["Endpoint", "endpoint", "reset", "set_no_delay", "unacknowledged"]
+__all__ = [
+    "NO_DELAY_IS_INHERITED",
+    "Endpoint",
+    "endpoint",
+    "reset",
+    "set_no_delay",
+    "unacknowledged",
+]
 
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
 
+NO_DELAY_IS_INHERITED = sys.platform == "linux"
+"""Whether an accepted socket has the TCP_NODELAY of its listener."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _SO_NWRITE = 0x1024
 """macOS, sys/socket.h: bytes in the send buffer; Python has no name for it."""

@@ -30,6 +30,9 @@ class LibraryGreenlet(_Greenlet):
     # Without a dictionary it is smaller, and its methods are found faster.
     __slots__ = ()
 
+    # gevent notes for each greenlet where it was made, ten frames deep: here always the same place.
+    spawning_stack_limit = 0
+
 
 def in_callback() -> bool:
     """Whether the caller is a callback (or was called by one, in the same greenlet)."""

@@ -91,11 +91,11 @@ class Forgetful(PsCallback):
         eventually(lambda: len(self.reasons) == count)
         # The greenlets that run now must end: the session's, the closing one's turn, a sender's.
         with contextlib.suppress(AssertionError):
-            eventually(lambda: not self._alive(), timeout=1.0)
-        alive = self._alive()
+            eventually(lambda: not self.alive(), timeout=1.0)
+        alive = self.alive()
         assert alive == [], [gc.get_referrers(each) for each in alive]
 
-    def _alive(self) -> list[object]:
+    def alive(self) -> list[object]:
         return [each for reference in self.references if (each := reference()) is not None]
 
 
@@ -513,6 +513,29 @@ def test_a_thousand_sessions_leave_nothing_behind(ps_client: ClientFactory) -> N
                 if number % 2:
                     client.reset()
         callback.assert_freed(1_000)
+
+
+@pytest.mark.parametrize("kind", [Forgetful, ForgetfulAsync])
+def test_an_idle_session_keeps_none_that_was_ready_with_it(
+    ps_server: ServerFactory, ps_client: ClientFactory, kind: type[Forgetful]
+) -> None:
+    """One that waits again goes over to the next one that is ready, and so has its greenlet."""
+    callback = kind()
+    server = ps_server(callback)
+    clients = [ps_client(server) for _ in range(10)]
+    eventually(lambda: len(server.sessions) == 10)
+    for client in clients:  # the hub does not run meanwhile: all are ready in one round
+        client.send("x")
+    eventually(lambda: all(session.messages_received for session in server.sessions))
+    for number, client in enumerate(clients):
+        if number % 2:
+            client.eof()
+    eventually(lambda: len(callback.reasons) == 5)
+    eventually(lambda: sessions_alive(callback) == 5)
+
+
+def sessions_alive(callback: Forgetful) -> int:
+    return sum(isinstance(each, PsSession) for each in callback.alive())
 
 
 def test_an_idle_session_keeps_no_message(

@@ -1289,7 +1289,7 @@ def test_connection_that_is_gone_before_it_begins_costs_nothing(
 
     server = ps_server(echo())
     caplog.set_level(logging.INFO, "psofa_gevent")
-    monkeypatch.setattr("psofa_gevent.session.set_no_delay", fail)
+    monkeypatch.setattr("psofa_gevent.manager.PsSession", fail)
     with ScriptedClient(server.address) as client:
         client.receive_until_eof()
     assert server.get_session_count() == 0
@@ -1309,7 +1309,7 @@ def test_connection_that_cannot_be_started_is_logged_and_costs_no_other(
     with ScriptedClient(server.address) as open_one:
         open_one.send("before")
         open_one.expect("before")
-        monkeypatch.setattr("psofa_gevent.session.uuid.uuid4", fail)
+        monkeypatch.setattr("psofa_gevent.session.random_bytes", fail)
         with ScriptedClient(server.address) as client:
             client.receive_until_eof()
         assert server.get_session_count() == 1
