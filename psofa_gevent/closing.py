@@ -183,7 +183,7 @@ class CloseQueue:
                 self._thread.raise_in_main(exc)
             logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
         finally:
-            if args:
+            if args and subject.close_cause is not None:
                 _cut_traceback(subject.close_cause)
 
     def _one_less(self) -> None:

@@ -85,6 +85,8 @@ class Listener(StreamServer):
         self._paused = False
         self._backoff = self.min_delay
         self._next_warning = monotonic()
+        # As plain numbers, which a socket's own properties are not.
+        self._kind = int(listening.family), int(listening.type), listening.proto
         self._sets_no_delay = manager.settings.no_delay and not NO_DELAY_IS_INHERITED
         bound_to: Endpoint = listening.getsockname()
         self._local_endpoint = None if bound_to[0] in EVERY_ADDRESS else bound_to
@@ -125,8 +127,7 @@ class Listener(StreamServer):
             self._accept_failed(exc)
             return None
         self._backoff = self.min_delay
-        accepted = _socket.socket(listening.family, listening.type, listening.proto, descriptor)
-        return accepted, address
+        return _socket.socket(*self._kind, descriptor), address
 
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager."""

@@ -27,6 +27,7 @@ from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.idle import IdleTimer
+from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import Endpoint
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from psofa_gevent.stopping import Stop
 
 __all__ = ["SessionManager"]
+
+logger = logging.getLogger("psofa_gevent")
 
 
 class SessionManager:
@@ -51,6 +54,7 @@ class SessionManager:
         self.owner = owner
         self.settings = settings
         self.thread = HubThread()
+        self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
         self.pool = Pool(max_sessions)
         self.changed = Event()
@@ -117,7 +121,8 @@ class SessionManager:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
             self.closing.put(session)
-            log_safely(logging.DEBUG, "%r: closed", session)
+            if logger.isEnabledFor(logging.DEBUG):
+                log_safely(logging.DEBUG, "%r: closed", session)
 
     def forget(self, session: PsSession) -> bool:
         """Count the session no more; false if it did not count any longer."""

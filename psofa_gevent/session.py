@@ -36,7 +36,7 @@ from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import HubThread, get_ident
-from psofa_gevent.ready import ready_sessions
+from psofa_gevent.ready import ReadySessions
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import SessionSettings, check_idle, check_instance
 from psofa_gevent.tcp import Endpoint, endpoint, reset, unacknowledged
@@ -72,6 +72,7 @@ class Host(Protocol):
 
     owner: Owner
     thread: HubThread
+    ready: ReadySessions
     settings: SessionSettings
     dispatch: Dispatch
 
@@ -141,7 +142,7 @@ class PsSession(SendingHalf):
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._watcher = self._loop.io(sock.fileno(), READ)
-        self._ready = ready_sessions()
+        self._ready = host.ready
         self._ready.register()
         self._connection_id = connection_id or random_bytes()
         self._opened_at = time()
