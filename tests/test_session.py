@@ -6,6 +6,7 @@ import array
 import ctypes
 import enum
 import re
+import socket
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ import gevent.socket
 import pytest
 
 from acting import STALLING, ActingCallback, sending, wait_until_stalled
-from helpers import NativeThread, stalled_peer
+from helpers import NativeThread, run_python, stalled_peer
 from psofa_gevent import (
     PsClient,
     PsCloseReason,
@@ -209,6 +210,59 @@ def test_the_connection_id_is_random_for_a_server_and_chosen_or_random_for_a_cli
     assert all(isinstance(each, uuid.UUID) for each in ids)
 
 
+def test_the_connection_id_is_the_same_whenever_and_wherever_it_is_asked_for(
+    ps_server: ServerFactory, ps_client: ClientFactory, callback: ActingCallback
+) -> None:
+    ps_client(ps_server(callback)).close()
+    session = callback.opened()
+    callback.closed(session)
+    ids = [NativeThread(lambda: session.connection_id).wait() for _ in range(4)]
+    assert {*ids, session.connection_id} == {session.connection_id}
+    assert session.connection_id.version == 4
+    assert session.connection_id.variant == uuid.RFC_4122
+
+
+def test_a_forked_child_gives_its_sessions_other_ids_than_its_parent() -> None:
+    program = """
+        import os
+        from psofa_gevent import PsCallback
+        from psofa_gevent.testing import connected_session
+
+        def ids():
+            for _ in range(3):
+                with connected_session(PsCallback()) as connected:
+                    print(connected.session.connection_id, flush=True)
+
+        ids()  # some random bytes are left of these
+        if os.fork() == 0:
+            ids()
+            os._exit(0)
+        os.wait()
+        ids()
+    """
+    done = run_python(program)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert len(set(done.stdout.split())) == 9
+
+
+@pytest.mark.parametrize("no_delay", [True, False])
+def test_no_delay_is_set_on_the_sockets_of_servers_and_clients(
+    ps_server: ServerFactory, callback: ActingCallback, no_delay: bool
+) -> None:
+    server = ps_server(callback, no_delay=no_delay)
+    host, port = server.address[:2]
+    with (
+        PsClient(RecordingCallback(), host, port, no_delay=no_delay) as client,
+        PsMultiClient(RecordingCallback(), no_delay=no_delay) as bundle,
+    ):
+        sessions = [client.session, bundle.connect(host, port).session]
+        sessions += [callback.opened(number) for number in range(2)]
+        for session in sessions:
+            assert session is not None
+            option = session._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert bool(option) is no_delay
+
+
 def test_the_owner_is_the_server_or_client_also_after_the_close(
     ps_server: ServerFactory, callback: ActingCallback
 ) -> None:
@@ -224,12 +278,24 @@ def test_the_owner_is_the_server_or_client_also_after_the_close(
     assert many.owner is bundle
 
 
-@pytest.mark.parametrize("family", PsSocketAddressFamily)
+@pytest.mark.parametrize(
+    ("host", "to", "family"),
+    [
+        ("127.0.0.1", "127.0.0.1", PsSocketAddressFamily.IPV4),
+        ("0.0.0.0", "127.0.0.1", PsSocketAddressFamily.IPV4),
+        ("::1", "::1", PsSocketAddressFamily.IPV6),
+        ("::", "::1", PsSocketAddressFamily.IPV6),
+    ],
+)
 def test_the_endpoints_are_those_of_the_connection_also_after_the_close(
-    ps_server: ServerFactory, callback: ActingCallback, family: PsSocketAddressFamily
+    ps_server: ServerFactory,
+    callback: ActingCallback,
+    host: str,
+    to: str,
+    family: PsSocketAddressFamily,
 ) -> None:
-    server = ps_server(callback, socket_address_family=family)
-    with ScriptedClient(server.address) as client:
+    server = ps_server(callback, host=host, socket_address_family=family)
+    with ScriptedClient((to, server.address[1])) as client:
         session = callback.opened()
         expected = (client.socket.getpeername(), client.local_endpoint)
         assert (session.local_endpoint, session.remote_endpoint) == expected
