@@ -45,7 +45,7 @@ it finishes instead of in the loop's next round (which alone saves a sixth).
 from __future__ import annotations
 
 import asyncio
-from asyncio import CancelledError
+from asyncio import CancelledError, Task
 from collections.abc import Awaitable, Coroutine
 from contextvars import Context
 from functools import partial
@@ -206,7 +206,8 @@ def run_task(
         except RuntimeError:
             coro.close()
             raise
-    return loop.run(coro, current, context, name)
+    # Not loop.create_task: a factory for eager tasks would run the first step right here.
+    return loop.join(Task(coro, loop=loop, name=name, context=context), current)
 
 
 def _check_caller(current: greenlet, loop: HubLoop) -> None:

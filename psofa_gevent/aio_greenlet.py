@@ -4,10 +4,6 @@ At any time it runs, is parked (in the selector, between two rounds of the loop)
 of a task waits in gevent's way). Only `LoopGreenlet.wake` ends the parking, and only what the step
 waits for ends the holding: a stale wake must never switch into a step that waits for other things.
 
-While it is parked, another greenlet may have it run the first step of a task, without a round of
-the loop: it switches here with a `FirstStep` (`switch_to_loop`), and is switched back to at the end
-of that step. A coroutine that does not suspend is over by then.
-
 While it is switched out, the thread looks as if there were no such loop: the running loop, the
 current task and the hooks for async generators are those that were there before it was switched to.
 Parking does that itself; a step that waits goes through gevent's ``Hub.switch``, which calls
@@ -19,8 +15,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
-from collections.abc import Coroutine
-from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, getcurrent
@@ -31,7 +25,7 @@ if TYPE_CHECKING:
 
     from psofa_gevent.aio_loop import HubLoop
 
-__all__ = ["FirstStep", "LoopGreenlet", "switch_to_loop"]
+__all__ = ["LoopGreenlet"]
 
 CLAIM_SECONDS = 0.1
 """How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
@@ -41,42 +35,13 @@ waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 """
 
 # Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
-_switch = switch_to_loop = greenlet.switch
-
-# Looked up once: they are called for each coroutine that a greenlet runs.
-_get_running_loop = asyncio._get_running_loop
-_set_running_loop = asyncio._set_running_loop
-_get_hooks = sys.get_asyncgen_hooks
-_set_hooks = sys.set_asyncgen_hooks
-
-
-class FirstStep:
-    """A coroutine that is to become a task, and the greenlet that waits for its first step."""
-
-    __slots__ = ("context", "coro", "error", "greenlet", "name", "task", "waits")
-
-    def __init__(
-        self,
-        coro: Coroutine[Any, Any, Any],
-        context: Context,
-        name: str | None,
-        greenlet: greenlet,
-    ) -> None:
-        self.coro = coro
-        self.context = context
-        self.name = name
-        self.greenlet = greenlet
-        self.waits = True
-        self.task: Task[Any] | None = None
-        """The task, when its first step has ended."""
-        self.error: BaseException | None = None
-        """What that raised, if not into the task: then there is none."""
+_switch = greenlet.switch
 
 
 class LoopGreenlet(greenlet):
     """Runs a `HubLoop`, and hides it while it is switched out."""
 
-    # An attribute in a dictionary takes a greenlet three times as long to find.
+    # Found faster than in a dictionary, several times for each coroutine.
     __slots__ = (
         "_claimed",
         "_ending",
@@ -85,7 +50,6 @@ class LoopGreenlet(greenlet):
         "_hooks",
         "_keep_alive",
         "_keeps_alive",
-        "_missed_wake",
         "_other_hooks",
         "_other_loop",
         "_other_task",
@@ -94,7 +58,6 @@ class LoopGreenlet(greenlet):
         "_wake",
         "_wake_threadsafe",
         "hub",
-        "in_select",
         "loop",
         "parked",
     )
@@ -104,9 +67,6 @@ class LoopGreenlet(greenlet):
         self.loop = loop
         self.hub = hub
         self.parked = False
-        self.in_select = False
-        """Parked, or in a first step that another greenlet asked for while it was."""
-        self._missed_wake = False
         self._held = False
         self._held_task: Task[Any] | None = None
         self._to_cancel: set[Task[Any]] = set()
@@ -128,7 +88,7 @@ class LoopGreenlet(greenlet):
         self._enter()
         try:
             while not self.loop.is_closed():
-                _set_running_loop(None)
+                asyncio._set_running_loop(None)
                 try:
                     self.loop.run_forever()
                 except (KeyboardInterrupt, SystemExit) as exc:
@@ -159,49 +119,22 @@ class LoopGreenlet(greenlet):
 
     def park(self) -> None:
         """Switch to the hub until woken. In this greenlet, between two rounds of the loop."""
-        back: greenlet = self.hub
-        self._leave()
-        self.in_select = True
-        try:
-            while not self._ending:
-                if self._keeps_alive is not (self.loop.waiting > 0):
-                    self.keep_hub_alive_if_needed()
-                self.parked = True
-                first = _switch(back)
-                self.parked = False
-                if type(first) is not FirstStep:
-                    return
-                back = self._run_first_step(first)
-                first = None  # while parked it would be held
+        if self._ending:
             raise GreenletExit
-        finally:
-            self.parked = False
-            self.in_select = False
-            self._enter()
-
-    def keep_hub_alive_if_needed(self) -> None:
-        """The hub stays alive as long as somebody waits for this loop."""
         needed = self.loop.waiting > 0
         if needed is not self._keeps_alive:
             self._keep_alive.ref = self._keeps_alive = needed
-
-    def _run_first_step(self, first: FirstStep) -> greenlet:
-        """Run it in this greenlet; return whom to switch to then."""
-        self._enter()
+        self._leave()
+        self.parked = True
         try:
-            first.task = self.loop.begin_task(first)
-        except BaseException as exc:
-            first.error = exc
+            _switch(self.hub)
         finally:
-            self._leave()
-        if self._missed_wake:
-            self._missed_wake = False
-            self._wake = self.hub.loop.run_callback(self._unpark)
-        return first.greenlet if first.waits else self.hub
+            self.parked = False
+            self._enter()
 
     def wake(self) -> None:
         """Let the loop go on, if it is parked, soon. In the hub's thread."""
-        if self.in_select and not self._wake.pending:
+        if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
     def wake_threadsafe(self) -> None:
@@ -213,8 +146,6 @@ class LoopGreenlet(greenlet):
     def _unpark(self) -> None:
         if self.parked:
             _switch(self)
-        elif self.in_select:
-            self._missed_wake = True
 
     def cancel(self, task: Task[Any]) -> None:
         """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.
@@ -294,24 +225,22 @@ class LoopGreenlet(greenlet):
             self._held_task = None
 
     def _enter(self) -> None:
-        other = self._other_loop = _get_running_loop()
+        other = self._other_loop = asyncio._get_running_loop()
         if other is not None and (task := asyncio.current_task(other)) is not None:
             # Since Python 3.14 a thread has one current task, not one for each loop.
             asyncio._leave_task(other, task)
             self._other_task = task
-        self._other_hooks = _get_hooks()
+        self._other_hooks = sys.get_asyncgen_hooks()
         if self._hooks is not None:
-            firstiter, finalizer = self._hooks
-            _set_hooks(firstiter, finalizer)
-        _set_running_loop(self.loop)
+            sys.set_asyncgen_hooks(*self._hooks)
+        asyncio._set_running_loop(self.loop)
 
     def _leave(self) -> None:
         if self._hooks is None:
             # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
-            self._hooks = tuple(_get_hooks())
-        firstiter, finalizer = self._other_hooks
-        _set_hooks(firstiter, finalizer)
-        _set_running_loop(self._other_loop)
+            self._hooks = tuple(sys.get_asyncgen_hooks())
+        sys.set_asyncgen_hooks(*self._other_hooks)
+        asyncio._set_running_loop(self._other_loop)
         if self._other_task is not None and self._other_loop is not None:
             asyncio._enter_task(self._other_loop, self._other_task)
             self._other_task = None

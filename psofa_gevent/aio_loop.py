@@ -18,15 +18,15 @@ import os
 import socket
 import sys
 from asyncio import Handle, Task
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextvars import Context, copy_context
+from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from gevent import GreenletExit, get_hub, getcurrent, monkey
 from greenlet import greenlet
 
-from psofa_gevent.aio_greenlet import FirstStep, LoopGreenlet, switch_to_loop
+from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.hub_thread import HubThread
 
@@ -63,77 +63,13 @@ class HubLoop(asyncio.SelectorEventLoop):
         self._called = Handle(callable, (), self)
         self._called.cancel()
 
-    def run(
-        self,
-        coro: Coroutine[Any, Any, T],
-        current: greenlet,
-        context: Context | None,
-        name: str | None,
-    ) -> T:
-        """Run a coroutine as a task, and wait for it in the greenlet `current`, the caller.
-
-        If the loop is parked the first step runs at once: most coroutines of callbacks are over
-        with it. Else (the loop is held, or has not started) all of it runs in rounds of the loop.
-        """
-        if not self.greenlet.parked:
-            return self._join(Task(coro, loop=self, name=name, context=context), current)
-        if context is None:
-            context = copy_context()  # the caller's; it would be that of the loop's greenlet
-        first = FirstStep(coro, context, name, current)
-        thrown: BaseException | None = None
-        try:
-            switch_to_loop(self.greenlet, first)
-        except BaseException as exc:  # the step goes on
-            first.waits = False
-            thrown = exc
-        try:
-            task: Task[T] | None = first.task
-            if task is None:
-                task = self._task_of(first)
-            if thrown is not None:
-                self.greenlet.cancel(task)
-            elif task.done():
-                return task.result()
-            return self._join(task, current, thrown)
-        finally:
-            first = thrown = task = None  # type: ignore[assignment]  # as in `_join`
-
-    def _task_of(self, first: FirstStep) -> Task[Any]:
-        """The task whose first step raised past it, or is held."""
-        if first.error is not None:
-            raise first.error
-        return next(task for task in asyncio.all_tasks(self) if task.get_coro() is first.coro)
-
-    if sys.version_info >= (3, 12):
-
-        def begin_task(self, first: FirstStep) -> Task[Any]:
-            """Make a task and run its first step. In the loop's greenlet, between two steps."""
-            return Task(
-                first.coro, loop=self, name=first.name, context=first.context, eager_start=True
-            )
-
-    else:
-
-        def begin_task(self, first: FirstStep) -> Task[Any]:
-            """Make a task and run its first step. In the loop's greenlet, between two steps."""
-            # What the task asks for when it is made; without eager tasks it asks for nothing else.
-            steps: list[tuple[Callable[[], None], Context]] = []
-            self.__dict__["call_soon"] = lambda step, context: steps.append((step, context))
-            try:
-                task = Task(first.coro, loop=self, name=first.name, context=first.context)
-            finally:
-                del self.__dict__["call_soon"]
-            step, context = steps[0]
-            context.run(step)
-            return task
-
-    def _join(self, task: Task[T], current: greenlet, thrown: BaseException | None = None) -> T:
+    def join(self, task: Task[T], current: greenlet) -> T:
         """Wait in the greenlet `current`, the caller, for a task of this loop."""
         waiter = _Waiter(self, task, current)
         self.waiting += 1
-        self.greenlet.keep_hub_alive_if_needed()
         task.add_done_callback(waiter)
         hub = self.hub
+        thrown: BaseException | None = None
         try:
             while not task.done():
                 waiter.parked = True
@@ -159,7 +95,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         context: Context | None = None,
     ) -> Handle:
         """As in asyncio; from other greenlets of the hub's thread too."""
-        if self.greenlet.in_select:
+        if self.greenlet.parked:
             self.greenlet.wake()
         waiter: object = callback
         if type(waiter) is _Waiter:

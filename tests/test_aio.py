@@ -113,28 +113,6 @@ def test_hundreds_of_greenlets_run_coroutines_at_once() -> None:
     assert [each.get() for each in greenlets] == [[n, n + 1] for n in range(500)]
 
 
-def test_a_coroutine_that_does_not_suspend_is_over_at_once() -> None:
-    """Callbacks are mostly such coroutines: no round of the hub or the loop for them."""
-    run_coroutine(give("so that the loop waits"))
-    ran: list[str] = []
-
-    async def begin_and_end() -> asyncio.Task[Any] | None:
-        return asyncio.current_task()
-
-    async def raise_at_once() -> None:
-        raise ZeroDivisionError
-
-    gevent.get_hub().loop.run_callback(ran.append, "hub")
-    hub_loop().call_soon(ran.append, "loop")
-    tasks = [run_coroutine(begin_and_end()) for _ in range(3)]
-    with pytest.raises(ZeroDivisionError):
-        run_coroutine(raise_at_once())
-    assert ran == []
-    assert len(set(tasks)) == 3
-    gevent.sleep(0.001)
-    assert ran == ["hub", "loop"]
-
-
 def test_other_awaitables_are_run_too() -> None:
     class Ready:
         def __await__(self) -> Generator[Any, None, str]:
@@ -598,8 +576,7 @@ def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelle
     assert isinstance(waiting.value, gevent.GreenletExit)
 
 
-def test_what_is_asked_of_the_loop_while_a_first_step_holds_it_is_done_afterwards() -> None:
-    run_coroutine(give("so that the loop waits"))
+def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards() -> None:
     holding, gate = gevent.event.Event(), gevent.event.Event()
     done: list[str] = []
 
