@@ -79,8 +79,11 @@ class ConnectingOwner(SessionOwner):
                 sock.close()
                 raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
 
+    def _is_still_wanted(self, manager: SessionManager) -> bool:
+        return self._manager is manager and manager.stop is None
+
     def _check_still_wanted(self, manager: SessionManager, where: str) -> None:
-        if self._manager is not manager or manager.stop is not None:
+        if not self._is_still_wanted(manager):
             raise self._error(f"cannot connect to {where}: disconnected meanwhile")
 
     def _close_entrance(self) -> None:

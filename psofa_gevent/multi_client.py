@@ -95,13 +95,15 @@ class PsMultiClient(ConnectingOwner):
         """Get ready to connect; runs ``on_start``.
 
         Raises:
-            PsMultiClientError: it is initialised already.
+            PsMultiClientError: it is initialised already, or was destroyed while it started.
             Exception: what ``on_start`` raised; it is not initialised then.
         """
         self._forget_if_hub_is_gone()
         if self._manager is not None:
             raise PsMultiClientError(f"{self!r} is initialised already")
-        self._start()
+        manager = self._start()
+        if not self._is_still_wanted(manager):
+            raise PsMultiClientError(f"{self!r} was destroyed while it started")
 
     def connect(
         self,

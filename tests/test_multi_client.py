@@ -408,6 +408,36 @@ def test_exception_in_on_start_undoes_the_init_and_is_raised() -> None:
     assert [event.name for event in callback.events] == ["on_start"] * 2
 
 
+@pytest.mark.parametrize("timeout", [0.05, 5.0])
+def test_init_that_a_destroy_overtook_is_an_error(timeout: float) -> None:
+    """Whether the destroy waits for ``on_start``, or is over before it."""
+
+    class Slow(RecordingCallback):
+        def on_start(self, owner: Any) -> None:
+            super().on_start(owner)
+            go_on.wait()
+
+    def init() -> None:
+        with pytest.raises(PsMultiClientError, match="destroyed while it started"):
+            bundle.init_bundle()
+
+    go_on = gevent.event.Event()
+    callback = Slow()
+    bundle = PsMultiClient(callback)
+    starting = gevent.spawn(init)
+    callback.wait_for("on_start")
+    destroying = gevent.spawn(bundle.destroy_bundle, timeout)
+    if timeout < 1:
+        destroying.get(timeout=5)
+    else:
+        eventually(lambda: not bundle.started)
+    go_on.set()
+    starting.get(timeout=5)
+    destroying.get(timeout=5)
+    with bundle:
+        assert bundle.started
+
+
 @pytest.mark.hub_errors
 def test_nobody_connects_before_on_start_has_ended(ps_server: ServerFactory) -> None:
     class Callback(RecordingCallback):
