@@ -285,6 +285,7 @@ def test_the_owner_is_the_server_or_client_also_after_the_close(
         ("0.0.0.0", "127.0.0.1", PsSocketAddressFamily.IPV4),
         ("::1", "::1", PsSocketAddressFamily.IPV6),
         ("::", "::1", PsSocketAddressFamily.IPV6),
+        ("::ffff:0.0.0.0", "::ffff:127.0.0.1", PsSocketAddressFamily.IPV6),
     ],
 )
 def test_the_endpoints_are_those_of_the_connection_also_after_the_close(
