@@ -266,8 +266,9 @@ def _resolve(future: asyncio.Future[T], value: T) -> None:
 def log_safely(level: int, message: str, *args: object, **kwargs: Any) -> None:
     """Log where a handler that raises must not undo what is going on."""
     # logging itself keeps quiet about a handler's errors unless asked (`logging.raiseExceptions`).
-    with contextlib.suppress(Exception):
-        logger.log(level, message, *args, **kwargs)
+    if logger.isEnabledFor(level):
+        with contextlib.suppress(Exception):
+            logger.log(level, message, *args, **kwargs)
 
 
 def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:

@@ -37,6 +37,7 @@ _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
 
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
+"""Hosts that are no address of an accepted socket."""
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 WARNING_PERIOD = 60.0
 """Seconds from one warning to the next: a server at its limit fails and heals many times in it."""

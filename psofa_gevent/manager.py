@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionManager"]
 
-logger = logging.getLogger("psofa_gevent")
-
 
 class SessionManager:
     """The sessions of one owner, and the greenlets that serve them all."""
@@ -121,8 +119,7 @@ class SessionManager:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
             self.closing.put(session)
-            if logger.isEnabledFor(logging.DEBUG):
-                log_safely(logging.DEBUG, "%r: closed", session)
+            log_safely(logging.DEBUG, "%r: closed", session)
 
     def forget(self, session: PsSession) -> bool:
         """Count the session no more; false if it did not count any longer."""

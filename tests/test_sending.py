@@ -73,9 +73,6 @@ class FullLine(NamedTuple):
     callback: RecordingCallback
     filled: int
 
-    def close_reason(self) -> object:
-        return close_reason(self.callback, self.session)
-
 
 def close_reason(callback: RecordingCallback, session: PsSession) -> object:
     """Wait for the close; the reason of the only ``on_close``."""
@@ -703,7 +700,7 @@ def test_sender_killed_as_its_turn_comes_passes_it_on_or_fails_the_session(
         assert result(second) is None
     else:
         assert isinstance(result(second), PsSendError)
-        assert stalled.close_reason() is PsCloseReason.FAILED
+        assert close_reason(stalled.callback, stalled.session) is PsCloseReason.FAILED
 
 
 @pytest.mark.logs_errors
@@ -733,7 +730,7 @@ def test_sender_killed_after_a_part_left_when_its_turn_came_fails_the_session(
     eventually(lambda: stalled.session.bytes_sent > filled)
     wait_until_stalled(stalled.session)
     assert isinstance(kill(sender), gevent.GreenletExit)
-    assert stalled.close_reason() is PsCloseReason.FAILED
+    assert close_reason(stalled.callback, stalled.session) is PsCloseReason.FAILED
     assert isinstance(stalled.session.close_cause, gevent.GreenletExit)
 
 
