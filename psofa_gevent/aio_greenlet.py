@@ -4,6 +4,9 @@ At any time it runs, is parked (in the selector, between two rounds of the loop)
 of a task waits in gevent's way). Only `LoopGreenlet.wake` ends the parking, and only what the step
 waits for ends the holding: a stale wake must never switch into a step that waits for other things.
 
+While it is parked another greenlet may take a step in its place (`psofa_gevent.aio_guest`): it
+stays parked until that step is over, and is held if the step waits.
+
 While it is switched out, the thread looks as if there were no such loop: the running loop, the
 current task and the hooks for async generators are those that were there before it was switched to.
 Parking does that itself; a step that waits goes through gevent's ``Hub.switch``, which calls
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
 
     from psofa_gevent.aio_loop import HubLoop
 
-__all__ = ["LoopGreenlet"]
+__all__ = ["ENDINGS", "WAITS_FOR_ITSELF", "LoopGreenlet"]
+
+ENDINGS = (GreenletExit, KeyboardInterrupt, SystemExit)
+"""What a greenlet raises that was thrown out of a wait, whatever else was thrown after it."""
 
 CLAIM_SECONDS = 0.1
 """How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
@@ -33,6 +39,10 @@ CLAIM_SECONDS = 0.1
 Tasks that await it raise it again, a `TaskGroup` once its other tasks have ended: if it comes to a
 waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 """
+
+WAITS_FOR_ITSELF = (
+    "a coroutine can't wait for another one of its own loop in gevent's way: await it"
+)
 
 # Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
 _switch = greenlet.switch
@@ -47,19 +57,22 @@ class LoopGreenlet(greenlet):
         "_ending",
         "_held",
         "_held_task",
-        "_hooks",
         "_keep_alive",
         "_keeps_alive",
-        "_other_hooks",
-        "_other_loop",
         "_other_task",
         "_to_cancel",
         "_unclaimed",
         "_wake",
         "_wake_threadsafe",
+        "disturbed",
+        "guest",
+        "hooks",
         "hub",
         "loop",
+        "other_hooks",
+        "other_loop",
         "parked",
+        "thrown",
     )
 
     def __init__(self, loop: HubLoop, hub: Hub) -> None:
@@ -67,15 +80,21 @@ class LoopGreenlet(greenlet):
         self.loop = loop
         self.hub = hub
         self.parked = False
+        self.guest: greenlet | None = None
+        """Who takes a step in this greenlet's place just now, or is held in one."""
+        self.thrown: BaseException | None = None
+        """What was thrown into the guest while it was held; it has got a cancellation instead."""
+        self.disturbed = False
+        """Whether there is more to do after the guest's step than to leave."""
         self._held = False
         self._held_task: Task[Any] | None = None
         self._to_cancel: set[Task[Any]] = set()
         self._ending = False
         # Of the one whose turn it was before ours: an asyncio.run in another greenlet, or nobody.
-        self._other_loop: AbstractEventLoop | None = None
+        self.other_loop: AbstractEventLoop | None = None
         self._other_task: Task[Any] | None = None
-        self._other_hooks = sys.get_asyncgen_hooks()
-        self._hooks: tuple[Any, ...] | None = None
+        self.other_hooks = sys.get_asyncgen_hooks()
+        self.hooks: Any = None
         self._claimed: BaseException | None = None
         self._unclaimed: BaseException | None = None
         self._keep_alive: Any = hub.loop.async_(ref=False)
@@ -105,7 +124,7 @@ class LoopGreenlet(greenlet):
         self._wake.stop()
         if not self.dead:
             self.parent = getcurrent()  # the hub may be gone
-            if self._held:
+            if self._held and self.guest is None:
                 self._switch_in()
             greenlet.throw(self, GreenletExit)
         if self.hub.loop is not None:  # else the hub was destroyed, watchers and all
@@ -144,8 +163,31 @@ class LoopGreenlet(greenlet):
             self._wake_threadsafe = self.hub.loop.run_callback_threadsafe(self._unpark)
 
     def _unpark(self) -> None:
-        if self.parked:
+        if self.guest is not None:
+            self.disturbed = True
+        elif self.parked:
             _switch(self)
+
+    def settle(self) -> None:
+        """The guest's step is over, in which it waited, or others did for this greenlet."""
+        self.disturbed = False
+        self._leave()
+        self.wake()
+
+    def guest_returns(self) -> None:
+        """What the guest has waited for in its step has come. Called by whoever switches to it."""
+        if self._held:
+            self._switch_in()
+
+    def note_thrown(self, exc: BaseException) -> None:
+        """Remember what the guest shall raise after its task: a kill, else the last of several."""
+        if not isinstance(self.thrown, ENDINGS):
+            self.thrown = exc
+
+    def report_dropped(self, exc: object) -> None:
+        """Tell of what nobody gets: a `gevent.Timeout` around an await, or a stranger's kill."""
+        message = f"{exc!r} was thrown into an asyncio loop between two steps: dropped"
+        self.loop.call_soon(self.loop.call_exception_handler, {"message": message})
 
     def cancel(self, task: Task[Any]) -> None:
         """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.
@@ -202,19 +244,17 @@ class LoopGreenlet(greenlet):
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:
         """Called by gevent when what a step waits for has come."""
-        if self._held:
+        if self._held and self.guest is None:
             self._switch_in()
         return super().switch(*args, **kwargs)
 
     def throw(self, *args: Any) -> Any:
         """Called by gevent to interrupt a step that waits."""
+        if self.parked:
+            self.report_dropped(args)
+            return None
         if self._held:
             self._switch_in()
-        elif self.parked:
-            # A gevent.Timeout around an await, or a stranger's kill.
-            message = f"{args!r} was thrown into an asyncio loop between two steps: dropped"
-            self.loop.call_soon(self.loop.call_exception_handler, {"message": message})
-            return None
         return super().throw(*args)
 
     def _switch_in(self) -> None:
@@ -225,24 +265,24 @@ class LoopGreenlet(greenlet):
             self._held_task = None
 
     def _enter(self) -> None:
-        other = self._other_loop = asyncio._get_running_loop()
+        other = self.other_loop = asyncio._get_running_loop()
         if other is not None and (task := asyncio.current_task(other)) is not None:
             # Since Python 3.14 a thread has one current task, not one for each loop.
             asyncio._leave_task(other, task)
             self._other_task = task
-        self._other_hooks = sys.get_asyncgen_hooks()
-        if self._hooks is not None:
-            sys.set_asyncgen_hooks(*self._hooks)
+        self.other_hooks = sys.get_asyncgen_hooks()
+        if self.hooks is not None:
+            sys.set_asyncgen_hooks(*self.hooks)
         asyncio._set_running_loop(self.loop)
 
     def _leave(self) -> None:
-        if self._hooks is None:
+        if self.hooks is None:
             # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
-            self._hooks = tuple(sys.get_asyncgen_hooks())
-        sys.set_asyncgen_hooks(*self._other_hooks)
-        asyncio._set_running_loop(self._other_loop)
-        if self._other_task is not None and self._other_loop is not None:
-            asyncio._enter_task(self._other_loop, self._other_task)
+            self.hooks = tuple(sys.get_asyncgen_hooks())
+        sys.set_asyncgen_hooks(*self.other_hooks)
+        asyncio._set_running_loop(self.other_loop)
+        if self._other_task is not None and self.other_loop is not None:
+            asyncio._enter_task(self.other_loop, self._other_task)
             self._other_task = None
 
 

@@ -23,10 +23,10 @@ from concurrent.futures import Executor
 from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-from gevent import GreenletExit, get_hub, getcurrent, monkey
+from gevent import get_hub, getcurrent, monkey
 from greenlet import greenlet
 
-from psofa_gevent.aio_greenlet import LoopGreenlet
+from psofa_gevent.aio_greenlet import ENDINGS, LoopGreenlet
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.hub_thread import HubThread
 
@@ -60,23 +60,26 @@ class HubLoop(asyncio.SelectorEventLoop):
         self._hub_selector = HubSelector(self.hub, self.greenlet.park, self.greenlet.wake)
         self._pid = os.getpid()
         super().__init__(self._hub_selector)
-        self._called = Handle(callable, (), self)
-        self._called.cancel()
+        self.nothing_to_call = Handle(callable, (), self)
+        """For what was not scheduled after all."""
+        self.nothing_to_call.cancel()
 
-    def join(self, task: Task[T], current: greenlet) -> T:
-        """Wait in the greenlet `current`, the caller, for a task of this loop."""
+    def join(self, task: Task[T], current: greenlet, thrown: BaseException | None = None) -> T:
+        """Wait in the greenlet `current`, the caller, for a task of this loop.
+
+        `thrown` is what was thrown into the caller before, and cancelled the task.
+        """
         waiter = _Waiter(self, task, current)
         self.waiting += 1
         task.add_done_callback(waiter)
         hub = self.hub
-        thrown: BaseException | None = None
         try:
             while not task.done():
                 waiter.parked = True
                 try:
                     hub.switch()
                 except BaseException as exc:
-                    if not isinstance(thrown, (GreenletExit, KeyboardInterrupt, SystemExit)):
+                    if not isinstance(thrown, ENDINGS):
                         thrown = exc
                     self.greenlet.cancel(task)
                 finally:
@@ -101,7 +104,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         if type(waiter) is _Waiter:
             # It does nothing but schedule a switch: no need for another round of the loop.
             waiter()
-            return self._called
+            return self.nothing_to_call
         return _call_soon(self, callback, *args, context=context)
 
     def call_at(
@@ -129,6 +132,14 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def _executed(self, _future: object) -> None:
         self.waiting -= 1
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """As in asyncio."""
+        # Nobody can retrieve the exception of a guest's task that was interrupted while it was
+        # made; the guest has raised it.
+        guest = self.greenlet.guest is not None
+        if not (guest and isinstance(context.get("exception"), (KeyboardInterrupt, SystemExit))):
+            super().call_exception_handler(context)
 
     def run_forever(self) -> None:
         """Not for you: the loop runs by itself."""

@@ -13,11 +13,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gevent import get_hub, monkey
+from greenlet import greenlet
 
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
-__all__ = ["ReadySessions", "ready_sessions"]
+__all__ = ["ReadySessions", "ready_sessions", "switch"]
+
+switch = greenlet.switch
+"""From one session to the next: past what subclasses do for coroutines that wait."""
 
 
 class ReadySessions:
@@ -58,7 +62,7 @@ class ReadySessions:
         while sessions:
             session = sessions.pop()
             if session._waiting_since and session._greenlet is not None:
-                session._greenlet.switch()
+                switch(session._greenlet)
             else:
                 session._stop_watching()
 

@@ -36,7 +36,7 @@ from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import HubThread, get_ident
-from psofa_gevent.ready import ReadySessions
+from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import SessionSettings, check_idle, check_instance
 from psofa_gevent.tcp import Endpoint, endpoint, reset, unacknowledged
@@ -324,7 +324,7 @@ class PsSession(SendingHalf):
     def _resume(self) -> None:
         # Since the wake-up the greenlet may have gone on, and be in a callback now.
         if self._waiting_since and self._greenlet is not None:
-            self._greenlet.switch()
+            switch(self._greenlet)
 
     # The life of the session, in its own greenlet
 
@@ -359,7 +359,7 @@ class PsSession(SendingHalf):
         ready: list[Any] = self._ready.sessions  # whoever waits has a greenlet
         become_ready = ready.append
         keeps_watching = self._ready.keeps_watching
-        switch_to_hub = self._host.thread.hub.switch
+        hub = self._host.thread.hub
         recv = self._sock.recv
         size = self._host.settings.read_buffer_size
         on_message = self._host.dispatch.on_message
@@ -375,11 +375,11 @@ class PsSession(SendingHalf):
                     if other._waiting_since:
                         greenlet = other._greenlet
                         del other  # a wait must not hold another session
-                        greenlet.switch()
+                        switch(greenlet)
                         break
                     other._stop_watching()
                 else:
-                    switch_to_hub()
+                    switch(hub)
                 if not self._open:
                     return  # type: ignore[unreachable]  # others ran since the last look
                 if not keeps_watching:

@@ -9,7 +9,8 @@ import gc
 import inspect
 import time
 import weakref
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import Any
 
 import gevent
@@ -23,11 +24,36 @@ from psofa_gevent.aio import (
     await_greenlet,
     hub_loop,
     in_coroutine,
+    run_callback,
     run_coroutine,
     run_task,
     spawn_coroutine,
 )
+from psofa_gevent.aio_guest import GuestGreenlet
 from psofa_gevent.testing import eventually
+
+Spawn = Callable[..., Any]
+
+
+def spawn_in_loop(coro: Coroutine[Any, Any, Any]) -> gevent.Greenlet[..., Any]:
+    """A greenlet that runs a coroutine, all of it in the loop's greenlet."""
+    return gevent.spawn(run_task, coro)
+
+
+def spawn_guest(coro: Coroutine[Any, Any, Any]) -> gevent.Greenlet[..., Any]:
+    """A greenlet that runs a coroutine, and takes its first step itself."""
+    guest = GuestGreenlet(partial(run_callback, coro))
+    guest.start()
+    return guest
+
+
+@pytest.fixture(params=[spawn_in_loop, spawn_guest], ids=["in the loop", "as a guest"])
+def spawn(request: pytest.FixtureRequest) -> Spawn:
+    """Run a coroutine in a greenlet of its own; where its first step is taken differs."""
+    run_coroutine(give("the loop is there"))
+    spawn: Spawn = request.param
+    return spawn
+
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -69,9 +95,9 @@ class Witness:
 # Running
 
 
-def test_a_coroutine_returns_its_result_to_a_greenlet() -> None:
+def test_a_coroutine_returns_its_result_to_a_greenlet(spawn: Spawn) -> None:
     assert run_coroutine(give(5)) == 5
-    assert gevent.spawn(run_coroutine, give(6)).get() == 6
+    assert spawn(give(6)).get() == 6
 
 
 def test_a_coroutine_raises_in_the_greenlet() -> None:
@@ -83,7 +109,7 @@ def test_a_coroutine_raises_in_the_greenlet() -> None:
         run_coroutine(fail())
 
 
-def test_two_greenlets_run_coroutines_at_once() -> None:
+def test_two_greenlets_run_coroutines_at_once(spawn: Spawn) -> None:
     arrived: list[asyncio.Event] = []
 
     async def meet() -> int:
@@ -95,7 +121,7 @@ def test_two_greenlets_run_coroutines_at_once() -> None:
         await mine.wait()
         return len(arrived)
 
-    greenlets = [gevent.spawn(run_coroutine, meet()) for _ in range(2)]
+    greenlets = [spawn(meet()) for _ in range(2)]
     gevent.joinall(greenlets, timeout=5, raise_error=True)
     assert [each.value for each in greenlets] == [2, 2]
 
@@ -127,7 +153,7 @@ def test_other_awaitables_are_run_too() -> None:
         run_coroutine(5)  # type: ignore[arg-type]  # the point of it
 
 
-def test_objects_made_in_one_coroutine_work_in_all_others() -> None:
+def test_objects_made_in_one_coroutine_work_in_all_others(spawn: Spawn) -> None:
     """The wrong-loop problem: a library keeps the loop on which its object was made."""
 
     class Library:
@@ -144,8 +170,8 @@ def test_objects_made_in_one_coroutine_work_in_all_others() -> None:
     async def make() -> Library:
         return Library()
 
-    library = gevent.spawn(run_coroutine, make()).get()
-    greenlets = [gevent.spawn(run_coroutine, library.call()) for _ in range(20)]
+    library = spawn(make()).get()
+    greenlets = [spawn(library.call()) for _ in range(20)]
     assert all(each.get() for each in greenlets)
 
 
@@ -217,18 +243,18 @@ def test_a_gevent_timeout_around_it_ends_it() -> None:
     assert witness.ended
 
 
-def test_killing_the_waiting_greenlet_cancels_and_waits() -> None:
+def test_killing_the_waiting_greenlet_cancels_and_waits(spawn: Spawn) -> None:
     witness = Witness(cleanup=0.02)
-    waiting = gevent.spawn(run_coroutine, witness())
+    waiting = spawn(witness())
     witness.started.wait()
     waiting.kill()
     assert witness.ended
     assert isinstance(waiting.value, gevent.GreenletExit)
 
 
-def test_each_further_kill_cancels_again() -> None:
+def test_each_further_kill_cancels_again(spawn: Spawn) -> None:
     witness = Witness(cancellations=3)
-    waiting = gevent.spawn(run_coroutine, witness())
+    waiting = spawn(witness())
     witness.started.wait()
     for count in (1, 2):
         waiting.kill(timeout=0.01)
@@ -252,7 +278,7 @@ def test_a_kill_is_not_lost_when_a_timeout_comes_after_it() -> None:
 
 
 @pytest.mark.hub_errors
-def test_what_a_cancelled_coroutine_raises_itself_is_raised() -> None:
+def test_what_a_cancelled_coroutine_raises_itself_is_raised(spawn: Spawn) -> None:
     async def fail_when_cancelled() -> None:
         started.set()
         try:
@@ -261,7 +287,7 @@ def test_what_a_cancelled_coroutine_raises_itself_is_raised() -> None:
             raise LookupError("while cleaning up")
 
     started = gevent.event.Event()
-    waiting = gevent.spawn(run_coroutine, fail_when_cancelled())
+    waiting = spawn(fail_when_cancelled())
     assert started.wait(5)
     waiting.kill()
     assert isinstance(waiting.exception, LookupError)
@@ -484,7 +510,9 @@ def test_a_greenlet_is_awaited_on_the_loop_of_its_own_hub_only() -> None:
 # Steps that wait in gevent's way
 
 
-def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlets() -> None:
+def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlets(
+    spawn: Spawn,
+) -> None:
     order: list[str] = []
     gate = gevent.event.Event()
     holding = gevent.event.Event()
@@ -499,9 +527,9 @@ def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlet
     async def other() -> None:
         order.append("other")
 
-    waiting = [gevent.spawn(run_coroutine, hold())]
+    waiting = [spawn(hold())]
     holding.wait()
-    waiting.append(gevent.spawn(run_coroutine, other()))
+    waiting.append(spawn(other()))
     for _ in range(10):
         gevent.sleep(0.001)
         order.append("greenlet")
@@ -510,7 +538,7 @@ def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlet
     assert order == ["hold", *["greenlet"] * 10, "held", "other"]
 
 
-def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again() -> None:
+def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again(spawn: Spawn) -> None:
     seen: list[object] = []
 
     async def hold(how: str) -> None:
@@ -526,7 +554,7 @@ def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again() -> None:
 
     for how in ("event", "timeout"):
         holding, gate = gevent.event.Event(), gevent.event.Event()
-        waiting = gevent.spawn(run_coroutine, hold(how))
+        waiting = spawn(hold(how))
         assert holding.wait(5)
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
@@ -538,7 +566,7 @@ def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again() -> None:
     assert seen == [True, True]
 
 
-def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed() -> None:
+def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed(spawn: Spawn) -> None:
     told: list[str] = []
 
     holding = gevent.event.Event()
@@ -553,14 +581,16 @@ def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed() -> None:
             told.append("cleaned up")
             raise
 
-    waiting = gevent.spawn(run_coroutine, hold())
+    waiting = spawn(hold())
     assert holding.wait(5)
     waiting.kill(timeout=5)
     assert waiting.dead
     assert told == ["cleaned up"]
 
 
-def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelled() -> None:
+def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelled(
+    spawn: Spawn,
+) -> None:
     holding, gate = gevent.event.Event(), gevent.event.Event()
 
     async def hold() -> None:
@@ -568,7 +598,7 @@ def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelle
         gate.wait()
         await wait_forever()
 
-    waiting = gevent.spawn(run_coroutine, hold())
+    waiting = spawn(hold())
     assert holding.wait(5)
     waiting.kill(block=False)
     gate.set()
@@ -576,7 +606,7 @@ def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelle
     assert isinstance(waiting.value, gevent.GreenletExit)
 
 
-def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards() -> None:
+def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards(spawn: Spawn) -> None:
     holding, gate = gevent.event.Event(), gevent.event.Event()
     done: list[str] = []
 
@@ -585,7 +615,7 @@ def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards() ->
         holding.set()
         gate.wait()
 
-    waiting = gevent.spawn(run_coroutine, hold())
+    waiting = spawn(hold())
     assert holding.wait(5)
     hub_loop().call_soon(done.append, "by another greenlet")
     NativeThread(hub_loop().call_soon_threadsafe, done.append, "by another thread").wait()
@@ -597,7 +627,7 @@ def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards() ->
     assert done == ["by the step", "by another greenlet", "by another thread"]
 
 
-def test_many_holding_coroutines_take_turns() -> None:
+def test_many_holding_coroutines_take_turns(spawn: Spawn) -> None:
     lock = gevent.lock.RLock()
     running = 0
 
@@ -611,7 +641,7 @@ def test_many_holding_coroutines_take_turns() -> None:
                 running -= 1
             await asyncio.sleep(0)
 
-    gevent.joinall([gevent.spawn(run_coroutine, hold()) for _ in range(20)], raise_error=True)
+    gevent.joinall([spawn(hold()) for _ in range(20)], raise_error=True)
 
 
 @pytest.mark.logs_errors
