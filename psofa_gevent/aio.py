@@ -8,8 +8,8 @@ Which greenlet runs what:
 
 - Every step of every task, and every callback of the loop, runs in the loop's own greenlet
   (`LoopGreenlet`), but for the first step of an async callback, which the session's greenlet takes
-  itself (`psofa_gevent.aio_guest`). Outside of such a step no loop is running, as far as asyncio can
-  tell, so ``asyncio.run`` in another greenlet works beside ours in a patched process.
+  itself (`psofa_gevent.aio_guest`). Outside of such a step no loop is running, as far as asyncio
+  can tell, so ``asyncio.run`` in another greenlet works beside ours in a patched process.
 - A step that waits in gevent's way (``gevent.sleep``, a sync ``send``, a blocking library in a
   patched process) holds the loop: other coroutines wait until it is through, other greenlets go on.
   ``asyncio.timeout`` can't interrupt it; a ``gevent.Timeout`` in the coroutine can, and a kill of

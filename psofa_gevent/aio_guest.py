@@ -73,6 +73,7 @@ class GuestGreenlet(_Greenlet):
             task: Task[T] = _begin(coro, loop=host.loop, context=context)
         except BaseException:
             coro.close()  # it may not have begun
+            host.thrown = None
             raise
         finally:
             host.guest = None

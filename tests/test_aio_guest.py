@@ -196,6 +196,29 @@ def test_an_interrupt_in_the_first_step_is_raised_by_the_waiter_alone(
     assert caplog.text == ""  # of a task whose exception was never retrieved
 
 
+@pytest.mark.hub_errors
+def test_a_first_step_that_is_killed_in_its_wait_and_interrupts_leaves_no_kill_to_the_next() -> (
+    None
+):
+    holding = gevent.event.Event()
+
+    async def hold() -> None:
+        holding.set()
+        try:
+            gevent.sleep(60)
+        finally:
+            raise SystemExit
+
+    def run() -> None:
+        with pytest.raises(SystemExit):
+            run_callback(hold())
+
+    guest = start(run)
+    assert holding.wait(5)
+    guest.kill(timeout=5)
+    assert visit(give("not killed")) == "not killed"
+
+
 def test_a_second_guest_waits_for_the_first_and_is_run_by_the_loop() -> None:
     holding, gate = gevent.event.Event(), gevent.event.Event()
 
