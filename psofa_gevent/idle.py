@@ -1,9 +1,13 @@
 """The idle timer: one greenlet that finds the sessions that have waited too long for bytes.
 
-The sessions are kept in ``divide`` slices, and one slice is looked at every 1/``divide`` seconds.
-So each session is looked at once a second and no look is long: 15,000 idle sessions cost a few
-milliseconds a second. Empty slices are skipped: a single session costs one look a second, and no
-session none.
+The sessions are kept in ``divide`` slices, and one slice has its turn every 1/``divide`` seconds.
+So each session can be looked at once a second and no look is long. Empty slices are skipped: a
+single session costs one turn a second, and no session none.
+
+A slice is only looked at when a session in it may have reached its deadline. A wait that begins
+later has a later deadline, so what a look finds holds until the earliest deadline that it saw, or a
+shorter idle time than before. With the default of a minute, 15,000 idle sessions are looked at
+twice in that time instead of sixty times.
 
 A look compares two numbers per session. It waits for nothing, no session's callback can hold it
 up, and it closes nothing: it wakes the session, which looks once more whether bytes are there.
@@ -22,14 +26,40 @@ from psofa_gevent.worker import Worker
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
-__all__ = ["IdleTimer"]
+__all__ = ["IdleSlice", "IdleTimer"]
+
+_NEVER = float("inf")
+
+
+class IdleSlice:
+    """Some of the sessions, which are looked at together."""
+
+    __slots__ = ("due", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: set[PsSession] = set()
+        self.due = _NEVER
+        """The monotonic clock before which none of them reaches its deadline."""
+
+    def look(self) -> None:
+        """Wake the sessions that have reached their deadlines."""
+        now = monotonic()
+        if now < self.due:
+            return
+        due = _NEVER
+        for session in self.sessions:
+            deadline = (session._waiting_since or now) + session._idle
+            due = min(due, deadline)
+            if deadline <= now and session._open:
+                session._wake()
+        self.due = due
 
 
 class IdleTimer:
-    """Looks at every session once a second. All methods: in the hub's thread; none switches."""
+    """Finds idle sessions, once a second. All methods: in the hub's thread; none switches."""
 
     def __init__(self, divide: int) -> None:
-        self._slices: list[set[PsSession]] = [set() for _ in range(divide)]
+        self._slices = [IdleSlice() for _ in range(divide)]
         self._count = 0
         self._added = 0
         self._not_empty = Event()
@@ -38,7 +68,8 @@ class IdleTimer:
     def add(self, session: PsSession) -> None:
         """Look at `session` from now on."""
         place = self._slices[self._added % len(self._slices)]
-        place.add(session)
+        place.sessions.add(session)
+        place.due = min(place.due, monotonic() + session._idle)
         session._slice = place
         self._added += 1
         self._count += 1
@@ -50,7 +81,7 @@ class IdleTimer:
         """Look at `session` no more."""
         place, session._slice = session._slice, None
         if place is not None:
-            place.discard(session)
+            place.sessions.discard(session)
             self._count -= 1
             if self._count == 0:
                 self._not_empty.clear()
@@ -70,20 +101,12 @@ class IdleTimer:
             steps = self._steps_to_sessions(turn)
             gevent.sleep(steps * period)
             turn = (turn + steps) % len(self._slices)
-            self._scan(self._slices[turn])
+            self._slices[turn].look()
 
     def _steps_to_sessions(self, turn: int) -> int:
         """How many slices on from `turn` the next one with sessions is: 1 to ``divide``."""
         divide = len(self._slices)
         for steps in range(1, divide):
-            if self._slices[(turn + steps) % divide]:
+            if self._slices[(turn + steps) % divide].sessions:
                 return steps
         return divide
-
-    @staticmethod
-    def _scan(sessions: set[PsSession]) -> None:
-        now = monotonic()
-        for session in sessions:
-            since = session._waiting_since
-            if since and now - since >= session._idle and session._open:
-                session._wake()

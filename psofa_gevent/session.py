@@ -45,6 +45,7 @@ from psofa_gevent.worker import LibraryGreenlet
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
     from psofa_gevent.dispatch import Dispatch
+    from psofa_gevent.idle import IdleSlice
     from psofa_gevent.multi_client import PsMultiClient
     from psofa_gevent.server import PsServer
 
@@ -157,7 +158,7 @@ class PsSession(SendingHalf):
         self._bytes_received = 0
         self._messages_received = 0
         self._values: dict[str, Any] | None = None
-        self._slice: set[PsSession] | None = None
+        self._slice: IdleSlice | None = None
         self._context = host.dispatch.new_context()
         self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
 
@@ -267,6 +268,8 @@ class PsSession(SendingHalf):
         self._idle = _NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
         if self._waiting_since:
             self._waiting_since = monotonic()
+        if self._slice is not None:
+            self._slice.due = 0.0  # it may be shorter than what was before
 
     # Closing
 

@@ -29,6 +29,7 @@ from psofa_gevent import (
     PsServer,
     PsSession,
 )
+from psofa_gevent.idle import IdleTimer
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -593,3 +594,50 @@ def test_timeout_and_close_at_the_same_moment_close_once(
         assert callback.reasons(session) == [PsCloseReason.SELF_CLOSE]
     for session in sessions[1::2]:
         assert callback.reasons(session) == [PsCloseReason.TIMEOUT]
+
+
+# What a look costs
+
+
+class LookedAt:
+    """A session as the idle timer sees it; counts the looks."""
+
+    _open = True
+    _slice = None
+
+    def __init__(self, idle: float) -> None:
+        self.idle = idle
+        self.looks = 0
+        self.wakes = 0
+        self._waiting_since = time.monotonic()
+
+    @property
+    def _idle(self) -> float:
+        self.looks += 1
+        return self.idle
+
+    def _wake(self) -> None:
+        self.wakes += 1
+
+
+def test_sessions_that_cannot_be_idle_yet_are_not_looked_at() -> None:
+    sessions: list[Any] = [LookedAt(60.0), LookedAt(0.2)]
+    timer = IdleTimer(divide=1)
+    for session in sessions:
+        timer.add(session)
+    (place,) = timer._slices
+    asked = [session.looks for session in sessions]
+    place.look()
+    assert [session.looks for session in sessions] == asked
+    gevent.sleep(0.2)  # the deadline of the second
+    place.look()
+    assert [session.wakes for session in sessions] == [0, 1]
+    # It has got its bytes just then, and waits anew.
+    sessions[1]._waiting_since = time.monotonic()
+    place.look()
+    asked = [session.looks for session in sessions]
+    place.look()
+    assert [session.looks for session in sessions] == asked
+    for session in sessions:
+        timer.discard(session)
+    timer.stop()
