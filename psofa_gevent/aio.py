@@ -7,9 +7,8 @@ to the hub it is one greenlet that waits for descriptors, for a timer, or to be 
 Which greenlet runs what:
 
 - Every step of every task, and every callback of the loop, runs in the loop's own greenlet
-  (`LoopGreenlet`), but for the first step of an async callback, which the session's greenlet takes
-  itself (`psofa_gevent.aio_guest`). Outside of such a step no loop is running, as far as asyncio
-  can tell, so ``asyncio.run`` in another greenlet works beside ours in a patched process.
+  (`LoopGreenlet`). Outside of such a step no loop is running, as far as asyncio can tell, so
+  ``asyncio.run`` in another greenlet works beside ours in a patched process.
 - A step that waits in gevent's way (``gevent.sleep``, a sync ``send``, a blocking library in a
   patched process) holds the loop: other coroutines wait until it is through, other greenlets go on.
   ``asyncio.timeout`` can't interrupt it; a ``gevent.Timeout`` in the coroutine can, and a kill of
@@ -46,7 +45,7 @@ it finishes instead of in the loop's next round (which alone saves a sixth).
 from __future__ import annotations
 
 import asyncio
-from asyncio import CancelledError, Task
+from asyncio import CancelledError
 from collections.abc import Awaitable, Coroutine
 from contextvars import Context
 from functools import partial
@@ -56,15 +55,14 @@ import gevent
 from gevent import Greenlet, getcurrent
 from greenlet import greenlet
 
-from psofa_gevent.aio_greenlet import WAITS_FOR_ITSELF, LoopGreenlet
-from psofa_gevent.aio_guest import GuestGreenlet
+from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_loop import HubLoop, hub_loop
+from psofa_gevent.aio_run import Run
 
 __all__ = [
     "await_greenlet",
     "hub_loop",
     "in_coroutine",
-    "run_callback",
     "run_coroutine",
     "run_task",
     "spawn_coroutine",
@@ -174,8 +172,6 @@ def in_coroutine() -> bool:
     while current is not None:
         if isinstance(current, LoopGreenlet):
             return True
-        if isinstance(current, GuestGreenlet) and current.is_in_step():
-            return True
         current = current.parent
     return False
 
@@ -211,27 +207,16 @@ def run_task(
         except RuntimeError:
             coro.close()
             raise
-    # Not loop.create_task: a factory for eager tasks would run the first step right here.
-    return loop.join(Task(coro, loop=loop, name=name, context=context), current)
-
-
-def run_callback(coro: Coroutine[Any, Any, T], context: Context | None = None) -> T:
-    """`run_task` for all that a greenlet of the library does: its first step taken right here.
-
-    A ``gevent.Timeout`` that reaches the waiting greenlet can only be one that this step has left
-    behind, around an ``await``.
-    """
-    current = getcurrent()
-    if isinstance(current, GuestGreenlet):
-        return current.run_coroutine(coro, context)
-    return run_task(coro, context=context)
+    return Run(loop, coro, current, context, name).wait()
 
 
 def _check_caller(current: greenlet, loop: HubLoop) -> None:
     if current is loop.hub:
         raise RuntimeError("the hub can't wait for a coroutine: gevent.spawn a greenlet that does")
     if in_coroutine():
-        raise RuntimeError(WAITS_FOR_ITSELF)
+        raise RuntimeError(
+            "a coroutine can't wait for another one of its own loop in gevent's way: await it"
+        )
 
 
 def _as_coroutine(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:

@@ -1,11 +1,12 @@
 """The greenlet in which the asyncio loop of a hub runs.
 
 At any time it runs, is parked (in the selector, between two rounds of the loop), or is held (a step
-of a task waits in gevent's way). Only `LoopGreenlet.wake` ends the parking, and only what the step
-waits for ends the holding: a stale wake must never switch into a step that waits for other things.
+of a task waits in gevent's way). Only `LoopGreenlet.wake` and `LoopGreenlet.begin` end the parking,
+and only what the step waits for ends the holding: a stale wake must never switch into a step that
+waits for other things.
 
-While it is parked another greenlet may take a step in its place (`psofa_gevent.aio_guest`): it
-stays parked until that step is over, and is held if the step waits.
+Coroutines that wait to begin do so while it is parked, all those that are there, without a round of
+the loop: many a coroutine needs none (`psofa_gevent.aio_run`).
 
 While it is switched out, the thread looks as if there were no such loop: the running loop, the
 current task and the hooks for async generators are those that were there before it was switched to.
@@ -18,20 +19,21 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, getcurrent
 from greenlet import greenlet
 
+from psofa_gevent.ready import ready_sessions
+
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
     from psofa_gevent.aio_loop import HubLoop
+    from psofa_gevent.aio_run import Run
 
-__all__ = ["ENDINGS", "WAITS_FOR_ITSELF", "LoopGreenlet"]
-
-ENDINGS = (GreenletExit, KeyboardInterrupt, SystemExit)
-"""What a greenlet raises that was thrown out of a wait, whatever else was thrown after it."""
+__all__ = ["LoopGreenlet"]
 
 CLAIM_SECONDS = 0.1
 """How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
@@ -39,10 +41,6 @@ CLAIM_SECONDS = 0.1
 Tasks that await it raise it again, a `TaskGroup` once its other tasks have ended: if it comes to a
 waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 """
-
-WAITS_FOR_ITSELF = (
-    "a coroutine can't wait for another one of its own loop in gevent's way: await it"
-)
 
 # Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
 _switch = greenlet.switch
@@ -53,26 +51,26 @@ class LoopGreenlet(greenlet):
 
     # Found faster than in a dictionary, several times for each coroutine.
     __slots__ = (
+        "_beginning",
         "_claimed",
         "_ending",
         "_held",
         "_held_task",
+        "_hooks",
         "_keep_alive",
         "_keeps_alive",
+        "_other_hooks",
+        "_other_loop",
         "_other_task",
         "_to_cancel",
         "_unclaimed",
         "_wake",
         "_wake_threadsafe",
-        "disturbed",
-        "guest",
-        "hooks",
+        "_woken",
         "hub",
         "loop",
-        "other_hooks",
-        "other_loop",
         "parked",
-        "thrown",
+        "ready",
     )
 
     def __init__(self, loop: HubLoop, hub: Hub) -> None:
@@ -80,21 +78,19 @@ class LoopGreenlet(greenlet):
         self.loop = loop
         self.hub = hub
         self.parked = False
-        self.guest: greenlet | None = None
-        """Who takes a step in this greenlet's place just now, or is held in one."""
-        self.thrown: BaseException | None = None
-        """What was thrown into the guest while it was held; it has got a cancellation instead."""
-        self.disturbed = False
-        """Whether there is more to do after the guest's step than to leave."""
+        self.ready = ready_sessions()
+        self._beginning: deque[Run[Any]] = deque()
+        self._woken: bool = False
+        """Whether there is something to do for the loop; not only coroutines that begin."""
         self._held = False
         self._held_task: Task[Any] | None = None
         self._to_cancel: set[Task[Any]] = set()
         self._ending = False
         # Of the one whose turn it was before ours: an asyncio.run in another greenlet, or nobody.
-        self.other_loop: AbstractEventLoop | None = None
+        self._other_loop: AbstractEventLoop | None = None
         self._other_task: Task[Any] | None = None
-        self.other_hooks = sys.get_asyncgen_hooks()
-        self.hooks: Any = None
+        self._other_hooks = sys.get_asyncgen_hooks()
+        self._hooks: tuple[Any, ...] | None = None
         self._claimed: BaseException | None = None
         self._unclaimed: BaseException | None = None
         self._keep_alive: Any = hub.loop.async_(ref=False)
@@ -122,9 +118,11 @@ class LoopGreenlet(greenlet):
         """End this greenlet. To be called in its thread, when nothing can wake it any more."""
         self._ending = True
         self._wake.stop()
+        while self._beginning:
+            self._beginning.popleft().drop()
         if not self.dead:
             self.parent = getcurrent()  # the hub may be gone
-            if self._held and self.guest is None:
+            if self._held:
                 self._switch_in()
             greenlet.throw(self, GreenletExit)
         if self.hub.loop is not None:  # else the hub was destroyed, watchers and all
@@ -138,21 +136,37 @@ class LoopGreenlet(greenlet):
 
     def park(self) -> None:
         """Switch to the hub until woken. In this greenlet, between two rounds of the loop."""
-        if self._ending:
-            raise GreenletExit
-        needed = self.loop.waiting > 0
-        if needed is not self._keeps_alive:
-            self._keep_alive.ref = self._keeps_alive = needed
-        self._leave()
-        self.parked = True
-        try:
-            _switch(self.hub)
-        finally:
-            self.parked = False
-            self._enter()
+        self._woken = False
+        while True:
+            if self._beginning:
+                while self._beginning:
+                    self._beginning.popleft().begin()
+                if self._woken or self.loop.has_work():
+                    return
+            if self._ending:
+                raise GreenletExit
+            needed = self.loop.waiting > 0
+            if needed is not self._keeps_alive:
+                self._keep_alive.ref = self._keeps_alive = needed
+            self._leave()
+            self.parked = True
+            try:
+                _switch(self.hub)
+            finally:
+                self.parked = False
+                self._enter()
+            if self._woken:
+                return
+
+    def begin(self, run: Run[Any]) -> None:
+        """Let a coroutine begin soon. In the hub's thread, in any greenlet."""
+        self._beginning.append(run)
+        if self.parked and not self._wake.pending:
+            self._wake = self.hub.loop.run_callback(self._unpark)
 
     def wake(self) -> None:
         """Let the loop go on, if it is parked, soon. In the hub's thread."""
+        self._woken = True
         if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
@@ -160,42 +174,26 @@ class LoopGreenlet(greenlet):
         """Let the loop go on, if it is parked by then. From any thread."""
         # One that is pending has yet to look at what the caller has just given to the loop.
         if not self._wake_threadsafe.pending:
-            self._wake_threadsafe = self.hub.loop.run_callback_threadsafe(self._unpark)
+            self._wake_threadsafe = self.hub.loop.run_callback_threadsafe(self._unpark_to_work)
+
+    def _unpark_to_work(self) -> None:
+        self._woken = True
+        self._unpark()
 
     def _unpark(self) -> None:
-        if self.guest is not None:
-            self.disturbed = True
-        elif self.parked:
+        if self.parked:
             _switch(self)
 
-    def settle(self) -> None:
-        """The guest's step is over, in which it waited, or others did for this greenlet."""
-        self.disturbed = False
-        self._leave()
-        self.wake()
-
-    def guest_returns(self) -> None:
-        """What the guest has waited for in its step has come. Called by whoever switches to it."""
-        if self._held:
-            self._switch_in()
-
-    def note_thrown(self, exc: BaseException) -> None:
-        """Remember what the guest shall raise after its task: a kill, else the last of several."""
-        if not isinstance(self.thrown, ENDINGS):
-            self.thrown = exc
-
-    def report_dropped(self, exc: object) -> None:
-        """Tell of what nobody gets: a `gevent.Timeout` around an await, or a stranger's kill."""
-        message = f"{exc!r} was thrown into an asyncio loop between two steps: dropped"
-        self.loop.call_soon(self.loop.call_exception_handler, {"message": message})
-
-    def cancel(self, task: Task[Any]) -> None:
+    def cancel(self, run: Run[Any]) -> None:
         """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.
 
         Soon, and not at once: a task that has not begun would never begin, and a callback that was
         due would never have been called.
         """
-        if task is self._held_task:
+        task = run.task
+        if task is None:
+            run.is_cancelled = True
+        elif task is self._held_task:
             self.hub.loop.run_callback(self._interrupt, task)
         else:
             self._to_cancel.add(task)
@@ -244,17 +242,19 @@ class LoopGreenlet(greenlet):
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:
         """Called by gevent when what a step waits for has come."""
-        if self._held and self.guest is None:
+        if self._held:
             self._switch_in()
         return super().switch(*args, **kwargs)
 
     def throw(self, *args: Any) -> Any:
         """Called by gevent to interrupt a step that waits."""
-        if self.parked:
-            self.report_dropped(args)
-            return None
         if self._held:
             self._switch_in()
+        elif self.parked:
+            # A gevent.Timeout around an await, or a stranger's kill.
+            message = f"{args!r} was thrown into an asyncio loop between two steps: dropped"
+            self.loop.call_soon(self.loop.call_exception_handler, {"message": message})
+            return None
         return super().throw(*args)
 
     def _switch_in(self) -> None:
@@ -265,24 +265,24 @@ class LoopGreenlet(greenlet):
             self._held_task = None
 
     def _enter(self) -> None:
-        other = self.other_loop = asyncio._get_running_loop()
+        other = self._other_loop = asyncio._get_running_loop()
         if other is not None and (task := asyncio.current_task(other)) is not None:
             # Since Python 3.14 a thread has one current task, not one for each loop.
             asyncio._leave_task(other, task)
             self._other_task = task
-        self.other_hooks = sys.get_asyncgen_hooks()
-        if self.hooks is not None:
-            sys.set_asyncgen_hooks(*self.hooks)
+        self._other_hooks = sys.get_asyncgen_hooks()
+        if self._hooks is not None:
+            sys.set_asyncgen_hooks(*self._hooks)
         asyncio._set_running_loop(self.loop)
 
     def _leave(self) -> None:
-        if self.hooks is None:
+        if self._hooks is None:
             # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
-            self.hooks = tuple(sys.get_asyncgen_hooks())
-        sys.set_asyncgen_hooks(*self.other_hooks)
-        asyncio._set_running_loop(self.other_loop)
-        if self._other_task is not None and self.other_loop is not None:
-            asyncio._enter_task(self.other_loop, self._other_task)
+            self._hooks = tuple(sys.get_asyncgen_hooks())
+        sys.set_asyncgen_hooks(*self._other_hooks)
+        asyncio._set_running_loop(self._other_loop)
+        if self._other_task is not None and self._other_loop is not None:
+            asyncio._enter_task(self._other_loop, self._other_task)
             self._other_task = None
 
 

@@ -17,16 +17,16 @@ import asyncio
 import os
 import socket
 import sys
-from asyncio import Handle, Task
+from asyncio import Handle
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from gevent import get_hub, getcurrent, monkey
-from greenlet import greenlet
 
-from psofa_gevent.aio_greenlet import ENDINGS, LoopGreenlet
+from psofa_gevent.aio_greenlet import LoopGreenlet
+from psofa_gevent.aio_run import Run
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.hub_thread import HubThread
 
@@ -64,32 +64,9 @@ class HubLoop(asyncio.SelectorEventLoop):
         """For what was not scheduled after all."""
         self.nothing_to_call.cancel()
 
-    def join(self, task: Task[T], current: greenlet, thrown: BaseException | None = None) -> T:
-        """Wait in the greenlet `current`, the caller, for a task of this loop.
-
-        `thrown` is what was thrown into the caller before, and cancelled the task.
-        """
-        waiter = _Waiter(self, task, current)
-        self.waiting += 1
-        task.add_done_callback(waiter)
-        hub = self.hub
-        try:
-            while not task.done():
-                waiter.parked = True
-                try:
-                    hub.switch()
-                except BaseException as exc:
-                    if not isinstance(thrown, ENDINGS):
-                        thrown = exc
-                    self.greenlet.cancel(task)
-                finally:
-                    waiter.parked = False
-            if thrown is not None and (task.cancelled() or task.exception() is None):
-                raise thrown
-            return task.result()
-        finally:
-            # An exception and a frame that holds it, or the task, would keep each other alive.
-            del thrown, task, waiter
+    def has_work(self) -> bool:
+        """Whether a callback is due in the next round."""
+        return bool(self._ready)  # type: ignore[attr-defined]  # a name of all asyncio's loops
 
     def call_soon(
         self,
@@ -100,10 +77,10 @@ class HubLoop(asyncio.SelectorEventLoop):
         """As in asyncio; from other greenlets of the hub's thread too."""
         if self.greenlet.parked:
             self.greenlet.wake()
-        waiter: object = callback
-        if type(waiter) is _Waiter:
+        ended: object = callback
+        if type(ended) is Run:
             # It does nothing but schedule a switch: no need for another round of the loop.
-            waiter()
+            ended.end_task()
             return self.nothing_to_call
         return _call_soon(self, callback, *args, context=context)
 
@@ -132,14 +109,6 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def _executed(self, _future: object) -> None:
         self.waiting -= 1
-
-    def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """As in asyncio."""
-        # Nobody can retrieve the exception of a guest's task that was interrupted while it was
-        # made; the guest has raised it.
-        guest = self.greenlet.guest is not None
-        if not (guest and isinstance(context.get("exception"), (KeyboardInterrupt, SystemExit))):
-            super().call_exception_handler(context)
 
     def run_forever(self) -> None:
         """Not for you: the loop runs by itself."""
@@ -193,32 +162,6 @@ class HubLoop(asyncio.SelectorEventLoop):
         # asyncio compares thread idents, which in a patched process are those of greenlets.
         if not self.thread.is_current():
             raise RuntimeError("the loop of another thread's hub: use call_soon_threadsafe")
-
-
-class _Waiter:
-    """A greenlet that waits for a task: the task's done callback."""
-
-    __slots__ = ("greenlet", "loop", "parked", "task")
-
-    def __init__(self, loop: HubLoop, task: Task[Any], greenlet: greenlet) -> None:
-        self.loop = loop
-        self.task = task
-        self.greenlet = greenlet
-        self.parked = False
-
-    def __call__(self, *_args: object) -> None:
-        """In the loop's greenlet, in the moment in which the task ends."""
-        loop, task = self.loop, self.task
-        loop.waiting -= 1
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            loop.greenlet.claim(exc)
-        if (events := loop.hub.loop) is not None:  # else the hub was destroyed
-            events.run_callback(self._resume)
-
-    def _resume(self) -> None:
-        # In the hub. Who was thrown out of its wait meanwhile may wait for something else.
-        if self.parked:
-            self.greenlet.switch()
 
 
 class _Closer:

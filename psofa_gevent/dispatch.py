@@ -6,7 +6,7 @@ the user's own bound method: the way of a message has nothing in between.
 
 Each function runs in the greenlet that calls it: an async callback runs as a task of the hub's
 asyncio loop meanwhile, in the session's own context, and what is thrown into the waiting greenlet
-cancels it (`psofa_gevent.aio.run_callback`).
+cancels it (`psofa_gevent.aio.run_task`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gevent import get_hub, getcurrent
 
-from psofa_gevent.aio import run_callback
+from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import log_from_hub
@@ -64,7 +64,7 @@ class Dispatch:
             method = getattr(callback, f"{name}_async")
 
             def call(session: PsSession, *args: Any) -> None:
-                run_callback(method(session, *args), session._context)
+                run_task(method(session, *args), context=session._context)
 
         else:
             call = getattr(callback, name)
@@ -79,7 +79,7 @@ class Dispatch:
         if not is_overridden(callback, f"{name}_async"):
             return _do_nothing  # so that a coroutine, which could not wait for it, may start
         method = getattr(callback, f"{name}_async")
-        return lambda owner: run_callback(method(owner))
+        return lambda owner: run_task(method(owner))
 
     def _of_close_greenlet(self, call: Callable[..., None], name: str) -> Callable[..., None]:
         if self._timeout is None:

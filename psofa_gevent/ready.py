@@ -1,5 +1,7 @@
 """The sessions whose sockets have become readable, and how one goes on after the other.
 
+So do greenlets that wait for a coroutine, when that has ended (`psofa_gevent.aio_run`).
+
 The watcher of a session that waits puts it into the list of its hub. When the hub has dispatched
 all events of a round it switches to the first of them; each that waits again switches straight to
 the next, and the last one back to the hub. So a message costs one greenlet switch and not two.
@@ -10,32 +12,42 @@ Whoever takes one out looks whether that session waits. All of it belongs to the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gevent import get_hub, monkey
 from greenlet import greenlet
 
-if TYPE_CHECKING:
-    from psofa_gevent.session import PsSession
-
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
 switch = greenlet.switch
-"""From one session to the next: past what subclasses do for coroutines that wait."""
+"""From one session to the next, and to the hub: past what gevent does in ``Hub.switch``."""
+
+
+class Ready(Protocol):
+    """One that may be ready: a session, or another greenlet that waits."""
+
+    _greenlet: Any
+    _waiting_since: float
+    """Not 0 while it waits for its turn, and may be switched to."""
+
+    def _stop_watching(self) -> None:
+        """Called when it has come to its turn, and does not wait."""
 
 
 class ReadySessions:
     """The readable sessions of one hub. It looks at them as long as any session is `registered`."""
 
     def __init__(self) -> None:
-        self._loop: Any = get_hub().loop
-        self.sessions: list[PsSession] = []
+        self.hub = get_hub()
+        self._loop: Any = self.hub.loop
+        self.sessions: list[Ready] = []
         """The next one last: libev tells the events of a round in reverse order."""
         self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
         """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
         itself at a reset, with the bytes before that still unread, and tells nobody."""
         self._registered = 0
         self._check: Any = None
+        self._soon: Any = None
 
     def register(self) -> None:
         """One more session may become ready."""
@@ -52,6 +64,30 @@ class ReadySessions:
             self._check.stop()
             self._check.close()
             self._check = None
+
+    def resume(self, ready: Ready) -> None:
+        """Let one go on, in this round of the hub, after those that are there."""
+        if self._is_reversed:
+            self.sessions.insert(0, ready)
+        else:
+            self.sessions.append(ready)
+        loop: Any = self.hub.loop
+        # A destroyed hub has none.
+        if loop is not None and (self._soon is None or not self._soon.pending):
+            self._soon = loop.run_callback(self._run)
+
+    def switch_on(self) -> None:
+        """Switch to the next one that is ready, or to the hub. The caller is one that waits."""
+        sessions = self.sessions
+        while sessions:
+            other = sessions.pop()
+            if other._waiting_since and other._greenlet is not None:
+                greenlet = other._greenlet
+                del other  # a wait must not hold another session
+                switch(greenlet)
+                return
+            other._stop_watching()
+        self.hub.switch()
 
     def _run(self) -> None:
         # In the hub. Each switch comes back when nobody is left, or when a callback waits on

@@ -8,17 +8,23 @@ come to its end. A call that waits for that end must not wait in one of them, no
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from gevent import getcurrent
+from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
 
 from psofa_gevent.aio import in_coroutine
-from psofa_gevent.aio_guest import GuestGreenlet
 
 __all__ = ["LibraryGreenlet", "Worker", "in_callback", "may_wait", "may_wait_for_callbacks"]
 
 
-class LibraryGreenlet(GuestGreenlet):
+if TYPE_CHECKING:
+    _Greenlet = Greenlet[[], None]
+else:
+    _Greenlet = Greenlet  # the oldest gevent's is not generic
+
+
+class LibraryGreenlet(_Greenlet):
     """A greenlet of the library's own."""
 
     # Without a dictionary it is smaller, and its methods are found faster.

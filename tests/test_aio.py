@@ -9,8 +9,7 @@ import gc
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Generator
-from functools import partial
+from collections.abc import Coroutine, Generator
 from typing import Any
 
 import gevent
@@ -24,36 +23,11 @@ from psofa_gevent.aio import (
     await_greenlet,
     hub_loop,
     in_coroutine,
-    run_callback,
     run_coroutine,
     run_task,
     spawn_coroutine,
 )
-from psofa_gevent.aio_guest import GuestGreenlet
 from psofa_gevent.testing import eventually
-
-Spawn = Callable[..., Any]
-
-
-def spawn_in_loop(coro: Coroutine[Any, Any, Any]) -> gevent.Greenlet[..., Any]:
-    """A greenlet that runs a coroutine, all of it in the loop's greenlet."""
-    return gevent.spawn(run_task, coro)
-
-
-def spawn_guest(coro: Coroutine[Any, Any, Any]) -> gevent.Greenlet[..., Any]:
-    """A greenlet that runs a coroutine, and takes its first step itself."""
-    guest = GuestGreenlet(partial(run_callback, coro))
-    guest.start()
-    return guest
-
-
-@pytest.fixture(params=[spawn_in_loop, spawn_guest], ids=["in the loop", "as a guest"])
-def spawn(request: pytest.FixtureRequest) -> Spawn:
-    """Run a coroutine in a greenlet of its own; where its first step is taken differs."""
-    run_coroutine(give("the loop is there"))
-    spawn: Spawn = request.param
-    return spawn
-
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -95,9 +69,9 @@ class Witness:
 # Running
 
 
-def test_a_coroutine_returns_its_result_to_a_greenlet(spawn: Spawn) -> None:
+def test_a_coroutine_returns_its_result_to_a_greenlet() -> None:
     assert run_coroutine(give(5)) == 5
-    assert spawn(give(6)).get() == 6
+    assert gevent.spawn(run_coroutine, give(6)).get() == 6
 
 
 def test_a_coroutine_raises_in_the_greenlet() -> None:
@@ -109,7 +83,7 @@ def test_a_coroutine_raises_in_the_greenlet() -> None:
         run_coroutine(fail())
 
 
-def test_two_greenlets_run_coroutines_at_once(spawn: Spawn) -> None:
+def test_two_greenlets_run_coroutines_at_once() -> None:
     arrived: list[asyncio.Event] = []
 
     async def meet() -> int:
@@ -121,7 +95,7 @@ def test_two_greenlets_run_coroutines_at_once(spawn: Spawn) -> None:
         await mine.wait()
         return len(arrived)
 
-    greenlets = [spawn(meet()) for _ in range(2)]
+    greenlets = [gevent.spawn(run_coroutine, meet()) for _ in range(2)]
     gevent.joinall(greenlets, timeout=5, raise_error=True)
     assert [each.value for each in greenlets] == [2, 2]
 
@@ -153,7 +127,7 @@ def test_other_awaitables_are_run_too() -> None:
         run_coroutine(5)  # type: ignore[arg-type]  # the point of it
 
 
-def test_objects_made_in_one_coroutine_work_in_all_others(spawn: Spawn) -> None:
+def test_objects_made_in_one_coroutine_work_in_all_others() -> None:
     """The wrong-loop problem: a library keeps the loop on which its object was made."""
 
     class Library:
@@ -170,8 +144,8 @@ def test_objects_made_in_one_coroutine_work_in_all_others(spawn: Spawn) -> None:
     async def make() -> Library:
         return Library()
 
-    library = spawn(make()).get()
-    greenlets = [spawn(library.call()) for _ in range(20)]
+    library = gevent.spawn(run_coroutine, make()).get()
+    greenlets = [gevent.spawn(run_coroutine, library.call()) for _ in range(20)]
     assert all(each.get() for each in greenlets)
 
 
@@ -243,18 +217,18 @@ def test_a_gevent_timeout_around_it_ends_it() -> None:
     assert witness.ended
 
 
-def test_killing_the_waiting_greenlet_cancels_and_waits(spawn: Spawn) -> None:
+def test_killing_the_waiting_greenlet_cancels_and_waits() -> None:
     witness = Witness(cleanup=0.02)
-    waiting = spawn(witness())
+    waiting = gevent.spawn(run_coroutine, witness())
     witness.started.wait()
     waiting.kill()
     assert witness.ended
     assert isinstance(waiting.value, gevent.GreenletExit)
 
 
-def test_each_further_kill_cancels_again(spawn: Spawn) -> None:
+def test_each_further_kill_cancels_again() -> None:
     witness = Witness(cancellations=3)
-    waiting = spawn(witness())
+    waiting = gevent.spawn(run_coroutine, witness())
     witness.started.wait()
     for count in (1, 2):
         waiting.kill(timeout=0.01)
@@ -278,7 +252,7 @@ def test_a_kill_is_not_lost_when_a_timeout_comes_after_it() -> None:
 
 
 @pytest.mark.hub_errors
-def test_what_a_cancelled_coroutine_raises_itself_is_raised(spawn: Spawn) -> None:
+def test_what_a_cancelled_coroutine_raises_itself_is_raised() -> None:
     async def fail_when_cancelled() -> None:
         started.set()
         try:
@@ -287,7 +261,7 @@ def test_what_a_cancelled_coroutine_raises_itself_is_raised(spawn: Spawn) -> Non
             raise LookupError("while cleaning up")
 
     started = gevent.event.Event()
-    waiting = spawn(fail_when_cancelled())
+    waiting = gevent.spawn(run_coroutine, fail_when_cancelled())
     assert started.wait(5)
     waiting.kill()
     assert isinstance(waiting.exception, LookupError)
@@ -305,8 +279,7 @@ def test_a_coroutine_that_is_cancelled_by_others_raises_cancelled_error() -> Non
 
 
 def test_all_tasks_of_the_loop_can_be_cancelled() -> None:
-    """Also those that have not begun."""
-    begun = Witness()
+    begun, other = Witness(), Witness()
 
     def run(coroutine: Coroutine[Any, Any, None]) -> str:
         with pytest.raises(asyncio.CancelledError):
@@ -319,7 +292,8 @@ def test_all_tasks_of_the_loop_can_be_cancelled() -> None:
 
     waiting = [gevent.spawn(run, begun())]
     begun.started.wait()
-    waiting.append(gevent.spawn(run, wait_forever()))
+    waiting.append(gevent.spawn(run, other()))
+    other.started.wait()
     gevent.spawn(cancel_all).join()
     assert [each.get(timeout=5) for each in waiting] == ["cancelled"] * 2
 
@@ -510,9 +484,7 @@ def test_a_greenlet_is_awaited_on_the_loop_of_its_own_hub_only() -> None:
 # Steps that wait in gevent's way
 
 
-def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlets(
-    spawn: Spawn,
-) -> None:
+def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlets() -> None:
     order: list[str] = []
     gate = gevent.event.Event()
     holding = gevent.event.Event()
@@ -527,9 +499,9 @@ def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlet
     async def other() -> None:
         order.append("other")
 
-    waiting = [spawn(hold())]
+    waiting = [gevent.spawn(run_coroutine, hold())]
     holding.wait()
-    waiting.append(spawn(other()))
+    waiting.append(gevent.spawn(run_coroutine, other()))
     for _ in range(10):
         gevent.sleep(0.001)
         order.append("greenlet")
@@ -538,7 +510,7 @@ def test_a_coroutine_that_waits_in_gevents_way_holds_coroutines_but_not_greenlet
     assert order == ["hold", *["greenlet"] * 10, "held", "other"]
 
 
-def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again(spawn: Spawn) -> None:
+def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again() -> None:
     seen: list[object] = []
 
     async def hold(how: str) -> None:
@@ -554,7 +526,7 @@ def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again(spawn: Spawn
 
     for how in ("event", "timeout"):
         holding, gate = gevent.event.Event(), gevent.event.Event()
-        waiting = spawn(hold(how))
+        waiting = gevent.spawn(run_coroutine, hold(how))
         assert holding.wait(5)
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
@@ -566,7 +538,7 @@ def test_a_held_loop_is_hidden_from_other_greenlets_and_found_again(spawn: Spawn
     assert seen == [True, True]
 
 
-def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed(spawn: Spawn) -> None:
+def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed() -> None:
     told: list[str] = []
 
     holding = gevent.event.Event()
@@ -581,16 +553,14 @@ def test_a_held_coroutine_is_interrupted_when_its_waiter_is_killed(spawn: Spawn)
             told.append("cleaned up")
             raise
 
-    waiting = spawn(hold())
+    waiting = gevent.spawn(run_coroutine, hold())
     assert holding.wait(5)
     waiting.kill(timeout=5)
     assert waiting.dead
     assert told == ["cleaned up"]
 
 
-def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelled(
-    spawn: Spawn,
-) -> None:
+def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelled() -> None:
     holding, gate = gevent.event.Event(), gevent.event.Event()
 
     async def hold() -> None:
@@ -598,7 +568,7 @@ def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelle
         gate.wait()
         await wait_forever()
 
-    waiting = spawn(hold())
+    waiting = gevent.spawn(run_coroutine, hold())
     assert holding.wait(5)
     waiting.kill(block=False)
     gate.set()
@@ -606,7 +576,7 @@ def test_a_held_coroutine_that_goes_on_just_before_it_is_interrupted_is_cancelle
     assert isinstance(waiting.value, gevent.GreenletExit)
 
 
-def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards(spawn: Spawn) -> None:
+def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards() -> None:
     holding, gate = gevent.event.Event(), gevent.event.Event()
     done: list[str] = []
 
@@ -615,7 +585,7 @@ def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards(spaw
         holding.set()
         gate.wait()
 
-    waiting = spawn(hold())
+    waiting = gevent.spawn(run_coroutine, hold())
     assert holding.wait(5)
     hub_loop().call_soon(done.append, "by another greenlet")
     NativeThread(hub_loop().call_soon_threadsafe, done.append, "by another thread").wait()
@@ -627,7 +597,7 @@ def test_what_is_asked_of_the_loop_while_a_step_holds_it_is_done_afterwards(spaw
     assert done == ["by the step", "by another greenlet", "by another thread"]
 
 
-def test_many_holding_coroutines_take_turns(spawn: Spawn) -> None:
+def test_many_holding_coroutines_take_turns() -> None:
     lock = gevent.lock.RLock()
     running = 0
 
@@ -641,7 +611,7 @@ def test_many_holding_coroutines_take_turns(spawn: Spawn) -> None:
                 running -= 1
             await asyncio.sleep(0)
 
-    gevent.joinall([spawn(hold()) for _ in range(20)], raise_error=True)
+    gevent.joinall([gevent.spawn(run_coroutine, hold()) for _ in range(20)], raise_error=True)
 
 
 @pytest.mark.logs_errors
