@@ -53,6 +53,7 @@ class LoopGreenlet(greenlet):
     __slots__ = (
         "_beginning",
         "_claimed",
+        "_ended",
         "_ending",
         "_held",
         "_held_task",
@@ -80,6 +81,8 @@ class LoopGreenlet(greenlet):
         self.parked = False
         self.ready = ready_sessions()
         self._beginning: deque[Run[Any]] = deque()
+        self._ended: list[Run[Any]] = []
+        """Of those that begin just now: they go on when all have begun, or when one waits."""
         self._woken: bool = False
         """Whether there is something to do for the loop; not only coroutines that begin."""
         self._held = False
@@ -139,8 +142,7 @@ class LoopGreenlet(greenlet):
         self._woken = False
         while True:
             if self._beginning:
-                while self._beginning:
-                    self._beginning.popleft().begin()
+                self._begin_all()
                 if self._woken or self.loop.has_work():
                     return
             if self._ending:
@@ -157,6 +159,22 @@ class LoopGreenlet(greenlet):
                 self._enter()
             if self._woken:
                 return
+
+    def _begin_all(self) -> None:
+        beginning, ended = self._beginning, self._ended
+        try:
+            while beginning:
+                run = beginning.popleft()
+                if run.begin():
+                    ended.append(run)
+                del run  # the coroutine's frame may keep this one alive
+        finally:
+            self._resume_ended()
+
+    def _resume_ended(self) -> None:
+        if self._ended:
+            self.ready.resume(self._ended)
+            self._ended.clear()
 
     def begin(self, run: Run[Any]) -> None:
         """Let a coroutine begin soon. In the hub's thread, in any greenlet."""
@@ -232,6 +250,7 @@ class LoopGreenlet(greenlet):
     def switch_out(self) -> None:
         """Called by gevent when a step is about to wait."""
         self._held = True
+        self._resume_ended()
         self._held_task = asyncio.current_task(self.loop)
         if self._held_task is not None:
             asyncio._leave_task(self.loop, self._held_task)

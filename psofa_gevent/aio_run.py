@@ -27,6 +27,8 @@ __all__ = ["Run"]
 
 T = TypeVar("T")
 
+_new_task: Any = Task.__new__
+
 ENDINGS = (GreenletExit, KeyboardInterrupt, SystemExit)
 """What a greenlet raises that was thrown out of its wait, whatever else was thrown after it."""
 
@@ -71,8 +73,7 @@ class Run(Generic[T]):
 
     def wait(self) -> T:
         """Begin soon, and wait for the end, in the greenlet that runs this coroutine."""
-        loop = self._loop
-        host = loop.greenlet
+        host = self._loop.greenlet
         thrown: BaseException | None = None
         try:
             host.begin(self)
@@ -99,22 +100,39 @@ class Run(Generic[T]):
             del thrown, self
             task = None
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Take the first step. In the loop's greenlet, outside of the loop's own steps.
+
+        Returns:
+            Whether it has ended. Else its greenlet is told later.
 
         Raises:
             KeyboardInterrupt: a signal came in between. (Or whatever its handler raises.)
         """
-        task = self.task = Task.__new__(Task)
+        task = self.task = _new_task(Task)
         try:
             _begin(task, self._coro, self._loop, self._name, self._context)
         except BaseException as exc:
             if not self._is_the_coroutines(exc):
+                self._goes_on(task)
                 raise
+            self.has_ended = True
+        else:
+            if task.done():
+                self.has_ended = True
+            else:
+                self._goes_on(task)
         finally:
-            self._has_begun(task)
+            has_ended = self.has_ended
             # The coroutine's frame, and an exception of its own with it, may keep this one alive.
             del self, task
+        return has_ended
+
+    def _goes_on(self, task: Task[T]) -> None:
+        self._loop.waiting += 1
+        task.add_done_callback(self)
+        if self.is_cancelled:
+            task.cancel()
 
     def _is_the_coroutines(self, exc: BaseException) -> bool:
         """Whether the greenlet that waits raises this, and nobody else."""
@@ -124,15 +142,6 @@ class Run(Generic[T]):
             return True
         task = self.task
         return task is not None and task.done() and task.exception() is exc
-
-    def _has_begun(self, task: Task[T]) -> None:
-        if self._failure is not None or task.done():
-            self.end()
-            return
-        self._loop.waiting += 1
-        task.add_done_callback(self)
-        if self.is_cancelled:
-            task.cancel()
 
     def __call__(self, _task: Task[T]) -> None:
         """The task's done callback."""
@@ -145,16 +154,12 @@ class Run(Generic[T]):
         self._loop.waiting -= 1
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._loop.greenlet.claim(exc)
-        self.end()
+        self.has_ended = True
+        self._loop.greenlet.ready.resume([self])
 
     def drop(self) -> None:
         """Never begin: the loop has ended."""
         self._coro.close()
-
-    def end(self) -> None:
-        """Let the greenlet that waits go on, soon."""
-        self.has_ended = True
-        self._loop.greenlet.ready.resume(self)
 
     def _stop_watching(self) -> None:
         """There is nothing: it was thrown out of its wait, and is not ready any more."""

@@ -12,6 +12,7 @@ Whoever takes one out looks whether that session waits. All of it belongs to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from gevent import get_hub, monkey
@@ -65,12 +66,12 @@ class ReadySessions:
             self._check.close()
             self._check = None
 
-    def resume(self, ready: Ready) -> None:
-        """Let one go on, in this round of the hub, after those that are there."""
+    def resume(self, several: Sequence[Ready]) -> None:
+        """Let some go on, in this round of the hub, after those that are there, in this order."""
         if self._is_reversed:
-            self.sessions.insert(0, ready)
+            self.sessions[:0] = reversed(several)
         else:
-            self.sessions.append(ready)
+            self.sessions += several
         loop: Any = self.hub.loop
         # A destroyed hub has none.
         if loop is not None and (self._soon is None or not self._soon.pending):
@@ -78,10 +79,10 @@ class ReadySessions:
 
     def switch_on(self) -> None:
         """Switch to the next one that is ready, or to the hub. The caller is one that waits."""
-        sessions = self.sessions
+        sessions: list[Any] = self.sessions  # whoever waits has a greenlet
         while sessions:
             other = sessions.pop()
-            if other._waiting_since and other._greenlet is not None:
+            if other._waiting_since:
                 greenlet = other._greenlet
                 del other  # a wait must not hold another session
                 switch(greenlet)
