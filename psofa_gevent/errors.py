@@ -11,6 +11,7 @@ __all__ = [
     "PsCallbackError",
     "PsClientError",
     "PsError",
+    "PsFramingError",
     "PsMultiClientError",
     "PsSendError",
     "PsServerError",
@@ -39,3 +40,7 @@ class PsMultiClientError(PsError):
 
 class PsSendError(PsError):
     """A message was not sent, or not all of it: the session is closed, broken or timed out."""
+
+
+class PsFramingError(PsError, ValueError):
+    """Bytes that are no message of a framing, or a message that a framing can't carry."""

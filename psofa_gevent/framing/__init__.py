@@ -1,0 +1,28 @@
+"""Messages instead of chunks: TCP is a stream of bytes, and a framing cuts it into messages.
+
+Give one to ``PsServer(…, framing=Line())``, `PsClient` or `PsMultiClient`: then ``on_message`` gets
+whole messages, one call each, and ``send`` takes whole messages.
+
+All of it is sans-I/O: bytes in, messages out. Nothing here knows of sockets, greenlets or time. A
+`Framing` holds settings and serves any number of connections; what is kept of one connection is in
+its `Decoder`. A framing of your own is a small class: see `Framing`.
+"""
+
+from psofa_gevent.errors import PsFramingError
+from psofa_gevent.framing.base import DEFAULT_MAX_SIZE, Decoder, Framing
+from psofa_gevent.framing.counted import FixedSize, LengthPrefix, Raw, Varint
+from psofa_gevent.framing.delimited import Between, Delimiter, Line
+
+__all__ = [
+    "DEFAULT_MAX_SIZE",
+    "Between",
+    "Decoder",
+    "Delimiter",
+    "FixedSize",
+    "Framing",
+    "LengthPrefix",
+    "Line",
+    "PsFramingError",
+    "Raw",
+    "Varint",
+]
