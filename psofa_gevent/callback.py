@@ -16,9 +16,10 @@ under the same rules, as tasks of the asyncio loop that runs on this thread's ge
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.errors import PsCallbackError
+from psofa_gevent.messages import M
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
@@ -40,7 +41,7 @@ METHODS = {
 """The methods, and what they are called with, in this order."""
 
 
-class PsCallback:
+class PsCallback(Generic[M]):
     """Subclass this and override what you need; every method does nothing by default.
 
     An exception in ``on_open``, ``on_message`` or ``on_eof`` is logged and closes that session with
@@ -50,52 +51,54 @@ class PsCallback:
     use_async_callback: bool = False
     """True: the ``*_async`` methods are called, and the others are not."""
 
-    def on_open(self, session: PsSession) -> None:
+    def on_open(self, session: PsSession[M]) -> None:
         """A connection was accepted, or made. Runs once, before anything else of the session."""
 
-    def on_message(self, session: PsSession, message: bytes) -> None:
+    def on_message(self, session: PsSession[M], message: M) -> None:
         """Bytes arrived: as many as were there, at most ``read_buffer_size``.
+
+        With a framing: a message arrived, of the type that the framing makes of it.
 
         The next read starts when this returns, so a slow callback slows its sender down, and no
         one else.
         """
 
-    def on_eof(self, session: PsSession) -> None:
+    def on_eof(self, session: PsSession[M]) -> None:
         """The peer sent its FIN and nothing more will come; sending goes on.
 
         Only with ``allow_half_open``. The session stays open until it is closed, or until
         `PsSession.send_eof` shuts the other direction as well.
         """
 
-    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+    def on_close(self, session: PsSession[M], close_reason: PsCloseReason) -> None:
         """The session ended and its socket is released. Runs once, last of all."""
 
-    def on_start(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+    def on_start(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
         """Before the first accept or connect. An exception undoes the start and is raised there."""
 
-    def on_stop(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+    def on_stop(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
         """After the last ``on_close``, before ``shutdown`` (``disconnect``, …) returns."""
 
-    async def on_open_async(self, session: PsSession) -> None:
+    async def on_open_async(self, session: PsSession[M]) -> None:
         """`on_open` for ``use_async_callback``."""
 
-    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+    async def on_message_async(self, session: PsSession[M], message: M) -> None:
         """`on_message` for ``use_async_callback``."""
 
-    async def on_eof_async(self, session: PsSession) -> None:
+    async def on_eof_async(self, session: PsSession[M]) -> None:
         """`on_eof` for ``use_async_callback``."""
 
-    async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+    async def on_close_async(self, session: PsSession[M], close_reason: PsCloseReason) -> None:
         """`on_close` for ``use_async_callback``."""
 
-    async def on_start_async(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+    async def on_start_async(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
         """`on_start` for ``use_async_callback``."""
 
-    async def on_stop_async(self, owner: PsServer | PsClient | PsMultiClient) -> None:
+    async def on_stop_async(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
         """`on_stop` for ``use_async_callback``."""
 
 
-def check_callback(callback: PsCallback) -> None:
+def check_callback(callback: PsCallback[Any]) -> None:
     """Refuse a callback that could never work, before any connection is made.
 
     Raises:
@@ -123,7 +126,7 @@ def check_callback(callback: PsCallback) -> None:
         _check_is_called(callback, name)
 
 
-def _check_is_called(callback: PsCallback, name: str) -> None:
+def _check_is_called(callback: PsCallback[Any], name: str) -> None:
     """Refuse a method that was overridden in the kind that is not called, and in that only."""
     called, other = f"{name}_async", name
     if not callback.use_async_callback:
@@ -135,14 +138,14 @@ def _check_is_called(callback: PsCallback, name: str) -> None:
         )
 
 
-def is_overridden(callback: PsCallback, name: str) -> bool:
+def is_overridden(callback: PsCallback[Any], name: str) -> bool:
     """Whether `callback` has a method of its own under `name`."""
     method = getattr(callback, name)
     return getattr(method, "__func__", method) is not getattr(PsCallback, name)
 
 
 def _check_method(
-    callback: PsCallback, name: str, arguments: tuple[str, ...], *, is_async: bool
+    callback: PsCallback[Any], name: str, arguments: tuple[str, ...], *, is_async: bool
 ) -> None:
     method = getattr(callback, name)
     where = f"{type(callback).__name__}.{name}"

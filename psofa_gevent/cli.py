@@ -252,6 +252,13 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="when a client shuts its sending side, call on_eof and let the session go on "
         "(default: the session closes)",
     )
+    reading.add_argument(
+        "--framing",
+        choices=tuple(serve.FRAMINGS),
+        default="none",
+        help="what cuts the stream into messages: lines (sent with LF, or CR LF), or a length "
+        "before each, of 4 bytes in network order or a varint (default: %(default)s)",
+    )
 
     times = parser.add_argument_group("time limits")
     times.add_argument(
@@ -292,6 +299,14 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="SECONDS",
         help="how long a close waits for the peer to take the last bytes (default: %(default)s)",
+    )
+    times.add_argument(
+        "--frame-timeout",
+        type=word_or(seconds, "none"),
+        default="none",
+        metavar="SECONDS",
+        help="close a session whose message is not whole so long after its first byte; 'none': "
+        "never (default: %(default)s)",
     )
 
     running = parser.add_argument_group("running and stopping")

@@ -16,13 +16,15 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import ConnectingOwner, check_connect
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
+from psofa_gevent.framing import Framing
+from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings
 
 __all__ = ["PsClient"]
 
 
-class PsClient(ConnectingOwner):
+class PsClient(ConnectingOwner[M]):
     """A TCP client: one connection at a time, which may be made again and again.
 
     `connect` belongs to one thread, whose hub then serves the session; `disconnect` may be called
@@ -33,7 +35,7 @@ class PsClient(ConnectingOwner):
 
     def __init__(
         self,
-        callback: PsCallback,
+        callback: PsCallback[M],
         host: str,
         port: int,
         *,
@@ -46,6 +48,8 @@ class PsClient(ConnectingOwner):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
+        framing: Framing[M] | None = None,
+        frame_timeout: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -64,6 +68,10 @@ class PsClient(ConnectingOwner):
             linger_timeout: seconds for which a close waits for the peer to take the last bytes.
             no_delay: TCP_NODELAY: small messages leave at once.
             allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
+            framing: what cuts the stream into messages (`psofa_gevent.framing`); ``None``:
+                ``on_message`` gets the bytes as they come.
+            frame_timeout: seconds that a message may take from its first byte to its last, after
+                which the session closes with FAILED; ``None``: any time.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -81,6 +89,8 @@ class PsClient(ConnectingOwner):
                 linger_timeout=linger_timeout,
                 no_delay=no_delay,
                 allow_half_open=allow_half_open,
+                framing=framing,
+                frame_timeout=frame_timeout,
             ),
             PsClientError,
         )
@@ -93,14 +103,14 @@ class PsClient(ConnectingOwner):
         return f"<PsClient {format_address(self._host, self._port)} {state}>"
 
     @property
-    def session(self) -> PsSession | None:
+    def session(self) -> PsSession[M] | None:
         """The open session; ``None`` before `connect`, and as soon as it is closing."""
         sessions = self.sessions
         return sessions[-1] if sessions else None
 
     def connect(
         self, connection_id: uuid.UUID | None = None, *, timeout: float | None = 10.0
-    ) -> PsSession:
+    ) -> PsSession[M]:
         """Connect, and return the open session; its ``on_open`` has run or is about to.
 
         Args:

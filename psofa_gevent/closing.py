@@ -65,7 +65,7 @@ class CloseQueue:
         """Calls that were put in and have not ended."""
         self._given_up = 0
 
-    def put(self, session: PsSession) -> None:
+    def put(self, session: PsSession[Any]) -> None:
         """Have ``on_close`` called for a session that has ended."""
         self._put(self._dispatch.on_close, session, session._reason)
 

@@ -19,6 +19,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
 from psofa_gevent.manager import SessionManager
+from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_seconds
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["ConnectingOwner", "check_connect"]
 
 
-class ConnectingOwner(SessionOwner):
+class ConnectingOwner(SessionOwner[M]):
     """The base of `PsClient` and `PsMultiClient`."""
 
     def __init__(
-        self, callback: PsCallback, settings: SessionSettings, error: type[PsError]
+        self, callback: PsCallback[M], settings: SessionSettings, error: type[PsError]
     ) -> None:
         super().__init__(callback, settings)
         self._error = error
@@ -56,7 +57,7 @@ class ConnectingOwner(SessionOwner):
         family: PsSocketAddressFamily,
         connection_id: uuid.UUID | None,
         timeout: float | None,
-    ) -> PsSession:
+    ) -> PsSession[Any]:
         if not manager.thread.is_current():
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
         connector = Connector(host, port, family, self._settings.no_delay, self._error)

@@ -37,15 +37,15 @@ LONGEST_RETHROW = 1.0
 class Dispatch:
     """The callbacks of one server or client, as plain functions."""
 
-    def __init__(self, callback: PsCallback, callback_timeout: float | None) -> None:
+    def __init__(self, callback: PsCallback[Any], callback_timeout: float | None) -> None:
         self._is_async = callback.use_async_callback
         self._timeout = callback_timeout
-        self.on_open: Callable[[PsSession], None] = self._of_session(callback, "on_open")
-        self.on_message: Callable[[PsSession, bytes], None] = self._of_session(
+        self.on_open: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_open")
+        self.on_message: Callable[[PsSession[Any], bytes], None] = self._of_session(
             callback, "on_message"
         )
-        self.on_eof: Callable[[PsSession], None] = self._of_session(callback, "on_eof")
-        self.on_close: Callable[[PsSession, PsCloseReason], None] = self._of_close_greenlet(
+        self.on_eof: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_eof")
+        self.on_close: Callable[[PsSession[Any], PsCloseReason], None] = self._of_close_greenlet(
             self._of_session(callback, "on_close", limited=False), "on_close"
         )
         self.on_start: Callable[[Owner], None] = self._of_owner(callback, "on_start")
@@ -58,12 +58,12 @@ class Dispatch:
         return contextvars.copy_context() if self._is_async else None
 
     def _of_session(
-        self, callback: PsCallback, name: str, *, limited: bool = True
+        self, callback: PsCallback[Any], name: str, *, limited: bool = True
     ) -> Callable[..., None]:
         if self._is_async:
             method = getattr(callback, f"{name}_async")
 
-            def call(session: PsSession, *args: Any) -> None:
+            def call(session: PsSession[Any], *args: Any) -> None:
                 run_task(method(session, *args), context=session._context)
 
         else:
@@ -72,7 +72,7 @@ class Dispatch:
             return call
         return _limited_in_session(call, name, self._timeout)
 
-    def _of_owner(self, callback: PsCallback, name: str) -> Callable[..., None]:
+    def _of_owner(self, callback: PsCallback[Any], name: str) -> Callable[..., None]:
         if not self._is_async:
             function: Callable[..., None] = getattr(callback, name)
             return function
@@ -94,7 +94,7 @@ def _do_nothing(_owner: object) -> None:
 def _limited_in_session(
     call: Callable[..., None], name: str, timeout: float
 ) -> Callable[..., None]:
-    def call_limited(session: PsSession, *args: Any) -> None:
+    def call_limited(session: PsSession[Any], *args: Any) -> None:
         def expired(error: TimeoutError) -> None:
             session._request_close(PsCloseReason.FAILED, error)
             log_from_hub(logging.WARNING, "%r: %s", session, error)

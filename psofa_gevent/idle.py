@@ -16,7 +16,7 @@ up, and it closes nothing: it wakes the session, which looks once more whether b
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import Event
@@ -37,7 +37,7 @@ class IdleSlice:
     __slots__ = ("due", "sessions")
 
     def __init__(self) -> None:
-        self.sessions: set[PsSession] = set()
+        self.sessions: set[PsSession[Any]] = set()
         self.due = _NEVER
         """The monotonic clock before which none of them reaches its deadline."""
 
@@ -49,6 +49,7 @@ class IdleSlice:
         due = _NEVER
         for session in self.sessions:
             deadline = (session._waiting_since or now) + session._idle
+            deadline = min(deadline, session._frame_deadline)
             due = min(due, deadline)
             if deadline <= now and session._open:
                 session._wake()
@@ -65,7 +66,7 @@ class IdleTimer:
         self._not_empty = Event()
         self._worker = Worker(self._scan_for_ever, self._has_work)
 
-    def add(self, session: PsSession) -> None:
+    def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""
         place = self._slices[self._added % len(self._slices)]
         place.sessions.add(session)
@@ -77,7 +78,7 @@ class IdleTimer:
             self._not_empty.set()
             self._worker.ensure()
 
-    def discard(self, session: PsSession) -> None:
+    def discard(self, session: PsSession[Any]) -> None:
         """Look at `session` no more."""
         place, session._slice = session._slice, None
         if place is not None:

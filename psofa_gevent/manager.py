@@ -45,7 +45,7 @@ class SessionManager:
     def __init__(
         self,
         owner: Owner,
-        callback: PsCallback,
+        callback: PsCallback[Any],
         settings: SessionSettings,
         max_sessions: int | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class SessionManager:
         self._stops: list[Stop] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
-        self.sessions: dict[PsSession, None] = {}
+        self.sessions: dict[PsSession[Any], None] = {}
         """All that have not ended, in the order in which they came."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
@@ -77,7 +77,7 @@ class SessionManager:
         remote_endpoint: object,
         connection_id: uuid.UUID | None = None,
         local_endpoint: Endpoint | None = None,
-    ) -> PsSession:
+    ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
 
         Args:
@@ -115,13 +115,13 @@ class SessionManager:
             self.entering.discard(current)
             self.changed.set()
 
-    def session_ended(self, session: PsSession) -> None:
+    def session_ended(self, session: PsSession[Any]) -> None:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
             self.closing.put(session)
             log_safely(logging.DEBUG, "%r: closed", session)
 
-    def forget(self, session: PsSession) -> bool:
+    def forget(self, session: PsSession[Any]) -> bool:
         """Count the session no more; false if it did not count any longer."""
         if session not in self.sessions:
             return False

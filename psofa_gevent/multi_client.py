@@ -6,14 +6,16 @@ import _socket
 import uuid
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self
 
 from psofa_gevent.addresses import check_address_family, check_host, check_port
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import ConnectingOwner, check_connect
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
+from psofa_gevent.framing import Framing
 from psofa_gevent.manager import SessionManager
+from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_instance
 from psofa_gevent.tcp import set_no_delay
@@ -22,15 +24,15 @@ __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 
 
 @dataclass(frozen=True, slots=True)
-class PsMultiClientConnection:
+class PsMultiClientConnection(Generic[M]):
     """One connection of a `PsMultiClient`: its session, and the host and port asked for."""
 
-    session: PsSession
+    session: PsSession[M]
     host: str
     port: int
 
 
-class PsMultiClient(ConnectingOwner):
+class PsMultiClient(ConnectingOwner[M]):
     """A TCP client of many connections, to one server or to many.
 
     `init_bundle` and `connect` belong to one thread, whose hub serves the sessions; `disconnect`
@@ -40,7 +42,7 @@ class PsMultiClient(ConnectingOwner):
 
     def __init__(
         self,
-        callback: PsCallback,
+        callback: PsCallback[M],
         *,
         read_buffer_size: int = 65536,
         divide: int = 10,
@@ -50,6 +52,8 @@ class PsMultiClient(ConnectingOwner):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
+        framing: Framing[M] | None = None,
+        frame_timeout: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -65,6 +69,10 @@ class PsMultiClient(ConnectingOwner):
             linger_timeout: seconds for which a close waits for the peer to take the last bytes.
             no_delay: TCP_NODELAY: small messages leave at once.
             allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
+            framing: what cuts the stream into messages (`psofa_gevent.framing`); ``None``:
+                ``on_message`` gets the bytes as they come.
+            frame_timeout: seconds that a message may take from its first byte to its last, after
+                which the session closes with FAILED; ``None``: any time.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -82,6 +90,8 @@ class PsMultiClient(ConnectingOwner):
                 linger_timeout=linger_timeout,
                 no_delay=no_delay,
                 allow_half_open=allow_half_open,
+                framing=framing,
+                frame_timeout=frame_timeout,
             ),
             PsMultiClientError,
         )
@@ -113,7 +123,7 @@ class PsMultiClient(ConnectingOwner):
         connection_id: uuid.UUID | None = None,
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
         timeout: float | None = 10.0,
-    ) -> PsMultiClientConnection:
+    ) -> PsMultiClientConnection[M]:
         """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
 
         Args:
@@ -137,7 +147,7 @@ class PsMultiClient(ConnectingOwner):
         session = self._connect(manager, host, port, socket_address_family, connection_id, timeout)
         return PsMultiClientConnection(session, host, port)
 
-    def disconnect(self, connection: PsMultiClientConnection) -> None:
+    def disconnect(self, connection: PsMultiClientConnection[M]) -> None:
         """Ask for the close of one connection (SELF_CLOSE) and return at once.
 
         Raises:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Generic, cast
 
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent
 from psofa_gevent.manager import SessionManager
+from psofa_gevent.messages import M
 from psofa_gevent.settings import SessionSettings, check_seconds
 from psofa_gevent.stopping import Stop
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
@@ -27,10 +28,10 @@ UNDO_TIMEOUT = 5.0
 """Seconds that ``on_stop`` has when a start or a first connect failed after ``on_start``."""
 
 
-class SessionOwner:
+class SessionOwner(Generic[M]):
     """The base of `PsServer`, `PsClient` and `PsMultiClient`."""
 
-    def __init__(self, callback: PsCallback, settings: SessionSettings) -> None:
+    def __init__(self, callback: PsCallback[M], settings: SessionSettings) -> None:
         check_callback(callback)
         self._callback = callback
         self._settings = settings
@@ -45,7 +46,7 @@ class SessionOwner:
         return 0 if manager is None else len(manager.sessions)
 
     @property
-    def sessions(self) -> list[PsSession]:
+    def sessions(self) -> list[PsSession[M]]:
         """The open sessions at this moment, in the order in which they came."""
         manager = self._manager
         if manager is None:

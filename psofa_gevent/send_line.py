@@ -156,7 +156,7 @@ class SendLine:
         "_watcher",
     )
 
-    def __init__(self, session: SendingHalf) -> None:
+    def __init__(self, session: SendingHalf[Any]) -> None:
         self._session = session
         self._senders: deque[_Sender] = deque()
         self._progress_at = monotonic()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import _socket
 import logging
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import get_ident, log_from_hub
+from psofa_gevent.messages import M, Message, as_buffer
 from psofa_gevent.send_line import (
     GreenletParking,
     Parking,
@@ -28,16 +29,15 @@ from psofa_gevent.worker import in_callback, may_wait
 if TYPE_CHECKING:
     from psofa_gevent.session import Host
 
-__all__ = ["Message", "SendingHalf"]
-
-Message = str | bytes | bytearray | memoryview
+__all__ = ["SendingHalf"]
 
 
-class SendingHalf:
+class SendingHalf(Generic[M]):
     """What of a session sends. `PsSession` adds how it lives, and how it closes."""
 
     __slots__ = (
         "_bytes_sent",
+        "_encode",
         "_eof_received",
         "_eof_requested",
         "_eof_sent",
@@ -64,6 +64,8 @@ class SendingHalf:
         self._eof_received = False
         self._bytes_sent = 0
         self._line: SendLine | None = None
+        framing = host.settings.framing
+        self._encode: Callable[[Any], bytes] | None = None if framing is None else framing.encode
 
     def _request_close(
         self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
@@ -73,7 +75,13 @@ class SendingHalf:
     def _wake(self) -> None:
         raise NotImplementedError
 
-    def send(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
+    def send(
+        self,
+        message: M | Message,
+        timeout: float | Default | None = DEFAULT,
+        *,
+        raw: bool = False,
+    ) -> None:
         """Send a message, and return when the kernel has taken all of it.
 
         From any greenlet and any OS thread. Two sends never mix their bytes. In an async callback
@@ -83,18 +91,23 @@ class SendingHalf:
 
         Args:
             message: bytes, or text, which is sent as UTF-8. A mutable buffer must not change until
-                this returns.
+                this returns. With a framing, whatever that encodes.
             timeout: seconds in which the peer takes nothing, after which the session closes with
                 FAILED; ``None``: no limit; by default the owner's ``send_timeout``.
+            raw: bytes (or text) that the session's framing shall leave alone.
 
         Raises:
+            PsFramingError: the session's framing can't carry the message. Nothing was sent.
             PsSendError: the session is closed, was closed meanwhile, the peer took nothing for
                 `timeout`, or the socket failed; or the call would have had to wait where it must
                 not (in a coroutine, in the hub).
             TypeError: `message` is neither text nor bytes.
             ValueError: `timeout` is negative.
         """
-        data = message if type(message) is bytes else _encode(message)
+        if self._encode is not None and not raw:
+            data: Any = self._encode(message)
+        else:
+            data = message if type(message) is bytes else as_buffer(message)
         if timeout is not DEFAULT:
             check_seconds("timeout", timeout)
         if get_ident() != self._thread_ident:
@@ -111,12 +124,21 @@ class SendingHalf:
             self._refuse_to_wait(begun=sent > 0)
         run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking()))
 
-    async def send_async(self, message: Message, timeout: float | Default | None = DEFAULT) -> None:
+    async def send_async(
+        self,
+        message: M | Message,
+        timeout: float | Default | None = DEFAULT,
+        *,
+        raw: bool = False,
+    ) -> None:
         """`send` for coroutines: waits without holding up the loop.
 
         In any asyncio loop, of the hub's thread or of another; arguments and errors as for `send`.
         """
-        data = message if type(message) is bytes else _encode(message)
+        if self._encode is not None and not raw:
+            data: Any = self._encode(message)
+        else:
+            data = message if type(message) is bytes else as_buffer(message)
         if timeout is not DEFAULT:
             check_seconds("timeout", timeout)
         if get_ident() != self._thread_ident:
@@ -198,10 +220,13 @@ class SendingHalf:
             in_callback=in_callback(),
         )
 
+    def _send_bytes(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
+        self.send(data, timeout, raw=True)
+
     def _send_from_thread(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
         """Send for a caller in another OS thread, which blocks natively meanwhile."""
         self._check_sending(in_callback=False)
-        if not self._host.thread.run(lambda: self._released, self.send, data, timeout):
+        if not self._host.thread.run(lambda: self._released, self._send_bytes, data, timeout):
             raise PsSendError(f"{self!r}: the session is closed")
 
     async def _send_from_other_loop(
@@ -209,7 +234,9 @@ class SendingHalf:
     ) -> None:
         """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
         self._check_sending(in_callback=False)
-        if not await self._host.thread.run_async(lambda: self._released, self.send, data, timeout):
+        if not await self._host.thread.run_async(
+            lambda: self._released, self._send_bytes, data, timeout
+        ):
             raise PsSendError(f"{self!r}: the session is closed")
 
     def _line_is_empty(self, line: SendLine) -> None:
@@ -232,16 +259,3 @@ class SendingHalf:
             return
         if self._eof_received:
             self._request_close(PsCloseReason.PEER_CLOSE)
-
-
-def _encode(message: Message) -> bytes | memoryview:
-    """`message` as bytes: text as UTF-8, any buffer byte by byte."""
-    if isinstance(message, str):
-        return message.encode()
-    if isinstance(message, bytes):
-        return message
-    if isinstance(message, (bytearray, memoryview)):
-        return memoryview(message).cast("B")
-    raise TypeError(
-        f"message must be str, bytes, bytearray or memoryview, not {type(message).__name__}"
-    )

@@ -23,6 +23,7 @@ import gevent
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
 from psofa_gevent.network import local_addresses
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
@@ -41,6 +42,16 @@ class UsageError(Exception):
 
 class ModuleFailedError(Exception):
     """The served module raised, imported or called; ``__cause__`` is what it raised."""
+
+
+FRAMINGS: dict[str, Framing[bytes] | None] = {
+    "none": None,
+    "line": Line(),
+    "crlf": Line(newline=b"\r\n"),
+    "length": LengthPrefix(),
+    "varint": Varint(),
+}
+"""What ``--framing`` may be. Others, and their settings, are for programs."""
 
 
 class EchoCallback(PsCallback):
@@ -69,6 +80,8 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         linger_timeout=args.linger_timeout,
         no_delay=args.no_delay == "on",
         allow_half_open=args.allow_half_open,
+        framing=FRAMINGS[args.framing],
+        frame_timeout=args.frame_timeout,
     )
 
 

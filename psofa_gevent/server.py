@@ -23,8 +23,10 @@ from psofa_gevent.addresses import (
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
+from psofa_gevent.framing import Framing
 from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listener, bind
+from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int, check_seconds
 from psofa_gevent.signals import ask_on_signals
@@ -42,7 +44,7 @@ CAP_WITHOUT_LIMIT = 1_000_000
 SHUTDOWN_TIMEOUT = 5.0
 
 
-class PsServer(SessionOwner):
+class PsServer(SessionOwner[M]):
     """A TCP server: accepts connections, one session and one greenlet each.
 
     `start`, `wait_for` and `serve_forever` belong to the thread whose hub serves; the others may be
@@ -52,7 +54,7 @@ class PsServer(SessionOwner):
 
     def __init__(
         self,
-        callback: PsCallback,
+        callback: PsCallback[M],
         *,
         host: str = "0.0.0.0",
         port: int = 8710,
@@ -68,6 +70,8 @@ class PsServer(SessionOwner):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
+        framing: Framing[M] | None = None,
+        frame_timeout: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `start`.
 
@@ -92,6 +96,10 @@ class PsServer(SessionOwner):
             linger_timeout: seconds for which a close waits for the peer to take the last bytes.
             no_delay: TCP_NODELAY: small messages leave at once.
             allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
+            framing: what cuts the stream into messages (`psofa_gevent.framing`); ``None``:
+                ``on_message`` gets the bytes as they come.
+            frame_timeout: seconds that a message may take from its first byte to its last, after
+                which the session closes with FAILED; ``None``: any time.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -109,6 +117,8 @@ class PsServer(SessionOwner):
                 linger_timeout=linger_timeout,
                 no_delay=no_delay,
                 allow_half_open=allow_half_open,
+                framing=framing,
+                frame_timeout=frame_timeout,
             ),
         )
         self._host = check_host(host)

@@ -35,10 +35,13 @@ from gevent import GreenletExit, getcurrent
 from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
+from psofa_gevent.framed import NEVER, FramedReceiver
+from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
+from psofa_gevent.messages import M
 from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.sending import SendingHalf
-from psofa_gevent.settings import SessionSettings, check_idle, check_instance
+from psofa_gevent.settings import SessionSettings, check_framing, check_idle, check_instance
 from psofa_gevent.tcp import Endpoint, endpoint, reset, unacknowledged
 from psofa_gevent.worker import LibraryGreenlet
 
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
     from psofa_gevent.multi_client import PsMultiClient
     from psofa_gevent.server import PsServer
 
-    Owner: TypeAlias = PsServer | PsClient | PsMultiClient
+    Owner: TypeAlias = PsServer[Any] | PsClient[Any] | PsMultiClient[Any]
 
 __all__ = ["Host", "PsSession", "SessionGreenlet"]
 
@@ -65,8 +68,6 @@ LONGEST_LINGER_LOOK = 0.05
 HALF_OPEN_LOOK = 1.0
 """Seconds between two looks for a reset, while the peer has closed its half."""
 
-_NEVER = float("inf")
-
 
 class Host(Protocol):
     """What a session needs of the manager that it belongs to."""
@@ -77,7 +78,7 @@ class Host(Protocol):
     settings: SessionSettings
     dispatch: Dispatch
 
-    def session_ended(self, session: PsSession) -> None:
+    def session_ended(self, session: PsSession[Any]) -> None:
         """The session has ended and its socket is released. Called in the session's greenlet."""
 
 
@@ -86,9 +87,9 @@ class SessionGreenlet(LibraryGreenlet):
 
     __slots__ = ("session",)
 
-    def __init__(self, session: PsSession) -> None:
+    def __init__(self, session: PsSession[Any]) -> None:
         super().__init__()
-        self.session: PsSession | None = session
+        self.session: PsSession[Any] | None = session
         """None when the session has ended: whoever switched here last may hold this greenlet."""
 
     def _run(self) -> None:
@@ -99,7 +100,7 @@ class SessionGreenlet(LibraryGreenlet):
             self.session = None
 
 
-class PsSession(SendingHalf):
+class PsSession(SendingHalf[M]):
     """One connection. The library makes it and hands it to every callback; never construct one.
 
     `send`, `send_eof`, `close` and `abort` may be called from any greenlet and any OS thread, the
@@ -113,6 +114,8 @@ class PsSession(SendingHalf):
         "_close_cause",
         "_connection_id",
         "_context",
+        "_frame_deadline",
+        "_framed",
         "_greenlet",
         "_idle",
         "_local_endpoint",
@@ -148,7 +151,7 @@ class PsSession(SendingHalf):
         self._connection_id = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
-        self._idle = _NEVER if idle is None else idle / 1_000
+        self._idle = NEVER if idle is None else idle / 1_000
         self._waiting_since = 0.0
         self._watches = False
         self._started = False
@@ -157,6 +160,8 @@ class PsSession(SendingHalf):
         self._abort_asked = False
         self._bytes_received = 0
         self._messages_received = 0
+        self._framed = None if settings.framing is None else FramedReceiver(self, settings.framing)
+        self._frame_deadline = NEVER
         self._values: dict[str, Any] | None = None
         self._slice: IdleSlice | None = None
         self._context = host.dispatch.new_context()
@@ -211,7 +216,10 @@ class PsSession(SendingHalf):
 
     @property
     def bytes_received(self) -> int:
-        """Bytes handed to ``on_message``, the current message included."""
+        """Bytes handed to ``on_message``, the current message included.
+
+        With a framing, what was read: with lengths and delimiters, and of messages not whole yet.
+        """
         return self._bytes_received
 
     @property
@@ -252,6 +260,38 @@ class PsSession(SendingHalf):
         if self._values is not None:
             self._values.pop(name, None)
 
+    # Messages
+
+    @property
+    def framing(self) -> Framing[Any] | None:
+        """What cuts the stream into messages; ``None``: nothing does."""
+        return None if self._framed is None else self._framed.framing
+
+    def set_framing(self, framing: Framing[Any] | None) -> None:
+        """Go on with another framing, from the next byte on: for a handshake, or an upgrade.
+
+        What was read already, and belongs to no message that was handed over, is the new framing's.
+        `send` takes it at once. With ``Raw(size)`` the next `size` bytes come as they are, then the
+        framing of before goes on; sending stays with that.
+
+        To be called in a callback of this session.
+
+        Args:
+            framing: ``None``: bytes come and go as they are.
+
+        Raises:
+            TypeError: that is no framing.
+            RuntimeError: the session waits for bytes, so this is no callback of it.
+        """
+        if self._waiting_since:
+            raise RuntimeError(f"{self!r}: set_framing must be called in a callback of the session")
+        if self._framed is None:
+            check_framing("framing", framing)
+            self._framed = FramedReceiver(self, Raw())
+            self._framed.framing = None
+        self._framed.set_framing(framing)
+        self._encode = None if self.framing is None else self.framing.encode
+
     # Idle time
 
     def change_idle_milliseconds(self, idle_milliseconds: int | None) -> None:
@@ -265,7 +305,7 @@ class PsSession(SendingHalf):
             ValueError: less than 1.
         """
         check_idle("idle_milliseconds", idle_milliseconds)
-        self._idle = _NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
+        self._idle = NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
         if self._waiting_since:
             self._waiting_since = monotonic()
         if self._slice is not None:
@@ -352,7 +392,7 @@ class PsSession(SendingHalf):
             self._host.session_ended(self)
             self._greenlet = None
 
-    def _read(self) -> None:  # noqa: C901, PLR0912  # each call more would be felt
+    def _read(self) -> None:  # noqa: C901, PLR0912, PLR0915  # each call more would be felt
         """Wait, read, hand over, until a close is requested: the way of every message.
 
         Each wait is a switch to the next session that is readable, or to the hub if there is none
@@ -391,8 +431,7 @@ class PsSession(SendingHalf):
                     message = recv(size)
                 except BlockingIOError:
                     # Woken by the idle timer, or by nothing at all: no bytes are there.
-                    if self._is_idle():
-                        self._request_close(PsCloseReason.TIMEOUT)
+                    self._look_at_clock()
                     continue
                 except OSError as exc:
                     self._request_close(PsCloseReason.FAILED, exc, linger=False)
@@ -404,8 +443,11 @@ class PsSession(SendingHalf):
                     self._receive_eof()
                     return
                 self._bytes_received += len(message)
-                self._messages_received += 1
-                on_message(self, message)
+                if self._framed is None:
+                    self._messages_received += 1
+                    on_message(self, message)
+                else:
+                    self._framed.receive(message)
                 del message  # a session that waits owns no buffer
         finally:
             self._waiting_since = 0.0
@@ -418,6 +460,8 @@ class PsSession(SendingHalf):
             self._watcher.stop()
 
     def _receive_eof(self) -> None:
+        if self._framed is not None:
+            self._framed.end()
         if not self._host.settings.allow_half_open:
             self._request_close(PsCloseReason.PEER_CLOSE)
             return
@@ -448,6 +492,12 @@ class PsSession(SendingHalf):
             self._waiting_since = 0.0
             look.stop()
             look.close()
+
+    def _look_at_clock(self) -> None:
+        if self._is_idle():
+            self._request_close(PsCloseReason.TIMEOUT)
+        elif self._framed is not None and monotonic() >= self._frame_deadline:
+            self._framed.time_out()
 
     def _is_idle(self) -> bool:
         return monotonic() - self._waiting_since >= self._idle

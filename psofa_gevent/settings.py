@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
+
+from psofa_gevent.framing import Framing
 
 __all__ = [
     "DEFAULT",
     "Default",
     "SessionSettings",
     "check_bool",
+    "check_framing",
     "check_instance",
     "check_int",
     "check_seconds",
@@ -56,6 +59,9 @@ class SessionSettings:
         linger_timeout: seconds for which a close waits for the peer to take the last bytes.
         no_delay: TCP_NODELAY.
         allow_half_open: the peer's FIN calls ``on_eof`` and does not close the session.
+        framing: what cuts the bytes into messages; ``None``: nothing does.
+        frame_timeout: seconds that a message may take from its first byte to its last; ``None``:
+            any time.
     """
 
     read_buffer_size: int
@@ -66,6 +72,8 @@ class SessionSettings:
     linger_timeout: float
     no_delay: bool
     allow_half_open: bool
+    framing: Framing[Any] | None
+    frame_timeout: float | None
 
     def __post_init__(self) -> None:
         check_int("read_buffer_size", self.read_buffer_size, 1, MAX_BUFFER)
@@ -76,6 +84,8 @@ class SessionSettings:
         check_seconds("linger_timeout", self.linger_timeout, optional=False)
         check_bool("no_delay", self.no_delay)
         check_bool("allow_half_open", self.allow_half_open)
+        check_framing("framing", self.framing)
+        check_seconds("frame_timeout", self.frame_timeout, more_than_zero=True)
 
 
 def check_instance(name: str, value: object, kind: type[T]) -> T:
@@ -103,6 +113,14 @@ def check_idle(name: str, value: object) -> None:
     """Raise unless `value` is ``None`` or a positive whole number of milliseconds."""
     if value is not None:
         check_int(name, value, 1, 2**53)
+
+
+def check_framing(name: str, value: object) -> None:
+    """Raise `TypeError` for anything but ``None`` and a `Framing`."""
+    if isinstance(value, type) and issubclass(value, Framing):
+        raise TypeError(f"{name} must be an instance of a Framing, not the class {value!r}")
+    if value is not None and not isinstance(value, Framing):
+        raise TypeError(f"{name} must be a Framing or None, not {value!r}")
 
 
 def check_seconds(

@@ -505,7 +505,7 @@ class RecordingCallback(PsCallback):
 class ServerFactory(Protocol):
     """What the fixture `ps_server` is."""
 
-    def __call__(self, callback: PsCallback, **settings: Any) -> PsServer:
+    def __call__(self, callback: PsCallback[Any], **settings: Any) -> PsServer:
         """Start a server as `serving` does."""
 
 
@@ -526,7 +526,7 @@ def _start_servers() -> Iterator[ServerFactory]:
     """Starts servers on free ports: ``server = ps_server(callback, **settings)``."""
     with contextlib.ExitStack() as servers:
 
-        def start(callback: PsCallback, **settings: Any) -> PsServer:
+        def start(callback: PsCallback[Any], **settings: Any) -> PsServer:
             return servers.enter_context(serving(callback, **settings))
 
         yield start

@@ -826,21 +826,23 @@ def test_every_setting_of_the_server_has_an_option(monkeypatch: pytest.MonkeyPat
         "linger_timeout": 10.5,
         "no_delay": False,
         "allow_half_open": True,
+        "framing": serve.FRAMINGS["line"],
+        "frame_timeout": 11.5,
     }
     assert expected.keys() == server_settings().keys()  # none is forgotten
-    arguments = ["--ipv6", "--no-delay", "off", "--allow-half-open"]
+    arguments = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
     for name, value in expected.items():
-        if name not in ("host", "socket_address_family", "no_delay", "allow_half_open"):
+        if name not in ("host", "socket_address_family", "no_delay", "allow_half_open", "framing"):
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     assert settings_from(monkeypatch, *arguments) == expected
 
 
 @pytest.mark.parametrize("word", ["none", "None"])
 def test_a_word_switches_a_limit_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    names = ("idle_milliseconds", "send_timeout", "callback_timeout")
+    names = ("idle_milliseconds", "send_timeout", "callback_timeout", "frame_timeout")
     arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", word)]
     settings = settings_from(monkeypatch, *arguments)
-    assert [settings[name] for name in names] == [None, None, None]
+    assert [settings[name] for name in names] == [None] * len(names)
 
 
 # -- the limit of open files

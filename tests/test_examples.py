@@ -76,6 +76,7 @@ SERVERS_TO_PORT = [
     ["counter_server_async.py", "--port"],
     ["multi_client.py", "--port"],
     ["chat.py", "--port"],
+    ["json_lines.py", "--port"],
     ["wsgi_flask.py", "--http-port", "0", "--device-port"],
     ["wsgi_flask.py", "--device-port", "0", "--http-port"],
 ]
@@ -134,6 +135,30 @@ def join(address: Address, name: str, others: str) -> ScriptedClient:
     member.send(f"{name}\n")
     member.expect(f"* welcome, {name}. Here: {others}\n")
     return member
+
+
+def test_json_lines_are_summed_and_uploads_counted() -> None:
+    with (
+        serving_example("json_lines.py", "--port", "0") as (_, address),
+        ScriptedClient(address) as client,
+    ):
+        client.send('{"name": "pi", "value": 3}\n{"name": "pi", "val')
+        client.expect('{"name": "pi", "value": 3.0}\n')
+        client.send('ue": 0.5}\nUPLOAD 5\n12\n45{"name": "e", "value": 2}\n')
+        client.expect(
+            '{"name": "pi", "value": 3.5}\n{"name": "uploaded", "value": 5}\n'
+            '{"name": "e", "value": 2.0}\n'
+        )
+
+
+def test_json_lines_ends_who_sends_something_else() -> None:
+    with (
+        serving_example("json_lines.py", "--port", "0") as (process, address),
+        ScriptedClient(address) as client,
+    ):
+        client.send("hello\n")
+        client.expect_eof()
+        process.expect_line("JSONDecodeError")
 
 
 def test_chat_members_hear_each_other() -> None:

@@ -604,6 +604,7 @@ class LookedAt:
 
     _open = True
     _slice = None
+    _frame_deadline = float("inf")
 
     def __init__(self, idle: float) -> None:
         self.idle = idle

@@ -20,6 +20,7 @@ from psofa_gevent import (
     PsSession,
     PsSocketAddressFamily,
 )
+from psofa_gevent.framing import Line
 from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session
 
 Make = Callable[..., Any]
@@ -52,6 +53,8 @@ SESSION_SETTINGS = {
     "linger_timeout": 1.0,
     "no_delay": True,
     "allow_half_open": False,
+    "framing": None,
+    "frame_timeout": None,
 }
 
 NOT_WHOLE_NUMBERS: list[Any] = ["10", b"10", 10.0, NAN, INFINITY, True, False, [10], object]
@@ -71,6 +74,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "linger_timeout": [*NOT_SECONDS, None],
     "no_delay": NOT_BOOLS,
     "allow_half_open": NOT_BOOLS,
+    "framing": [Line, "Line", b"\n", 1, True],
+    "frame_timeout": NOT_SECONDS,
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
@@ -79,6 +84,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "send_timeout": SECONDS_OUT_OF_RANGE,
     "callback_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
     "linger_timeout": SECONDS_OUT_OF_RANGE,
+    "frame_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "host": [None, b"127.0.0.1", 127, ("127.0.0.1", 80), True],
@@ -271,6 +277,8 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "linger_timeout": [0, 0.0, 0.5, 1e6],
     "no_delay": [True, False],
     "allow_half_open": [True, False],
+    "framing": [Line(), None],
+    "frame_timeout": [0.001, 3, 1e6, None],
 }
 
 
