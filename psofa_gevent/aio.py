@@ -178,7 +178,11 @@ def in_coroutine() -> bool:
 
 
 def run_task(
-    coro: Coroutine[Any, Any, T], *, context: Context | None = None, name: str | None = None
+    coro: Coroutine[Any, Any, T],
+    *,
+    context: Context | None = None,
+    name: str | None = None,
+    in_turn: bool = False,
 ) -> T:
     """Run `coro` as a task of the hub's loop and wait for it: `run_coroutine` in short.
 
@@ -193,6 +197,8 @@ def run_task(
         coro: A coroutine. It is closed when it can't be run.
         context: The context to run in; by default a copy of the caller's.
         name: The name of the task.
+        in_turn: For callers that wait for something else next, as sessions do for bytes: it begins
+            after those that are ready, and the hub has its turn only then.
 
     Raises:
         RuntimeError: as `run_coroutine`.
@@ -208,7 +214,7 @@ def run_task(
         except RuntimeError:
             coro.close()
             raise
-    return Run(loop, coro, current, context, name).wait()
+    return Run(loop, coro, current, context, name).wait(in_turn=in_turn)
 
 
 def _check_caller(current: greenlet, loop: HubLoop) -> None:

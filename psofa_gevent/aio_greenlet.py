@@ -58,6 +58,7 @@ class LoopGreenlet(greenlet):
         "_held",
         "_held_task",
         "_hooks",
+        "_is_queued",
         "_keep_alive",
         "_keeps_alive",
         "_other_hooks",
@@ -81,6 +82,8 @@ class LoopGreenlet(greenlet):
         self.parked = False
         self.ready = ready_sessions()
         self._beginning: deque[Run[Any]] = deque()
+        self._is_queued = False
+        """Whether it is among those that are ready, for what is to begin."""
         self._ended: list[Run[Any]] = []
         """Of those that begin just now: they go on when all have begun, or when one waits."""
         self._woken: bool = False
@@ -144,6 +147,7 @@ class LoopGreenlet(greenlet):
             if self._beginning:
                 self._begin_all()
                 if self._woken or self.loop.has_work():
+                    self.ready.run_soon()
                     return
             if self._ending:
                 raise GreenletExit
@@ -153,9 +157,10 @@ class LoopGreenlet(greenlet):
             self._leave()
             self.parked = True
             try:
-                _switch(self.hub)
+                self.ready.switch_on()
             finally:
                 self.parked = False
+                self._is_queued = False
                 self._enter()
             if self._woken:
                 return
@@ -168,19 +173,49 @@ class LoopGreenlet(greenlet):
                 if run.begin():
                     ended.append(run)
                 del run  # the coroutine's frame may keep this one alive
+        except BaseException:
+            self.ready.run_soon()
+            raise
         finally:
-            self._resume_ended()
+            self._add_ended()
 
-    def _resume_ended(self) -> None:
-        if self._ended:
-            self.ready.resume(self._ended)
-            self._ended.clear()
+    def _add_ended(self) -> None:
+        self.ready.add(self._ended)
+        self._ended.clear()
+        if len(self.ready.sessions) > 1:
+            # We switch to the first one ourselves; nobody knows in which way that waits next.
+            self.ready.run_soon()
 
     def begin(self, run: Run[Any]) -> None:
         """Let a coroutine begin soon. In the hub's thread, in any greenlet."""
         self._beginning.append(run)
         if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
+
+    def begin_in_turn(self, run: Run[Any]) -> None:
+        """Let a coroutine begin after those that are ready now, before the hub has its turn.
+
+        The caller waits next, so it comes to that; and not only for coroutines, or the hub would
+        never have its turn.
+        """
+        self._beginning.append(run)
+        if self.parked and not self._is_queued:
+            self._is_queued = True
+            self.ready.add([self])
+
+    # As `psofa_gevent.ready` knows those who wait:
+
+    @property
+    def _greenlet(self) -> LoopGreenlet:
+        return self
+
+    @property
+    def _waiting_since(self) -> float:
+        return 1.0 if self.parked else 0.0
+
+    def _stop_watching(self) -> None:
+        """Its turn has come while it is held. What is to begin begins afterwards."""
+        self._is_queued = False
 
     def wake(self) -> None:
         """Let the loop go on, if it is parked, soon. In the hub's thread."""
@@ -250,7 +285,8 @@ class LoopGreenlet(greenlet):
     def switch_out(self) -> None:
         """Called by gevent when a step is about to wait."""
         self._held = True
-        self._resume_ended()
+        self._add_ended()
+        self.ready.run_soon()
         self._held_task = asyncio.current_task(self.loop)
         if self._held_task is not None:
             asyncio._leave_task(self.loop, self._held_task)

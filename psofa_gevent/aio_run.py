@@ -71,16 +71,25 @@ class Run(Generic[T]):
         self._greenlet = current
         self._waiting_since = 0.0
 
-    def wait(self) -> T:
-        """Begin soon, and wait for the end, in the greenlet that runs this coroutine."""
+    def wait(self, *, in_turn: bool = False) -> T:
+        """Begin soon, and wait for the end, in the greenlet that runs this coroutine.
+
+        `in_turn`: before the hub has its turn (`LoopGreenlet.begin_in_turn`).
+        """
         host = self._loop.greenlet
         thrown: BaseException | None = None
         try:
-            host.begin(self)
+            if in_turn:
+                host.begin_in_turn(self)
+            else:
+                host.begin(self)
             while not self.has_ended:
                 self._waiting_since = 1.0
                 try:
-                    host.ready.switch_on()
+                    if in_turn:
+                        host.ready.switch_on()
+                    else:
+                        host.hub.switch()
                 except BaseException as exc:
                     if not isinstance(thrown, ENDINGS):
                         thrown = exc
@@ -155,7 +164,9 @@ class Run(Generic[T]):
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._loop.greenlet.claim(exc)
         self.has_ended = True
-        self._loop.greenlet.ready.resume([self])
+        ready = self._loop.greenlet.ready
+        ready.add([self])
+        ready.run_soon()
 
     def drop(self) -> None:
         """Never begin: the loop has ended."""

@@ -64,7 +64,7 @@ class Dispatch:
             method = getattr(callback, f"{name}_async")
 
             def call(session: PsSession[Any], *args: Any) -> None:
-                run_task(method(session, *args), context=session._context)
+                run_task(method(session, *args), context=session._context, in_turn=True)
 
         else:
             call = getattr(callback, name)

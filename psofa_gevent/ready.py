@@ -27,9 +27,13 @@ switch = greenlet.switch
 class Ready(Protocol):
     """One that may be ready: a session, or another greenlet that waits."""
 
-    _greenlet: Any
-    _waiting_since: float
-    """Not 0 while it waits for its turn, and may be switched to."""
+    @property
+    def _greenlet(self) -> Any:
+        """What to switch to."""
+
+    @property
+    def _waiting_since(self) -> float:
+        """Not 0 while it waits for its turn, and may be switched to."""
 
     def _stop_watching(self) -> None:
         """Called when it has come to its turn, and does not wait."""
@@ -56,7 +60,7 @@ class ReadySessions:
         if self._check is None:
             # Of the lowest priority: after all watchers of sockets in a round.
             self._check = self._loop.check(ref=False, priority=self._loop.MINPRI)
-            self._check.start(self._run)
+            self._check.start(self._run if self._is_reversed else self._reverse_and_run)
 
     def unregister(self) -> None:
         """One session less."""
@@ -66,12 +70,15 @@ class ReadySessions:
             self._check.close()
             self._check = None
 
-    def resume(self, several: Sequence[Ready]) -> None:
-        """Let some go on, in this round of the hub, after those that are there, in this order."""
-        if self._is_reversed:
-            self.sessions[:0] = reversed(several)
-        else:
-            self.sessions += several
+    def add(self, several: Sequence[Ready]) -> None:
+        """Some are ready: after those that are there, in this order.
+
+        Outside of the hub's round the caller must `switch_on`, or `run_soon`.
+        """
+        self.sessions[:0] = reversed(several)
+
+    def run_soon(self) -> None:
+        """Let those that are ready go on, in this round of the hub."""
         loop: Any = self.hub.loop
         # A destroyed hub has none.
         if loop is not None and (self._soon is None or not self._soon.pending):
@@ -88,14 +95,16 @@ class ReadySessions:
                 switch(greenlet)
                 return
             other._stop_watching()
-        self.hub.switch()
+        switch(self.hub)
+
+    def _reverse_and_run(self) -> None:
+        self.sessions.reverse()
+        self._run()
 
     def _run(self) -> None:
         # In the hub. Each switch comes back when nobody is left, or when a callback waits on
         # something else: then the rest is still here.
         sessions = self.sessions
-        if not self._is_reversed:
-            sessions.reverse()
         while sessions:
             session = sessions.pop()
             if session._waiting_since and session._greenlet is not None:

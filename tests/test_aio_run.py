@@ -56,6 +56,21 @@ def test_coroutines_begin_and_end_in_the_order_in_which_they_were_given() -> Non
     assert by_kind == sorted(range(100), key=lambda number: number % 3 == 0)
 
 
+def test_greenlets_that_go_on_together_wait_for_other_things_next() -> None:
+    def run(number: int) -> int:
+        for _ in range(50):
+            run_coroutine(give(1))
+            if number % 3 == 0:
+                gevent.sleep(0)
+            if number % 3 == 1:
+                gevent.spawn(run_coroutine, give(1)).get()
+        return number
+
+    greenlets = [gevent.spawn(run, number) for number in range(100)]
+    gevent.joinall(greenlets, timeout=20, raise_error=True)
+    assert [each.value for each in greenlets] == list(range(100))
+
+
 def test_asyncio_looks_as_it_should_in_the_first_step() -> None:
     async def look() -> None:
         task = asyncio.current_task()
@@ -98,12 +113,6 @@ def test_a_coroutine_whose_greenlet_is_killed_before_it_begins_begins_and_is_can
     killed.join(timeout=5)
     assert told == ["began", "cancelled"]
     assert isinstance(waiting.value, gevent.GreenletExit)
-
-
-def test_a_kill_does_not_undo_what_the_first_step_has_done() -> None:
-    waiting = gevent.spawn(run_task, give(1))
-    gevent.spawn(waiting.kill).join(timeout=5)
-    assert isinstance(waiting.value, gevent.GreenletExit)  # it was thrown, after the coroutine
 
 
 @pytest.mark.parametrize("what", [None, 5, "coroutine"])
