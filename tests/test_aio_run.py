@@ -16,6 +16,7 @@ import gevent.event
 import gevent.local
 import gevent.lock
 import gevent.queue
+import gevent.socket
 import pytest
 from gevent import getcurrent, monkey
 from greenlet import greenlet
@@ -191,34 +192,21 @@ def test_a_greenlet_that_a_coroutine_drives_awaits_in_several_steps() -> None:
     assert run_coroutine(drive(), timeout=5) == "done"
 
 
-@pytest.mark.parametrize(
-    ("wait", "raised"),
-    [
-        (lambda: gevent.queue.Queue[int]().get(timeout=0.005), gevent.queue.Empty),
-        (lambda: gevent.socket.wait_read(0, timeout=0.005), TimeoutError),
-    ],
-    ids=["queue", "socket"],
-)
-def test_the_timeout_of_a_wait_in_a_step_is_the_steps_own(
-    wait: Callable[[], object], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours, _theirs = gevent.socket.socketpair()
-    monkeypatch.setattr(gevent.socket, "wait_read", lambda _fd, timeout: _read(ours, timeout))
+def test_the_timeout_of_a_wait_in_a_step_is_the_steps_own() -> None:
+    queue: gevent.queue.Queue[int] = gevent.queue.Queue()
+    ours, theirs = gevent.socket.socketpair()
+    ours.settimeout(0.005)
 
-    async def wait_for_it() -> str:
-        with pytest.raises(raised):
-            wait()
+    async def wait() -> str:
+        with pytest.raises(gevent.queue.Empty):
+            queue.get(timeout=0.005)
+        with pytest.raises(TimeoutError):
+            ours.recv(1)
         await asyncio.sleep(0)
         return "went on"
 
-    assert run_coroutine(wait_for_it(), timeout=5) == "went on"
-    ours.close()
-    _theirs.close()
-
-
-def _read(sock: gevent.socket.socket, timeout: float) -> bytes:
-    sock.settimeout(timeout)
-    return sock.recv(1)
+    with ours, theirs:
+        assert run_coroutine(wait(), timeout=5) == "went on"
 
 
 # The end
