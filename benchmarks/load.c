@@ -48,6 +48,7 @@ struct connection {
 };
 
 static int port, connections = 1, size = 64, depth = 1;
+static const char *content = ""; /* "lines": each ends with LF; "lengths": each begins with its */
 static pid_t server_pid;
 static double warm = 0.2, seconds = 1.0;
 static struct sockaddr_in server_address = {.sin_family = AF_INET};
@@ -445,6 +446,14 @@ static void prepare(void)
     if (epoll_fd < 0 || !all || !incoming || !payload)
         fail("no memory");
     memset(payload, 'x', (size_t)size * (size_t)depth);
+    for (int i = 0; i < depth; i++) {
+        char *message = payload + (size_t)size * (size_t)i;
+        uint32_t length = htonl((uint32_t)size - 4);
+        if (strcmp(content, "lines") == 0)
+            message[size - 1] = '\n';
+        else if (strcmp(content, "lengths") == 0)
+            memcpy(message, &length, 4);
+    }
 }
 
 int main(int argc, char **argv)
@@ -452,7 +461,7 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"port", 1, NULL, 'p'},       {"connections", 1, NULL, 'c'}, {"size", 1, NULL, 's'},
         {"depth", 1, NULL, 'd'},      {"warm", 1, NULL, 'w'},        {"seconds", 1, NULL, 't'},
-        {"server-pid", 1, NULL, 'P'}, {NULL, 0, NULL, 0},
+        {"server-pid", 1, NULL, 'P'}, {"content", 1, NULL, 'C'},     {NULL, 0, NULL, 0},
     };
     static const struct { const char *name; void (*run)(void); } modes[] = {
         {"echo", run_echo}, {"accept", run_accept},       {"hold", run_hold},
@@ -468,6 +477,7 @@ int main(int argc, char **argv)
         case 'w': warm = atof(optarg); break;
         case 't': seconds = atof(optarg); break;
         case 'P': server_pid = atoi(optarg); break;
+        case 'C': content = optarg; break;
         default: return 2;
         }
     }

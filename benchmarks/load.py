@@ -65,6 +65,7 @@ def start_load(mode: str, row: Row, server: Server, warm: float, seconds: float)
             f"--connections={row.connections}",
             f"--size={row.size}",
             f"--depth={row.depth}",
+            f"--content={row.work}",
             f"--warm={warm}",
             f"--seconds={seconds}",
         ],

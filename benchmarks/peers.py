@@ -37,6 +37,7 @@ PEERS = {
     for peer in (
         Peer("psofa", "psofa_gevent, sync", "psofa", "sync", delivers_closes=True),
         Peer("psofa-async", "psofa_gevent, async", "psofa", "async"),
+        Peer("psofa-alone", "psofa_gevent, each reply alone", "psofa", "alone"),
         Peer("gevent", "gevent StreamServer", "gevent_loop"),
         Peer("asyncio", "asyncio Protocol", "protocols", "asyncio", ""),
         Peer("asyncio-streams", "asyncio streams", "streams", "asyncio", ""),

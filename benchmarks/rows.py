@@ -126,6 +126,18 @@ ROWS = (
         depth=64,
         quick_peers=("psofa", "uvloop"),
     ),
+    *(
+        Row(
+            work,
+            f"{title} of 64 B, 100 connections, depth 64",
+            kind="echo",
+            work=work,
+            connections=100,
+            peers=("psofa", "psofa-alone", "asyncio", "uvloop", "twisted", *STREAMS),
+            depth=64,
+        )
+        for work, title in (("lines", "lines"), ("lengths", "length-prefixed messages"))
+    ),
     Row(
         "accept",
         "accept, echo 64 B once, close; 50 at a time",

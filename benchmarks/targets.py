@@ -71,6 +71,11 @@ TARGETS = (
     Target("echo-1m", "rate", AT_LEAST, 0.95, "asyncio"),
     Target("echo-1m", "rate", AT_LEAST, 0.95, "uvloop"),
     Target("pipelined", "per_cpu_second", AT_LEAST, 1.0, "uvloop"),
+    *(
+        Target(row, "per_cpu_second", AT_LEAST, bound, peer)
+        for row in ("lines", "lengths")
+        for peer, bound in (("psofa-alone", 5.0), ("twisted", 1.0), ("asyncio-streams", 1.0))
+    ),
     Target("accept", "rate", AT_LEAST, 1.2, "gevent"),
     Target("accept", "rate", AT_LEAST, 0.8, "uvloop"),
     Target("broadcast", "rate", AT_LEAST, 1.0, "uvloop"),

@@ -51,17 +51,22 @@ class FramedReceiver:
         """Hand over the messages that are whole with `data`."""
         session = self._session
         given_out = session._messages_received
-        while data and session._open:
-            decoder = self._decoder
-            try:
+        try:
+            while data and session._open:
+                decoder = self._decoder
                 if self._hand_over(decoder, data):
                     break
                 data = decoder.unread()
-            except _MalformedError as exc:
-                self._fail(exc.cause)
-                return
-            if self._decoder is decoder:  # spent
-                self._decoder = (self.framing or Raw()).decoder()
+                if self._decoder is decoder:  # spent
+                    self._decoder = (self.framing or Raw()).decoder()
+        except _MalformedError as exc:
+            self._fail(exc.cause)
+            return
+        except BaseException:
+            session._keep_for_close()
+            raise
+        finally:
+            session._uncork()
         if session._host.settings.frame_timeout is not None:
             self._set_deadline(session._host.settings.frame_timeout, given_out)
 
@@ -69,10 +74,14 @@ class FramedReceiver:
         """Whether all of `data` was taken: not so if the framing changed in between."""
         session = self._session
         on_message = session._host.dispatch.on_message
+        # A coroutine's sends come while this greenlet waits for it.
+        corks = not session._host.dispatch.is_async
         in_callback = False
         try:
             for message in decoder.feed(data):
                 in_callback = True
+                if session._cork is None and corks:  # it has just begun, or a callback waited
+                    session._cork = []
                 session._messages_received += 1
                 on_message(session, message)
                 in_callback = False

@@ -8,13 +8,15 @@ exists while someone waits, and goes with the last one:
 - Each sender's timeout is the longest time in which the peer takes nothing. Progress is a growing
   number of acknowledged bytes (SIOCOUTQ) where the system tells, for writability comes only when a
   third of the buffer is free; elsewhere it is a successful write. It counts for all in line.
-- A close request wakes all of them, and they raise `PsSendError`. SHUTDOWN leaves callbacks alone.
+- A close request wakes all of them, and they raise `PsSendError`. SHUTDOWN leaves callbacks alone,
+  and no close stops a `Detached` send, of which the sender was told that it is done: the session
+  lets it go on while it lingers.
 - A sender that is thrown out (killed, cancelled, a `gevent.Timeout`) after a part of its message
   left closes the session with FAILED, as the stream is broken; before that, nothing happened.
 
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
 is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
-coroutine, `TaskParking` awaits a future.
+coroutine, `TaskParking` awaits a future, and a `Detached` send is resumed by the hub.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from psofa_gevent.tcp import unacknowledged
 if TYPE_CHECKING:
     from psofa_gevent.sending import SendingHalf
 
-__all__ = ["GreenletParking", "Parking", "SendLine", "TaskParking", "run_in_greenlet"]
+__all__ = ["Detached", "GreenletParking", "Parking", "SendLine", "TaskParking", "run_in_greenlet"]
 
 WRITE = 2
 """The event mask of gevent's io watchers (libev's EV_WRITE)."""
@@ -119,6 +121,46 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+class Detached:
+    """A send that nobody waits for, and its own parking: the hub resumes it."""
+
+    __slots__ = ("_coroutine", "_loop", "_waits")
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._coroutine: Coroutine[Any, None, None] | None = None
+        self._waits = False
+
+    def start(self, coroutine: Coroutine[Any, None, None]) -> None:
+        """Begin to send, in any greenlet of the hub's thread. Does not switch."""
+        self._coroutine = coroutine
+        self._waits = True
+        self._go_on()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._waits = True
+        yield
+
+    def wake(self) -> bool:
+        """Go on, soon."""
+        if self._waits:
+            self._loop.run_callback(self._go_on)
+        return True
+
+    def _go_on(self) -> None:
+        # Since the wake-up it may have gone on, or ended.
+        if self._coroutine is None or not self._waits:
+            return
+        self._waits = False
+        try:
+            self._coroutine.send(None)
+        except StopIteration:
+            self._coroutine = None
+        except PsSendError:
+            # Whatever was wrong has closed the session, which has the reason.
+            self._coroutine = None
+
+
 def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
     """Run a coroutine that waits in a `GreenletParking` only, in the calling greenlet."""
     try:
@@ -133,12 +175,13 @@ def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
 class _Sender:
     """One who waits: where, since when, and whether a part of the message has left."""
 
-    __slots__ = ("began", "begun", "in_callback", "parking", "ticks")
+    __slots__ = ("began", "begun", "in_callback", "is_detached", "parking", "ticks")
 
     def __init__(self, parking: Parking, *, begun: bool, in_callback: bool) -> None:
         self.parking = parking
         self.begun = begun
         self.in_callback = in_callback
+        self.is_detached = isinstance(parking, Detached)
         self.began = monotonic()
         self.ticks: Any = None
 
@@ -191,7 +234,9 @@ class SendLine:
         self._start_ticking(sender, timeout)
         try:
             while True:
-                self._session._check_sending(in_callback=in_callback)
+                self._session._check_sending(
+                    in_callback=in_callback, is_detached=sender.is_detached
+                )
                 if self._senders[0] is sender:
                     self._is_writable = False
                     taken = self._session._send_now(message)
@@ -219,8 +264,13 @@ class SendLine:
 
     @property
     def holds_callbacks(self) -> bool:
-        """Whether a callback is among the senders."""
-        return any(sender.in_callback for sender in self._senders)
+        """Whether a callback is among the senders, and waits."""
+        return any(sender.in_callback and not sender.is_detached for sender in self._senders)
+
+    @property
+    def holds_detached(self) -> bool:
+        """Whether a send is among them that nobody waits for: its bytes count as sent."""
+        return any(sender.is_detached for sender in self._senders)
 
     def close(self) -> None:
         """Release the watcher, before the descriptor is closed, and wake the senders.

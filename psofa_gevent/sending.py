@@ -1,5 +1,8 @@
 """The sending half of a session: what `send` promises, and its quick way.
 
+While a session is corked, sends are collected instead, and leave together: when the cork is taken
+off, when there is much of them, and before its greenlet waits for anything.
+
 A send tries the socket at once; only what the kernel did not take goes the slow way, in line with
 other senders (`psofa_gevent.send_line`). Runs in whichever greenlet or asyncio task sends; callers
 in other OS threads are handed over to the hub's thread. Only a send that has to wait switches.
@@ -8,8 +11,9 @@ in other OS threads are handed over to the hub's thread. Only a send that has to
 from __future__ import annotations
 
 import _socket
+import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.enums import PsCloseReason
@@ -17,6 +21,7 @@ from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import get_ident, log_from_hub
 from psofa_gevent.messages import M, Message, as_buffer
 from psofa_gevent.send_line import (
+    Detached,
     GreenletParking,
     Parking,
     SendLine,
@@ -31,12 +36,17 @@ if TYPE_CHECKING:
 
 __all__ = ["SendingHalf"]
 
+CORK_SIZE = 65_536
+"""Bytes that are collected at most. More would fill buffers, and let the peer wait."""
+
 
 class SendingHalf(Generic[M]):
     """What of a session sends. `PsSession` adds how it lives, and how it closes."""
 
     __slots__ = (
         "_bytes_sent",
+        "_cork",
+        "_corked_size",
         "_encode",
         "_eof_received",
         "_eof_requested",
@@ -49,6 +59,7 @@ class SendingHalf(Generic[M]):
         "_released",
         "_sock",
         "_thread_ident",
+        "_unsent",
     )
 
     def __init__(self, host: Host, sock: _socket.socket) -> None:
@@ -64,6 +75,11 @@ class SendingHalf(Generic[M]):
         self._eof_received = False
         self._bytes_sent = 0
         self._line: SendLine | None = None
+        self._cork: list[bytes] | None = None
+        """What was sent while corked; None: the session is not."""
+        self._corked_size = 0
+        self._unsent = b""
+        """What was collected before a close: to be sent before the FIN."""
         framing = host.settings.framing
         self._encode: Callable[[Any], bytes] | None = None if framing is None else framing.encode
 
@@ -115,6 +131,13 @@ class SendingHalf(Generic[M]):
             return
         if not self._open or self._eof_requested:
             self._check_new_send()
+        if self._cork is not None:
+            # As in `_collect`: a read may have thousands of messages.
+            self._cork.append(data if type(data) is bytes else bytes(data))
+            self._corked_size += len(data)
+            if self._corked_size >= CORK_SIZE:
+                self._send_collected(self._take_collected(), timeout)
+            return
         sent = 0
         if self._line is None:
             sent = self._send_now(data)
@@ -122,7 +145,7 @@ class SendingHalf(Generic[M]):
                 return
         if not may_wait():
             self._refuse_to_wait(begun=sent > 0)
-        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking()))
+        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking(), begun=sent > 0))
 
     async def send_async(
         self,
@@ -147,11 +170,117 @@ class SendingHalf(Generic[M]):
         if not self._open or self._eof_requested:
             self._check_new_send()
         sent = 0
+        begun = self._cork is not None
+        if begun:
+            if not self._collect(data):
+                return
+            data = self._take_collected()
         if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        await self._line_up(data, sent, timeout, TaskParking())
+        await self._line_up(data, sent, timeout, TaskParking(), begun=begun or sent > 0)
+
+    # Corked
+
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        """Let what is sent in the block leave together, in one system call if it is not too much.
+
+        A send in the block returns when its message is collected. It leaves at the end of the
+        block, which may wait for that as a send does; and before, when there is much, and when a
+        callback of this session waits for anything in the block, which then ends the collecting.
+        If it can't be sent, the session closes with FAILED.
+
+        With a framing a session is corked while its sync callbacks handle the messages of one read.
+
+        In the hub's thread. In other greenlets than the session's own, and in coroutines, better
+        wait for nothing in the block: what others send meanwhile is collected, too.
+
+        Raises:
+            PsSendError: the session is closed, or what was collected could not be sent.
+            RuntimeError: called in another thread.
+        """
+        if get_ident() != self._thread_ident:
+            raise RuntimeError(f"{self!r}: corked belongs to the thread of the session's hub")
+        if self._cork is not None:
+            yield
+            return
+        self._check_new_send()
+        self._cork = []
+        try:
+            yield
+        finally:
+            self._uncork()
+
+    def _collect(self, data: bytes | memoryview) -> bool:
+        """Keep `data` for later; whether so much is kept now that it should leave."""
+        assert self._cork is not None
+        self._cork.append(data if type(data) is bytes else bytes(data))
+        self._corked_size += len(data)
+        return self._corked_size >= CORK_SIZE
+
+    def _take_collected(self) -> bytes:
+        assert self._cork is not None
+        data = b"".join(self._cork)
+        self._cork.clear()
+        self._corked_size = 0
+        return data
+
+    def _uncork(self) -> None:
+        """Send what was collected. May wait, where that is possible."""
+        if self._cork is None:
+            return
+        data = self._take_collected()
+        self._cork = None
+        if not data:
+            return
+        if not self._open:
+            self._unsent += data
+        else:
+            self._send_collected(data, DEFAULT)
+
+    def _send_collected(self, data: bytes, timeout: float | Default | None) -> None:
+        """Send what others were told that it is sent. May wait, where that is possible."""
+        if not may_wait():
+            self._send_detached(data)
+            return
+        sent = 0
+        if self._line is None:
+            sent = self._send_now(data)
+            if sent == len(data):
+                return
+        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking(), begun=True))
+
+    def _uncork_without_waiting(self) -> None:
+        """Send what was collected, now and, what the kernel does not take, later."""
+        if self._cork is None:
+            return
+        data = self._take_collected()
+        self._cork = None
+        if data:
+            self._send_detached(data)
+
+    def _keep_for_close(self) -> None:
+        """The session is about to fail: what was collected leaves before its FIN."""
+        if self._cork is not None:
+            self._unsent += self._take_collected()
+            self._cork = None
+
+    def _send_detached(self, data: bytes) -> None:
+        if not self._open:
+            self._unsent += data
+            return
+        sent = 0
+        if self._line is None:
+            try:
+                sent = self._send_now(data)
+            except PsSendError:
+                return  # it has closed the session
+            if sent == len(data):
+                return
+        detached = Detached(self._loop)
+        detached.start(self._line_up(data, sent, DEFAULT, detached, begun=True))
 
     def send_eof(self) -> None:
         """Send no more: the peer gets a FIN after the sends that have begun (half-close).
@@ -163,6 +292,7 @@ class SendingHalf(Generic[M]):
             # All of it, for it must not overtake a send that another thread has begun.
             self._host.thread.call_soon(self.send_eof)
         else:
+            self._uncork_without_waiting()
             self._eof_requested = True
             self._shut_writing()
 
@@ -184,12 +314,12 @@ class SendingHalf(Generic[M]):
         if self._eof_requested:
             raise PsSendError(f"{self!r}: send after send_eof")
 
-    def _check_sending(self, *, in_callback: bool) -> None:
+    def _check_sending(self, *, in_callback: bool, is_detached: bool = False) -> None:
         """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
         if self._open:
             return
-        shutting_down = self._reason is PsCloseReason.SHUTDOWN and not self._eof_sent
-        if self._released or not (shutting_down and in_callback):
+        goes_on = is_detached or (in_callback and self._reason is PsCloseReason.SHUTDOWN)
+        if self._released or self._eof_sent or not goes_on:
             raise PsSendError(f"{self!r}: the session is closed")
 
     def _refuse_to_wait(self, *, begun: bool) -> None:
@@ -208,6 +338,8 @@ class SendingHalf(Generic[M]):
         sent: int,
         timeout: float | Default | None,
         parking: Parking,
+        *,
+        begun: bool,
     ) -> Coroutine[Any, Any, None]:
         """Join the line of those who wait, with what is left of `data`."""
         if self._line is None:
@@ -216,7 +348,7 @@ class SendingHalf(Generic[M]):
             memoryview(data)[sent:],
             self._host.settings.send_timeout if timeout is DEFAULT else timeout,
             parking,
-            begun=sent > 0,
+            begun=begun,
             in_callback=in_callback(),
         )
 

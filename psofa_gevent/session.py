@@ -23,6 +23,7 @@ they were asked (`_open`, `_abort_asked`).
 from __future__ import annotations
 
 import _socket
+import contextlib
 import logging
 import os
 import uuid
@@ -91,6 +92,11 @@ class SessionGreenlet(LibraryGreenlet):
         super().__init__()
         self.session: PsSession[Any] | None = session
         """None when the session has ended: whoever switched here last may hold this greenlet."""
+
+    def switch_out(self) -> None:
+        """Called by gevent when the session's greenlet is about to wait."""
+        if self.session is not None and self.session._cork is not None:
+            self.session._uncork_without_waiting()
 
     def _run(self) -> None:
         try:
@@ -525,8 +531,10 @@ class PsSession(SendingHalf[M]):
             self._wait_for_callbacks_that_send()
         may_linger = self._may_linger and self._reason is not PsCloseReason.PEER_CLOSE
         if may_linger and not self._released:
+            deadline = monotonic() + self._host.settings.linger_timeout
             try:
-                self._drain(monotonic() + self._host.settings.linger_timeout)
+                self._send_the_rest(deadline)
+                self._drain(deadline)
             except OSError as exc:
                 logger.debug("%r: lingering ended: %s", self, exc)
 
@@ -538,6 +546,38 @@ class PsSession(SendingHalf[M]):
                 self._host.thread.hub.switch()
         finally:
             self._waiting_since = 0.0
+
+    def _send_the_rest(self, deadline: float) -> None:
+        """Send what the session took for sending, and the kernel has not taken yet."""
+        if self._line is None and not self._unsent:
+            return
+        look = FIRST_LINGER_LOOK
+        while (left := deadline - monotonic()) > 0:
+            if self._line is None and self._unsent:
+                with contextlib.suppress(BlockingIOError):
+                    sent = self._sock.send(self._unsent)
+                    self._bytes_sent += sent
+                    self._unsent = self._unsent[sent:]
+            if not self._unsent and (self._line is None or not self._line.holds_detached):
+                return
+            # The peer may not take anything before it is rid of what it sends itself.
+            with contextlib.suppress(BlockingIOError):
+                while self._sock.recv(DRAIN_SIZE):
+                    pass
+            self._wait(min(look, left))
+            look = min(look * 2, LONGEST_LINGER_LOOK)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait so long; ends early when the session is woken."""
+        timer = self._loop.timer(max(seconds, FIRST_LINGER_LOOK))
+        self._waiting_since = monotonic()
+        timer.start(self._resume)
+        try:
+            self._host.thread.hub.switch()
+        finally:
+            self._waiting_since = 0.0
+            timer.stop()
+            timer.close()
 
     def _drain(self, deadline: float) -> None:
         """Shut down writing, then read and drop, until the peer has taken all that was sent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from typing import cast
 
 from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
@@ -39,7 +40,54 @@ class Broadcast(Echo):
             transport.write(data)
 
 
-PROTOCOLS = {"echo": Echo, "hold": Echo, "ping": Ping, "broadcast": Broadcast}
+class Lines(Echo):
+    """Written by hand: the lines of a read are answered in one write."""
+
+    rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        replies = [self.reply(line) for line in lines]
+        if replies:
+            self.transport.write(b"\n".join([*replies, b""]))
+
+    def reply(self, line: bytes) -> bytes:
+        return line
+
+
+class Lengths(Echo):
+    """Written by hand: the messages of a read are answered in one write."""
+
+    rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        data = self.rest + data
+        replies = []
+        at = 0
+        while at + 4 <= len(data):
+            (length,) = struct.unpack_from(">I", data, at)
+            end = at + 4 + length
+            if end > len(data):
+                break
+            reply = self.reply(data[at + 4 : end])
+            replies += [struct.pack(">I", len(reply)), reply]
+            at = end
+        self.rest = data[at:]
+        if replies:
+            self.transport.write(b"".join(replies))
+
+    def reply(self, message: bytes) -> bytes:
+        return message
+
+
+PROTOCOLS = {
+    "echo": Echo,
+    "hold": Echo,
+    "ping": Ping,
+    "broadcast": Broadcast,
+    "lines": Lines,
+    "lengths": Lengths,
+}
 
 
 async def listen(work: str, announce: Announce) -> None:

@@ -11,6 +11,7 @@ import gevent
 
 from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
 from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsSession
+from psofa_gevent.framing import Framing, LengthPrefix, Line
 
 SHUTDOWN_TIMEOUT = 60.0
 """Seconds: long, so that a slow shutdown is measured rather than cut off."""
@@ -42,6 +43,14 @@ class Broadcast(PsCallback):
             each.send(message)
 
 
+class EchoAlone(PsCallback):
+    """Each reply in a system call of its own, to show what it is worth that they leave together."""
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        session._cork = None
+        session.send(message)
+
+
 class EchoAsync(PsCallback):
     use_async_callback = True
 
@@ -69,15 +78,24 @@ CALLBACKS: dict[tuple[str, str], type[PsCallback]] = {
     ("sync", "hold"): Hold,
     ("sync", "ping"): Ping,
     ("sync", "broadcast"): Broadcast,
+    ("sync", "lines"): Echo,
+    ("sync", "lengths"): Echo,
+    ("alone", "lines"): EchoAlone,
+    ("alone", "lengths"): EchoAlone,
+    ("async", "lines"): EchoAsync,
+    ("async", "lengths"): EchoAsync,
     ("async", "echo"): EchoAsync,
     ("async", "suspend"): SuspendAsync,
     ("async", "ping"): PingAsync,
 }
 
 
+FRAMINGS: dict[str, Framing[bytes]] = {"lines": Line(), "lengths": LengthPrefix()}
+
+
 def serve(variant: str, work: str, announce: Announce) -> None:
     callback = CALLBACKS[variant, work]()
-    server = PsServer(callback, host=HOST, port=0, backlog=BACKLOG)
+    server = PsServer(callback, host=HOST, port=0, backlog=BACKLOG, framing=FRAMINGS.get(work))
     server.start()
     if isinstance(callback, Hold):
         gevent.signal_handler(signal.SIGUSR1, shut_down, server, callback)

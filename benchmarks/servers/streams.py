@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from benchmarks.servers.works import BACKLOG, HOST, READ_SIZE, Announce, pongs
 
@@ -29,7 +30,32 @@ async def ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-HANDLERS = {"echo": echo, "hold": echo, "suspend": suspend, "ping": ping}
+async def lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while True:
+            writer.write(await reader.readuntil(b"\n"))
+            await writer.drain()
+    writer.close()
+
+
+async def lengths(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while True:
+            prefix = await reader.readexactly(4)
+            message = await reader.readexactly(int.from_bytes(prefix))
+            writer.write(len(message).to_bytes(4) + message)
+            await writer.drain()
+    writer.close()
+
+
+HANDLERS = {
+    "echo": echo,
+    "hold": echo,
+    "suspend": suspend,
+    "ping": ping,
+    "lines": lines,
+    "lengths": lengths,
+}
 
 
 async def listen(work: str, announce: Announce) -> None:

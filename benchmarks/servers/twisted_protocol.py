@@ -6,6 +6,7 @@ from typing import Any
 
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.protocols.basic import Int32StringReceiver, LineOnlyReceiver
 from twisted.python.failure import Failure
 
 from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
@@ -39,7 +40,26 @@ class Broadcast(Echo):
             each.transport.write(data)
 
 
-PROTOCOLS = {"echo": Echo, "hold": Echo, "ping": Ping, "broadcast": Broadcast}
+class Lines(LineOnlyReceiver):
+    delimiter = b"\n"
+
+    def lineReceived(self, line: bytes) -> None:
+        self.sendLine(line)  # type: ignore[no-untyped-call]  # Twisted is not typed there
+
+
+class Lengths(Int32StringReceiver):
+    def stringReceived(self, string: bytes) -> None:
+        self.sendString(string)  # type: ignore[no-untyped-call]  # Twisted is not typed there
+
+
+PROTOCOLS: dict[str, Any] = {
+    "echo": Echo,
+    "hold": Echo,
+    "ping": Ping,
+    "broadcast": Broadcast,
+    "lines": Lines,
+    "lengths": Lengths,
+}
 
 
 def serve(_variant: str, work: str, announce: Announce) -> None:

@@ -46,7 +46,7 @@ class Delimiter(Framing[bytes]):
 
     def encode(self, message: Message) -> bytes:
         """`message` and the delimiter."""
-        data = as_bytes(message)
+        data = message if type(message) is bytes else as_bytes(message)
         if len(data) > self.max_size:
             raise too_large(self, len(data))
         framed = data + self.delimiter
@@ -83,20 +83,21 @@ class Line(Delimiter):
             raise ValueError(rf"newline must be b'\n' or b'\r\n', not {newline!r}")
         super().__init__(b"\n", max_size=max_size)
         self.newline = newline
+        self._mistaken = b"\r\n" if newline == b"\n" else b""
 
     def __repr__(self) -> str:
         return f"Line(newline={self.newline!r}, max_size={self.max_size})"
 
     def encode(self, message: Message) -> bytes:
         """`message` and a newline."""
-        data = as_bytes(message)
+        data = message if type(message) is bytes else as_bytes(message)
+        line = data + self.newline
+        # The end of its line, the first one, and of what is a line's end the longest.
+        if line.find(b"\n") != len(line) - 1 or line[-2:] == self._mistaken:
+            raise PsFramingError(f"{self!r}: the line contains a newline, or ends with CR")
         if len(data) > self.max_size:
             raise too_large(self, len(data))
-        if b"\n" in data:
-            raise PsFramingError(f"{self!r}: the line contains a newline")
-        if data.endswith(b"\r") and self.newline == b"\n":
-            raise PsFramingError(f"{self!r}: the line ends with CR, which would count as its end")
-        return data + self.newline
+        return line
 
 
 class Between(Framing[bytes]):

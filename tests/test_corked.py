@@ -1,0 +1,377 @@
+"""Messages that leave together: those of one read with a framing, and those of a `corked` block."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+import gevent.event
+import pytest
+
+from helpers import NativeThread, close_reasons
+from psofa_gevent import (
+    PsCallback,
+    PsCloseReason,
+    PsSendError,
+    PsSession,
+    run_coroutine,
+)
+from psofa_gevent.framing import LengthPrefix, Line
+from psofa_gevent.sending import CORK_SIZE, SendingHalf
+from psofa_gevent.testing import (
+    ClientFactory,
+    RecordingCallback,
+    ScriptedClient,
+    ServerFactory,
+    eventually,
+)
+
+Act = Callable[[PsSession[Any], bytes], object]
+BIG = 8 * 1024 * 1024
+"""Bytes: more than the buffers of a connection take."""
+
+
+class Acting(RecordingCallback):
+    """Records, and does for each message what a test says."""
+
+    def __init__(self, act: Act) -> None:
+        super().__init__()
+        self.act = act
+
+    def on_message(self, session: PsSession[Any], message: bytes) -> None:
+        super().on_message(session, message)
+        self.act(session, message)
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all that was given to the kernel, one for each system call."""
+    sizes: list[int] = []
+    send_now = SendingHalf._send_now
+
+    def counting(self: SendingHalf[Any], data: bytes | memoryview) -> int:
+        sizes.append(len(data))
+        return send_now(self, data)
+
+    monkeypatch.setattr(SendingHalf, "_send_now", counting)
+    return sizes
+
+
+def echo(session: PsSession[Any], message: bytes) -> None:
+    session.send(message)
+
+
+def _sleep_until(gate: gevent.event.Event) -> None:
+    while not gate.is_set():
+        gevent.sleep(0.001)
+
+
+async def _await(gate: gevent.event.Event) -> None:
+    while not gate.is_set():
+        await asyncio.sleep(0.001)
+
+
+# With a framing
+
+
+def test_the_replies_to_the_messages_of_one_read_leave_together(
+    ps_server: ServerFactory, ps_client: ClientFactory, writes: list[int]
+) -> None:
+    client = ps_client(ps_server(Acting(echo), framing=Line()))
+    lines = b"".join(b"%d\n" % number for number in range(1_000))
+    client.send(lines)
+    client.expect(lines)
+    assert sum(writes) == len(lines)
+    assert len(writes) <= 3  # as many as there were reads, and here is one
+
+
+def test_many_replies_leave_before_all_are_made(
+    ps_server: ServerFactory, ps_client: ClientFactory, writes: list[int]
+) -> None:
+    client = ps_client(
+        ps_server(Acting(lambda session, _: session.send(b"x" * 10_000)), framing=Line())
+    )
+    client.send("\n" * 30)
+    client.receive(30 * 10_001)
+    assert max(writes) < CORK_SIZE + 10_001
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda gate: gate.wait(5),
+        _sleep_until,
+        lambda gate: run_coroutine(_await(gate)),
+        lambda gate: gevent.spawn(gate.wait).get(timeout=5),
+    ],
+    ids=["event", "sleep", "coroutine", "greenlet"],
+)
+def test_replies_leave_before_a_callback_waits(
+    wait: Callable[[gevent.event.Event], object],
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+) -> None:
+    gate = gevent.event.Event()
+
+    def act(session: PsSession[Any], message: bytes) -> None:
+        session.send(message)
+        if message == b"2":
+            wait(gate)
+            session.send("waited")
+
+    client = ps_client(ps_server(Acting(act), framing=Line()))
+    client.send("1\n2\n3\n4\n")
+    client.expect("1\n2\n")
+    gate.set()
+    client.expect("waited\n3\n4\n")
+
+
+def test_what_others_send_while_a_callback_waits_comes_in_between(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def act(session: PsSession[Any], message: bytes) -> None:
+        session.send(message)
+        gevent.spawn(session.send, b"other").join()
+
+    client = ps_client(ps_server(Acting(act), framing=Line()))
+    client.send("1\n2\n")
+    client.expect("1\nother\n2\nother\n")
+
+
+def test_a_thread_sends_while_a_callback_waits(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def act(session: PsSession[Any], message: bytes) -> None:
+        session.send(message)
+        NativeThread(session.send, b"thread").wait()
+
+    client = ps_client(ps_server(Acting(act), framing=Line()))
+    client.send("1\n2\n")
+    client.expect("1\nthread\n2\nthread\n")
+
+
+def test_replies_before_a_close_reach_the_peer(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def act(session: PsSession[Any], message: bytes) -> None:
+        session.send(message)
+        if message == b"3":
+            session.close()
+
+    callback = Acting(act)
+    client = ps_client(ps_server(callback, framing=Line()))
+    client.send("1\n2\n3\n4\n")
+    client.expect("1\n2\n3\n")
+    client.expect_eof()
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+
+
+def test_replies_before_a_half_close_come_before_the_fin(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def act(session: PsSession[Any], message: bytes) -> None:
+        session.send(message)
+        if message == b"2":
+            session.send_eof()
+            with pytest.raises(PsSendError, match="after send_eof"):
+                session.send("too late")
+            session.set_value("done", True)
+
+    callback = Acting(lambda s, m: None if s.get_value("done") else act(s, m))
+    client = ps_client(ps_server(callback, framing=Line()))
+    client.send("1\n2\n3\n")
+    client.expect("1\n2\n")
+    client.expect_eof()
+    callback.wait_for("on_message", 3)
+    client.close()
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
+
+
+def test_a_peer_that_takes_nothing_holds_up_its_own_session_and_fails_it(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = Acting(lambda session, _message: session.send(bytes(200_000)))
+    server = ps_server(callback, framing=LengthPrefix(), send_timeout=0.3)
+    client = ps_client(server)
+    client.send(LengthPrefix().encode(b"x") * 1_000)
+    callback.wait_for("on_close", timeout=10)
+    (closed,) = callback.named("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert closed.session is not None
+    assert isinstance(closed.session.close_cause, PsSendError)
+    assert len(callback.named("on_message")) < 1_000  # it stood still, and memory did not grow
+
+
+@pytest.mark.logs_errors
+@pytest.mark.hub_errors
+def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    # They were sent, as far as the callback knows: the stream must not go on without them.
+    def send_collected(session: PsSession[Any]) -> None:
+        with gevent.Timeout(0.05), session.corked():
+            session.send("collected")
+
+    def act(session: PsSession[Any], _message: bytes) -> None:
+        in_front = gevent.spawn(session.send, bytes(BIG), timeout=None)
+        gevent.sleep(0.01)
+        with pytest.raises(gevent.Timeout):
+            send_collected(session)
+        with pytest.raises(PsSendError):
+            in_front.get(timeout=5)
+
+    callback = Acting(act)
+    client = ps_client(ps_server(callback))
+    client.send("go")
+    callback.wait_for("on_close", timeout=10)
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+
+
+# What the kernel does not take at once, when a callback begins to wait
+
+
+def send_more_than_fits_and_wait(wait: Callable[[], object], then: Act) -> Act:
+    def act(session: PsSession[Any], message: bytes) -> None:
+        with session.corked():
+            # One after the other below the bound at which a send would wait itself.
+            session._cork = [b"%08d" % number for number in range(BIG // 8)]
+            session._corked_size = 1
+            wait()
+        then(session, message)
+
+    return act
+
+
+EXPECTED = b"".join(b"%08d" % number for number in range(BIG // 8))
+
+
+def test_what_does_not_fit_before_a_wait_is_sent_meanwhile(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    gate = gevent.event.Event()
+    act = send_more_than_fits_and_wait(gate.wait, lambda session, _: session.send("after it"))
+    client = ps_client(ps_server(Acting(act)))
+    client.send("go")
+    assert client.receive(BIG) == EXPECTED  # the callback still waits
+    gate.set()
+    client.expect("after it")
+
+
+def test_what_does_not_fit_before_a_wait_still_arrives_after_a_close(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    act = send_more_than_fits_and_wait(gevent.sleep, lambda session, _: session.close())
+    callback = Acting(act)
+    client = ps_client(ps_server(callback, linger_timeout=5.0))
+    client.send("go")
+    assert client.receive(BIG) == EXPECTED
+    client.expect_eof()
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+
+
+def test_what_does_not_fit_is_dropped_when_the_peer_takes_nothing_for_linger_timeout(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    act = send_more_than_fits_and_wait(gevent.sleep, lambda session, _: session.close())
+    callback = Acting(act)
+    client = ps_client(ps_server(callback, linger_timeout=0.1, send_timeout=None))
+    client.send("go")
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    client.close()
+
+
+# By hand
+
+
+def test_what_is_sent_in_a_block_leaves_together(
+    ps_server: ServerFactory, ps_client: ClientFactory, writes: list[int]
+) -> None:
+    server = ps_server(PsCallback())
+    client = ps_client(server)
+    (session,) = eventually(lambda: server.sessions)
+    with session.corked():
+        buffer = bytearray(b"one ")
+        session.send(buffer)
+        buffer[:] = b"xxxx"
+        with session.corked():
+            session.send("two ")
+        session.send(memoryview(b"three"))
+        assert writes == []
+        assert session.bytes_sent == 0
+    assert writes == [13]
+    client.expect("one two three")
+    session.send("four")
+    client.expect("four")
+
+
+def test_what_was_collected_leaves_when_the_block_raises(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback())
+    client = ps_client(server)
+    (session,) = eventually(lambda: server.sessions)
+
+    def fail() -> None:
+        with session.corked():
+            session.send("one")
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    client.expect("one")
+
+
+def test_a_coroutine_sends_together(
+    ps_server: ServerFactory, ps_client: ClientFactory, writes: list[int]
+) -> None:
+    class Corking(PsCallback):
+        use_async_callback = True
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            with session.corked():
+                await session.send_async("one ")
+                await session.send_async("two")
+
+    client = ps_client(ps_server(Corking()))
+    client.send("go")
+    client.expect("one two")
+    assert writes == [7]
+
+
+def test_corking_is_refused_where_nothing_can_be_sent(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback())
+    client = ps_client(server)
+    (session,) = eventually(lambda: server.sessions)
+
+    def cork() -> None:
+        with session.corked():
+            pass
+
+    with pytest.raises(RuntimeError, match="thread"):
+        NativeThread(cork).wait()
+    client.close()
+    eventually(lambda: not session.is_open)
+    with pytest.raises(PsSendError, match="closed"):
+        cork()
+
+
+def test_a_session_that_closes_in_a_block_sends_what_was_collected(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def act(session: PsSession[Any], _message: bytes) -> None:
+        with session.corked():
+            session.send("last words")
+            session.close()
+
+    with ScriptedClient(ps_server(Acting(act)).address) as client:
+        client.send("go")
+        client.expect("last words")
+        client.expect_eof()
