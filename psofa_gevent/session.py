@@ -8,12 +8,13 @@ Rules, all kept in this file:
 - `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
   the session where it waits on its own socket, and interrupts its senders. It never switches.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
-  wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`). A
+  wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`); so
+  too while it lingers (`psofa_gevent.lingering`). A
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 - The wait comes before the read: an idle session owns no buffer.
 
-What may switch: whatever runs a callback, `_read`, `_wait_half_open`, `_linger`, a send that
+What may switch: whatever runs a callback, `_read`, `_wait_half_open`, `linger`, a send that
 waits, and a log handler, so logging comes after what must not be interrupted. All else runs
 through without another greenlet in between. All attributes belong to the hub's thread, and callers
 in other OS threads are handed over (`HubThread`); only `close` and `abort` note there at once that
@@ -23,7 +24,6 @@ they were asked (`_open`, `_abort_asked`).
 from __future__ import annotations
 
 import _socket
-import contextlib
 import logging
 import os
 import uuid
@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
 
-from gevent import GreenletExit, getcurrent
+from gevent import GreenletExit
 
 from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
@@ -39,11 +39,12 @@ from psofa_gevent.errors import PsSendError
 from psofa_gevent.framed import NEVER, FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
+from psofa_gevent.lingering import linger
 from psofa_gevent.messages import M
 from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import SessionSettings, check_framing, check_idle, check_instance
-from psofa_gevent.tcp import Endpoint, endpoint, reset, unacknowledged
+from psofa_gevent.tcp import Endpoint, endpoint, reset
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
@@ -61,11 +62,6 @@ logger = logging.getLogger("psofa_gevent")
 
 READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
-DRAIN_SIZE = 65_536
-"""Bytes read and thrown away at a time while a close lingers."""
-FIRST_LINGER_LOOK = 0.001
-"""Seconds until a lingering close looks again whether its bytes are acknowledged; then doubled."""
-LONGEST_LINGER_LOOK = 0.05
 HALF_OPEN_LOOK = 1.0
 """Seconds between two looks for a reset, while the peer has closed its half."""
 
@@ -386,7 +382,7 @@ class PsSession(SendingHalf[M]):
                 self._read()
             except BaseException as exc:
                 self._fail(exc)
-            self._linger()
+            linger(self)
         except BaseException as exc:
             # Killed while it lingered; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
@@ -522,104 +518,6 @@ class PsSession(SendingHalf[M]):
             logger.warning("%r: a callback was ended", self, exc_info=exc)
         else:
             logger.error("%r: failed: %r", self, exc, exc_info=exc)
-
-    def _linger(self) -> None:
-        """Let the peer take what was sent, before the close."""
-        if self._abort_asked:  # by another thread; its request is on its way
-            self._abort()
-        if self._line is not None:
-            self._wait_for_callbacks_that_send()
-        may_linger = self._may_linger and self._reason is not PsCloseReason.PEER_CLOSE
-        if may_linger and not self._released:
-            deadline = monotonic() + self._host.settings.linger_timeout
-            try:
-                self._send_the_rest(deadline)
-                self._drain(deadline)
-            except OSError as exc:
-                logger.debug("%r: lingering ended: %s", self, exc)
-
-    def _wait_for_callbacks_that_send(self) -> None:
-        """On SHUTDOWN, let other sessions' callbacks finish their sends to this one."""
-        self._waiting_since = monotonic()
-        try:
-            while self._line is not None and self._line.holds_callbacks and not self._released:
-                self._host.thread.hub.switch()
-        finally:
-            self._waiting_since = 0.0
-
-    def _send_the_rest(self, deadline: float) -> None:
-        """Send what the session took for sending, and the kernel has not taken yet."""
-        if self._line is None and not self._unsent:
-            return
-        look = FIRST_LINGER_LOOK
-        while (left := deadline - monotonic()) > 0:
-            if self._line is None and self._unsent:
-                with contextlib.suppress(BlockingIOError):
-                    sent = self._sock.send(self._unsent)
-                    self._bytes_sent += sent
-                    self._unsent = self._unsent[sent:]
-            if not self._unsent and (self._line is None or not self._line.holds_detached):
-                return
-            # The peer may not take anything before it is rid of what it sends itself.
-            with contextlib.suppress(BlockingIOError):
-                while self._sock.recv(DRAIN_SIZE):
-                    pass
-            self._wait(min(look, left))
-            look = min(look * 2, LONGEST_LINGER_LOOK)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait so long; ends early when the session is woken."""
-        timer = self._loop.timer(max(seconds, FIRST_LINGER_LOOK))
-        self._waiting_since = monotonic()
-        timer.start(self._resume)
-        try:
-            self._host.thread.hub.switch()
-        finally:
-            self._waiting_since = 0.0
-            timer.stop()
-            timer.close()
-
-    def _drain(self, deadline: float) -> None:
-        """Shut down writing, then read and drop, until the peer has taken all that was sent.
-
-        A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525,
-        section 2.17). It is over at the peer's FIN, or when nothing is unacknowledged and nothing
-        left to read, or at the deadline.
-        """
-        look = FIRST_LINGER_LOOK
-        if not self._eof_sent:
-            self._eof_sent = True
-            self._sock.shutdown(_socket.SHUT_WR)
-        while True:
-            try:
-                if not self._sock.recv(DRAIN_SIZE):
-                    return
-            except BlockingIOError:
-                if unacknowledged(self._sock) == 0:
-                    return
-            left = deadline - monotonic()
-            if left <= 0:
-                return
-            self._wait_readable(max(min(look, left), FIRST_LINGER_LOOK))
-            look = min(look * 2, LONGEST_LINGER_LOOK)
-
-    def _wait_readable(self, seconds: float) -> None:
-        """Wait until bytes are there, at most `seconds`; ends early when the session is aborted."""
-        if self._released:
-            raise OSError("aborted")
-        switch = getcurrent().switch
-        timer = self._loop.timer(seconds)
-        self._waiting_since = monotonic()
-        timer.start(switch)
-        self._watcher.start(switch)
-        try:
-            self._host.thread.hub.switch()
-        finally:
-            self._waiting_since = 0.0
-            timer.stop()
-            timer.close()
-            if not self._released:
-                self._watcher.stop()
 
     def _release(self, *, with_reset: bool = False) -> None:
         """Let go of watcher and socket, in this order: descriptors are used again at once."""

@@ -169,6 +169,20 @@ def test_replies_before_a_close_reach_the_peer(
     assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
+def test_replies_before_a_close_are_given_to_the_kernel_also_without_lingering(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def act(session: PsSession[Any], message: bytes) -> None:
+        session.send(message)
+        if message == b"2":
+            session.close()
+
+    client = ps_client(ps_server(Acting(act), framing=Line(), linger_timeout=0.0))
+    client.send("1\n2\n")
+    client.expect("1\n2\n")
+    client.expect_eof()
+
+
 def test_replies_before_a_half_close_come_before_the_fin(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:

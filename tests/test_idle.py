@@ -29,7 +29,7 @@ from psofa_gevent import (
     PsServer,
     PsSession,
 )
-from psofa_gevent.idle import IdleTimer
+from psofa_gevent.idle import IdleSlice
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -600,17 +600,16 @@ def test_timeout_and_close_at_the_same_moment_close_once(
 
 
 class LookedAt:
-    """A session as the idle timer sees it; counts the looks."""
+    """A session as the idle timer sees it, which waits since 0 o'clock; counts the looks."""
 
     _open = True
-    _slice = None
     _frame_deadline = float("inf")
+    _waiting_since = 1e-9
 
     def __init__(self, idle: float) -> None:
         self.idle = idle
         self.looks = 0
         self.wakes = 0
-        self._waiting_since = time.monotonic()
 
     @property
     def _idle(self) -> float:
@@ -621,24 +620,26 @@ class LookedAt:
         self.wakes += 1
 
 
-def test_sessions_that_cannot_be_idle_yet_are_not_looked_at() -> None:
-    sessions: list[Any] = [LookedAt(60.0), LookedAt(0.2)]
-    timer = IdleTimer(divide=1)
-    for session in sessions:
-        timer.add(session)
-    (place,) = timer._slices
-    asked = [session.looks for session in sessions]
-    place.look()
-    assert [session.looks for session in sessions] == asked
-    gevent.sleep(0.2)  # the deadline of the second
-    place.look()
+def test_sessions_that_cannot_be_idle_yet_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sessions: list[Any] = [LookedAt(60.0), LookedAt(10.0)]
+    place = IdleSlice()
+    place.sessions.update(sessions)
+    place.due = 0.0  # as after a change
+
+    def looks_at(clock: float) -> list[int]:
+        monkeypatch.setattr("psofa_gevent.idle.monotonic", lambda: clock)
+        place.look()
+        return [session.looks for session in sessions]
+
+    assert looks_at(1) == [1, 1]
+    assert looks_at(2) == looks_at(9) == [1, 1]
+    assert looks_at(11) == [2, 2]
     assert [session.wakes for session in sessions] == [0, 1]
     # It has got its bytes just then, and waits anew.
-    sessions[1]._waiting_since = time.monotonic()
-    place.look()
-    asked = [session.looks for session in sessions]
-    place.look()
-    assert [session.looks for session in sessions] == asked
-    for session in sessions:
-        timer.discard(session)
-    timer.stop()
+    sessions[1]._waiting_since = 11.0
+    assert looks_at(12) == [3, 3]
+    assert looks_at(20) == [3, 3]
+    assert looks_at(22) == [4, 4]
+    assert [session.wakes for session in sessions] == [0, 2]

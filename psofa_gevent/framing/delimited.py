@@ -260,7 +260,7 @@ class _BetweenDecoder(_SearchingDecoder):
             else:
                 stop = self._join(data)
                 if stop < 0:
-                    self._trim_tail()
+                    self._trim_tail(before)
                     self._check_tail()
                     return
                 with memoryview(self._tail) as view:
@@ -278,7 +278,7 @@ class _BetweenDecoder(_SearchingDecoder):
             self._at = at
             yield self._between(data[begin:stop])
         self._keep(data, at)
-        self._trim_tail()
+        self._trim_tail(0)
         self._check_tail()
 
     def _between(self, framed: bytes) -> bytes:
@@ -309,10 +309,10 @@ class _BetweenDecoder(_SearchingDecoder):
                 return len(data) - cut
         return len(data)
 
-    def _trim_tail(self) -> None:
-        """Forget what a later start makes noise of."""
+    def _trim_tail(self, searched: int) -> None:
+        """Forget what a later start makes noise of. So many bytes were looked at before."""
         if self._resynchronise:
-            again = self._tail.rfind(self._start)
+            again = self._tail.rfind(self._start, max(searched - len(self._start) + 1, 0))
             if again > 0:
                 del self._tail[:again]
 

@@ -1,0 +1,131 @@
+"""The end of a session that closes: the peer takes what was sent, before the socket is closed.
+
+A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525, section
+2.17). So the session sends what it still has, shuts down writing, then reads and drops what comes.
+It is over at the peer's FIN, or when nothing is unacknowledged and nothing left to read, or after
+``linger_timeout``. After PEER_CLOSE, socket errors and send timeouts there is none of it.
+
+Runs in the session's own greenlet, and switches. Whoever aborts the session wakes it here; a kill
+is raised.
+"""
+
+from __future__ import annotations
+
+import _socket
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.tcp import unacknowledged
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import PsSession
+
+__all__ = ["linger"]
+
+logger = logging.getLogger("psofa_gevent")
+
+DRAIN_SIZE = 65_536
+"""Bytes read and thrown away at a time."""
+FIRST_LOOK = 0.001
+"""Seconds until it looks again whether its bytes are taken, or acknowledged; then doubled."""
+LONGEST_LOOK = 0.05
+
+
+def linger(session: PsSession[Any]) -> None:
+    """Let the peer take what was sent. The session's close was requested."""
+    if session._abort_asked:  # by another thread; its request is on its way
+        session._abort()
+    if session._line is not None:
+        _wait_for_callbacks_that_send(session)
+    may_linger = session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE
+    if may_linger and not session._released:
+        deadline = monotonic() + session._host.settings.linger_timeout
+        try:
+            _send_the_rest(session, deadline)
+            _drain(session, deadline)
+        except OSError as exc:
+            logger.debug("%r: lingering ended: %s", session, exc)
+
+
+def _wait_for_callbacks_that_send(session: PsSession[Any]) -> None:
+    """On SHUTDOWN, let other sessions' callbacks finish their sends to this one."""
+    while session._line is not None and session._line.holds_callbacks and not session._released:
+        _wait(session)
+
+
+def _send_the_rest(session: PsSession[Any], deadline: float) -> None:
+    """Send what the session took for sending, and the kernel has not taken yet."""
+    look = FIRST_LOOK
+    while not _all_is_sent(session):
+        # The peer may not take anything before it is rid of what it sends itself.
+        if _read_and_drop(session):
+            look = FIRST_LOOK
+        left = deadline - monotonic()
+        if left <= 0:
+            return
+        _wait(session, min(look, left))
+        look = min(look * 2, LONGEST_LOOK)
+
+
+def _all_is_sent(session: PsSession[Any]) -> bool:
+    """Send what can be sent now; whether nothing is left."""
+    if session._line is None and session._unsent:
+        try:
+            sent = session._sock.send(session._unsent)
+        except BlockingIOError:
+            return False
+        session._bytes_sent += sent
+        session._unsent = session._unsent[sent:]
+    return not session._unsent and (session._line is None or not session._line.holds_detached)
+
+
+def _drain(session: PsSession[Any], deadline: float) -> None:
+    """Shut down writing, then read and drop, until the peer has taken all that was sent."""
+    look = FIRST_LOOK
+    if not session._eof_sent:
+        session._eof_sent = True
+        session._sock.shutdown(_socket.SHUT_WR)
+    while True:
+        read = _read_and_drop(session)
+        if read == b"" or (read is None and unacknowledged(session._sock) == 0):
+            return
+        left = deadline - monotonic()
+        if left <= 0:
+            return
+        _wait(session, min(look, left), readable=True)
+        look = min(look * 2, LONGEST_LOOK)
+
+
+def _read_and_drop(session: PsSession[Any]) -> bytes | None:
+    """Some of what has come; empty: the peer's FIN; ``None``: nothing is there."""
+    try:
+        return session._sock.recv(DRAIN_SIZE)
+    except BlockingIOError:
+        return None
+
+
+def _wait(session: PsSession[Any], seconds: float | None = None, *, readable: bool = False) -> None:
+    """Wait, at most so long; ends early when the session is woken, or (`readable`) bytes come.
+
+    Raises:
+        OSError: the session was aborted before.
+    """
+    if session._released:
+        raise OSError("aborted")
+    timer = None if seconds is None else session._loop.timer(max(seconds, FIRST_LOOK))
+    session._waiting_since = monotonic()
+    if timer is not None:
+        timer.start(session._resume)
+    if readable:
+        session._watcher.start(session._resume)
+    try:
+        session._host.thread.hub.switch()
+    finally:
+        session._waiting_since = 0.0
+        if timer is not None:
+            timer.stop()
+            timer.close()
+        if readable and not session._released:
+            session._watcher.stop()
