@@ -43,7 +43,7 @@ class FramedReceiver:
     def set_framing(self, framing: Framing[Any] | None) -> None:
         """From the next byte on: bytes that were read already, but not handed over, included."""
         check_framing("framing", framing)
-        self._decoder = (framing or Raw()).decoder()
+        self._decoder = _decoder(framing)
         if not (isinstance(framing, Raw) and framing.size is not None):
             self.framing = framing
 
@@ -58,7 +58,7 @@ class FramedReceiver:
                     break
                 data = decoder.unread()
                 if self._decoder is decoder:  # spent
-                    self._decoder = (self.framing or Raw()).decoder()
+                    self._decoder = _decoder(self.framing)
         except _MalformedError as exc:
             self._fail(exc.cause)
             return
@@ -125,6 +125,10 @@ class FramedReceiver:
         if kept := self._decoder.kept:
             session = self._session
             logger.info("%r: the peer closed after %d bytes of a message", session, kept)
+
+
+def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:
+    return (Raw() if framing is None else framing).decoder()
 
 
 class _MalformedError(Exception):

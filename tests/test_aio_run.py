@@ -239,7 +239,10 @@ def test_a_finished_coroutine_leaves_nothing_to_the_garbage_collector(how: str) 
     class Local:
         pass
 
+    begun = gevent.event.Event()
+
     async def run(_local: Local) -> None:
+        begun.set()
         if how == "raises":
             raise LookupError
         if how == "suspends":
@@ -258,7 +261,7 @@ def test_a_finished_coroutine_leaves_nothing_to_the_garbage_collector(how: str) 
     def main() -> weakref.ref[Local]:
         local = Local()
         waiting = gevent.spawn(swallow, local)
-        gevent.sleep(0.001)
+        assert begun.wait(5)
         if "killed" in how:
             waiting.kill(timeout=5)
         waiting.get(timeout=5)

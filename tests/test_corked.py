@@ -232,7 +232,7 @@ def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
 
     def act(session: PsSession[Any], _message: bytes) -> None:
         in_front = gevent.spawn(session.send, bytes(BIG), timeout=None)
-        gevent.sleep(0.01)
+        eventually(lambda: session._line is not None)
         with pytest.raises(gevent.Timeout):
             send_collected(session)
         with pytest.raises(PsSendError):
