@@ -109,9 +109,19 @@ def test_a_coroutine_whose_greenlet_is_killed_before_it_begins_begins_and_is_can
             told.append("cancelled")
             raise
 
+    holding, gate = gevent.event.Event(), gevent.event.Event()
+
+    async def hold() -> None:
+        holding.set()
+        gate.wait()
+
+    holder = gevent.spawn(run_coroutine, hold())
+    assert holding.wait(5)
     waiting = gevent.spawn(run_coroutine, tell())
-    killed = gevent.spawn(waiting.kill)  # in the same round of the hub
-    killed.join(timeout=5)
+    gevent.spawn(waiting.kill).join(timeout=0.05)  # it can't begin yet, and so not end
+    assert told == []
+    gate.set()
+    gevent.joinall([holder, waiting], timeout=5)
     assert told == ["began", "cancelled"]
     assert isinstance(waiting.value, gevent.GreenletExit)
 

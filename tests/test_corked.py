@@ -226,6 +226,8 @@ def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     # They were sent, as far as the callback knows: the stream must not go on without them.
+    open_afterwards: list[bool] = []
+
     def send_collected(session: PsSession[Any]) -> None:
         with gevent.Timeout(0.05), session.corked():
             session.send("collected")
@@ -235,6 +237,7 @@ def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
         eventually(lambda: session._line is not None)
         with pytest.raises(gevent.Timeout):
             send_collected(session)
+        open_afterwards.append(session.is_open)
         with pytest.raises(PsSendError):
             in_front.get(timeout=5)
 
@@ -243,6 +246,7 @@ def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
     client.send("go")
     callback.wait_for("on_close", timeout=10)
     assert close_reasons(callback) == [PsCloseReason.FAILED]
+    assert open_afterwards == [False]
 
 
 # What the kernel does not take at once, when a callback begins to wait
