@@ -266,6 +266,16 @@ class PythonProcess:
     def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def send_signals_until_the_end(
+        self, number: signal.Signals, every: float, most: int = 10
+    ) -> None:
+        """Send a signal, another one after `every` seconds, and so on while the process runs."""
+        for _ in range(most):
+            self._process.send_signal(number)
+            with contextlib.suppress(gevent.subprocess.TimeoutExpired):
+                self._process.wait(timeout=every)
+                return
+
     def wait(self, timeout: float = 20.0) -> int:
         """Read the output to its end, wait for the process and return its exit code."""
         with contextlib.suppress(gevent.Timeout), gevent.Timeout(timeout):
