@@ -52,6 +52,7 @@ class LoopGreenlet(greenlet):
     # Found faster than in a dictionary, several times for each coroutine.
     __slots__ = (
         "_beginning",
+        "_begins",
         "_claimed",
         "_ended",
         "_ending",
@@ -82,6 +83,8 @@ class LoopGreenlet(greenlet):
         self.parked = False
         self.ready = ready_sessions()
         self._beginning: deque[Run[Any]] = deque()
+        self._begins: Run[Any] | None = None
+        """The one that takes its first step just now."""
         self._is_queued = False
         """Whether it is among those that are ready, for what is to begin."""
         self._ended: list[Run[Any]] = []
@@ -169,7 +172,7 @@ class LoopGreenlet(greenlet):
         beginning, ended = self._beginning, self._ended
         try:
             while beginning:
-                run = beginning.popleft()
+                run = self._begins = beginning.popleft()
                 if run.begin():
                     ended.append(run)
                 del run  # the coroutine's frame may keep this one alive
@@ -177,6 +180,7 @@ class LoopGreenlet(greenlet):
             self.ready.run_soon()
             raise
         finally:
+            self._begins = None
             self._add_ended()
 
     def _add_ended(self) -> None:
@@ -199,7 +203,9 @@ class LoopGreenlet(greenlet):
         never have its turn.
         """
         self._beginning.append(run)
-        if self.parked and not self._is_queued:
+        if not self.parked:  # held, for as long as it takes
+            run.waits()
+        elif not self._is_queued:
             self._is_queued = True
             self.ready.add([self])
 
@@ -285,6 +291,8 @@ class LoopGreenlet(greenlet):
     def switch_out(self) -> None:
         """Called by gevent when a step is about to wait."""
         self._held = True
+        if self._begins is not None:
+            self._begins.waits()
         self._add_ended()
         self.ready.run_soon()
         self._held_task = asyncio.current_task(self.loop)

@@ -138,10 +138,18 @@ class Run(Generic[T]):
         return has_ended
 
     def _goes_on(self, task: Task[T]) -> None:
+        self.waits()
         self._loop.waiting += 1
         task.add_done_callback(self)
         if self.is_cancelled:
             task.cancel()
+
+    def waits(self) -> None:
+        """The coroutine waits for something, and so does its greenlet. Does not switch."""
+        # gevent calls it only where the greenlet switches to the hub itself.
+        switch_out = getattr(self._greenlet, "switch_out", None)
+        if switch_out is not None:
+            switch_out()
 
     def _is_the_coroutines(self, exc: BaseException) -> bool:
         """Whether the greenlet that waits raises this, and nobody else."""

@@ -74,13 +74,11 @@ class FramedReceiver:
         """Whether all of `data` was taken: not so if the framing changed in between."""
         session = self._session
         on_message = session._host.dispatch.on_message
-        # A coroutine's sends come while this greenlet waits for it.
-        corks = not session._host.dispatch.is_async
         in_callback = False
         try:
             for message in decoder.feed(data):
                 in_callback = True
-                if session._cork is None and corks:  # it has just begun, or a callback waited
+                if session._cork is None:  # it has just begun, or a callback waited
                     session._cork = []
                 session._messages_received += 1
                 on_message(session, message)
