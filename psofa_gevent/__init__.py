@@ -11,7 +11,7 @@ import logging
 from psofa_gevent.aio import await_greenlet, hub_loop, run_coroutine, spawn_coroutine
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.client import PsClient
-from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import (
     PsCallbackError,
     PsClientError,
@@ -40,6 +40,7 @@ __all__ = [
     "PsMultiClient",
     "PsMultiClientConnection",
     "PsMultiClientError",
+    "PsOverflow",
     "PsSendError",
     "PsServer",
     "PsServerError",

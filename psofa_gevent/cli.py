@@ -259,6 +259,20 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="what cuts the stream into messages: lines (sent with LF, or CR LF), or a length "
         "before each, of 4 bytes in network order or a varint (default: %(default)s)",
     )
+    reading.add_argument(
+        "--high-water",
+        type=int,
+        default=1_048_576,
+        metavar="BYTES",
+        help="what may wait for a client of what was posted to it (default: %(default)s)",
+    )
+    reading.add_argument(
+        "--overflow",
+        choices=tuple(serve.OVERFLOWS),
+        default="close",
+        help="what becomes of a post beyond that: close the session, or drop messages "
+        "(default: %(default)s)",
+    )
 
     times = parser.add_argument_group("time limits")
     times.add_argument(

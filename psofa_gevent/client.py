@@ -14,7 +14,7 @@ from psofa_gevent.addresses import (
 )
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import ConnectingOwner, check_connect
-from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
@@ -50,6 +50,8 @@ class PsClient(ConnectingOwner[M]):
         allow_half_open: bool = False,
         framing: Framing[M] | None = None,
         frame_timeout: float | None = None,
+        high_water: int = 1_048_576,
+        overflow: PsOverflow = PsOverflow.CLOSE,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -72,6 +74,8 @@ class PsClient(ConnectingOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            overflow: what happens to a post beyond that.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -91,6 +95,8 @@ class PsClient(ConnectingOwner[M]):
                 allow_half_open=allow_half_open,
                 framing=framing,
                 frame_timeout=frame_timeout,
+                high_water=high_water,
+                overflow=overflow,
             ),
             PsClientError,
         )

@@ -1,10 +1,10 @@
-"""The two enumerations of the public interface."""
+"""The enumerations of the public interface."""
 
 from __future__ import annotations
 
 import enum
 
-__all__ = ["PsCloseReason", "PsSocketAddressFamily"]
+__all__ = ["PsCloseReason", "PsOverflow", "PsSocketAddressFamily"]
 
 
 class PsCloseReason(enum.Enum):
@@ -22,6 +22,17 @@ class PsCloseReason(enum.Enum):
     """Nothing came from the peer for the idle time."""
     SHUTDOWN = enum.auto()
     """The server shut down."""
+
+
+class PsOverflow(enum.Enum):
+    """What happens to a `PsSession.post` when ``high_water`` bytes wait for the peer."""
+
+    CLOSE = enum.auto()
+    """The session closes with `PsCloseReason.FAILED`, and what waits is dropped."""
+    DROP_NEWEST = enum.auto()
+    """The message is dropped."""
+    DROP_OLDEST = enum.auto()
+    """Messages that wait are dropped, the oldest first, until there is room."""
 
 
 class PsSocketAddressFamily(enum.Enum):

@@ -63,7 +63,7 @@ class FramedReceiver:
             self._fail(exc.cause)
             return
         except BaseException:
-            session._keep_for_close()
+            session._uncork_without_waiting()
             raise
         finally:
             session._uncork()

@@ -56,9 +56,9 @@ def _wait_for_callbacks_that_send(session: PsSession[Any]) -> None:
 
 
 def _send_the_rest(session: PsSession[Any], deadline: float) -> None:
-    """Send what the session took for sending, and the kernel has not taken yet."""
+    """Wait until the kernel has taken what the session took for sending."""
     look = FIRST_LOOK
-    while not _all_is_sent(session):
+    while session._line is not None and session._line.holds_batches:
         # The peer may not take anything before it is rid of what it sends itself.
         if _read_and_drop(session):
             look = FIRST_LOOK
@@ -67,18 +67,6 @@ def _send_the_rest(session: PsSession[Any], deadline: float) -> None:
             return
         _wait(session, min(look, left))
         look = min(look * 2, LONGEST_LOOK)
-
-
-def _all_is_sent(session: PsSession[Any]) -> bool:
-    """Send what can be sent now; whether nothing is left."""
-    if session._line is None and session._unsent:
-        try:
-            sent = session._sock.send(session._unsent)
-        except BlockingIOError:
-            return False
-        session._bytes_sent += sent
-        session._unsent = session._unsent[sent:]
-    return not session._unsent and (session._line is None or not session._line.holds_detached)
 
 
 def _drain(session: PsSession[Any], deadline: float) -> None:

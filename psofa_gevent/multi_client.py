@@ -11,7 +11,7 @@ from typing import Generic, Self
 from psofa_gevent.addresses import check_address_family, check_host, check_port
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import ConnectingOwner, check_connect
-from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.manager import SessionManager
@@ -54,6 +54,8 @@ class PsMultiClient(ConnectingOwner[M]):
         allow_half_open: bool = False,
         framing: Framing[M] | None = None,
         frame_timeout: float | None = None,
+        high_water: int = 1_048_576,
+        overflow: PsOverflow = PsOverflow.CLOSE,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -73,6 +75,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            overflow: what happens to a post beyond that.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -92,6 +96,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 allow_half_open=allow_half_open,
                 framing=framing,
                 frame_timeout=frame_timeout,
+                high_water=high_water,
+                overflow=overflow,
             ),
             PsMultiClientError,
         )

@@ -9,21 +9,21 @@ exists while someone waits, and goes with the last one:
   number of acknowledged bytes (SIOCOUTQ) where the system tells, for writability comes only when a
   third of the buffer is free; elsewhere it is a successful write. It counts for all in line.
 - A close request wakes all of them, and they raise `PsSendError`. SHUTDOWN leaves callbacks alone,
-  and no close stops a `Detached` send, of which the sender was told that it is done: the session
-  lets it go on while it lingers.
+  and no close stops a `Batch`, of whose messages the senders were told that they are taken: the
+  session lets it go on while it lingers.
 - A sender that is thrown out (killed, cancelled, a `gevent.Timeout`) after a part of its message
   left closes the session with FAILED, as the stream is broken; before that, nothing happened.
 
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
 is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
-coroutine, `TaskParking` awaits a future, and a `Detached` send is resumed by the hub.
+coroutine, `TaskParking` awaits a future, and a `Batch` is resumed by the hub.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,7 +36,15 @@ from psofa_gevent.tcp import unacknowledged
 if TYPE_CHECKING:
     from psofa_gevent.sending import SendingHalf
 
-__all__ = ["Detached", "GreenletParking", "Parking", "SendLine", "TaskParking", "run_in_greenlet"]
+__all__ = [
+    "Batch",
+    "Buffers",
+    "GreenletParking",
+    "Parking",
+    "SendLine",
+    "TaskParking",
+    "run_in_greenlet",
+]
 
 WRITE = 2
 """The event mask of gevent's io watchers (libev's EV_WRITE)."""
@@ -46,6 +54,8 @@ LONGEST_SAMPLE = 1.0
 """Seconds between two looks at most, for a long timeout."""
 SHORTEST_SAMPLE = 0.001
 """Seconds between two looks at least: a timeout of zero must not spin."""
+JOIN_SIZE = 65_536
+"""Bytes up to which messages are put together for one system call."""
 
 
 class Parking(Protocol):
@@ -121,19 +131,90 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Detached:
-    """A send that nobody waits for, and its own parking: the hub resumes it."""
+class Buffers:
+    """Bytes on their way, message by message."""
 
-    __slots__ = ("_coroutine", "_loop", "_waits")
+    __slots__ = ("_begun", "_messages", "size")
 
-    def __init__(self, loop: Any) -> None:
+    def __init__(self, data: bytes | memoryview, *, begun: bool = False) -> None:
+        self._messages: deque[bytes | memoryview] = deque((data,))
+        self._begun = begun
+        """Whether a part of the first one has left."""
+        self.size = len(data)
+        """Bytes that have not left."""
+
+    def append(self, data: bytes | memoryview) -> None:
+        """One more message."""
+        self._messages.append(data)
+        self.size += len(data)
+
+    def first(self) -> bytes | memoryview:
+        """What to send next: small messages together. There must be something."""
+        messages = self._messages
+        if len(messages) == 1 or len(messages[0]) >= JOIN_SIZE:
+            return messages[0]
+        together = []
+        size = 0
+        for message in messages:
+            together.append(message)
+            size += len(message)
+            if size >= JOIN_SIZE:
+                break
+        return b"".join(together)
+
+    def took(self, count: int) -> None:
+        """The kernel took so many bytes."""
+        self.size -= count
+        while count:
+            first = self._messages[0]
+            if count < len(first):
+                self._messages[0] = memoryview(first)[count:]
+                self._begun = True
+                return
+            count -= len(first)
+            self._messages.popleft()
+            self._begun = False
+
+    def drop_oldest(self) -> int:
+        """Drop the first message of which nothing has left: its size, or 0 if there is none."""
+        at = 1 if self._begun else 0
+        if len(self._messages) <= at:
+            return 0
+        size = len(self._messages[at])
+        del self._messages[at]
+        self.size -= size
+        return size
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._messages.clear()
+        self.size = 0
+
+
+class Batch:
+    """Messages that nobody waits for, in line together: their own parking, resumed by the hub."""
+
+    __slots__ = ("_coroutine", "_ended", "_loop", "_waits", "buffers", "timeout")
+
+    def __init__(
+        self, loop: Any, data: bytes | memoryview, timeout: float | None, *, begun: bool
+    ) -> None:
         self._loop = loop
+        self.buffers = Buffers(data, begun=begun)
+        self.timeout = timeout
         self._coroutine: Coroutine[Any, None, None] | None = None
+        self._ended: Callable[[Batch], None] | None = None
         self._waits = False
 
-    def start(self, coroutine: Coroutine[Any, None, None]) -> None:
-        """Begin to send, in any greenlet of the hub's thread. Does not switch."""
+    def start(self, coroutine: Coroutine[Any, None, None], ended: Callable[[Batch], None]) -> None:
+        """Begin to send, in any greenlet of the hub's thread. Does not switch.
+
+        Args:
+            coroutine: what sends the buffers, with this as its parking.
+            ended: called when they have left, or never will.
+        """
         self._coroutine = coroutine
+        self._ended = ended
         self._waits = True
         self._go_on()
 
@@ -155,10 +236,17 @@ class Detached:
         try:
             self._coroutine.send(None)
         except StopIteration:
-            self._coroutine = None
+            self._end()
         except PsSendError:
             # Whatever was wrong has closed the session, which has the reason.
-            self._coroutine = None
+            self._end()
+
+    def _end(self) -> None:
+        self._coroutine = None
+        self.buffers.clear()
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(self)
 
 
 def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
@@ -175,13 +263,13 @@ def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
 class _Sender:
     """One who waits: where, since when, and whether a part of the message has left."""
 
-    __slots__ = ("began", "begun", "in_callback", "is_detached", "parking", "ticks")
+    __slots__ = ("began", "begun", "in_callback", "is_batch", "parking", "ticks")
 
     def __init__(self, parking: Parking, *, begun: bool, in_callback: bool) -> None:
         self.parking = parking
         self.begun = begun
         self.in_callback = in_callback
-        self.is_detached = isinstance(parking, Detached)
+        self.is_batch = isinstance(parking, Batch)
         self.began = monotonic()
         self.ticks: Any = None
 
@@ -210,17 +298,17 @@ class SendLine:
 
     async def send(
         self,
-        message: memoryview,
+        buffers: Buffers,
         timeout: float | None,
         parking: Parking,
         *,
         begun: bool,
         in_callback: bool,
     ) -> None:
-        """Send all of `message`, however long the peer takes for it.
+        """Send all of `buffers`, however long the peer takes for it.
 
         Args:
-            message: what is still to be sent.
+            buffers: what is still to be sent.
             timeout: seconds in which the peer takes nothing; ``None``: no limit.
             parking: where the caller waits.
             begun: whether a part of the message left before.
@@ -234,16 +322,19 @@ class SendLine:
         self._start_ticking(sender, timeout)
         try:
             while True:
-                self._session._check_sending(
-                    in_callback=in_callback, is_detached=sender.is_detached
-                )
+                self._session._check_sending(in_callback=in_callback, is_batch=sender.is_batch)
                 if self._senders[0] is sender:
                     self._is_writable = False
-                    taken = self._session._send_now(message)
-                    sender.begun = sender.begun or taken > 0
-                    message = message[taken:]
-                    if not message:
+                    while buffers.size:
+                        data = buffers.first()
+                        taken = self._session._send_now(data)
+                        sender.begun = sender.begun or taken > 0
+                        buffers.took(taken)
+                        if taken < len(data):
+                            break
+                    else:
                         return
+                    del data  # a sender that waits holds no copy
                 self._check_progress(sender, timeout)
                 if self._senders[0] is sender:
                     self._watcher.start(self._wake_first)
@@ -265,12 +356,16 @@ class SendLine:
     @property
     def holds_callbacks(self) -> bool:
         """Whether a callback is among the senders, and waits."""
-        return any(sender.in_callback and not sender.is_detached for sender in self._senders)
+        return any(sender.in_callback and not sender.is_batch for sender in self._senders)
 
     @property
-    def holds_detached(self) -> bool:
-        """Whether a send is among them that nobody waits for: its bytes count as sent."""
-        return any(sender.is_detached for sender in self._senders)
+    def holds_batches(self) -> bool:
+        """Whether messages are among them that nobody waits for: they count as sent."""
+        return any(sender.is_batch for sender in self._senders)
+
+    def ends_with(self, parking: Parking) -> bool:
+        """Whether the last sender waits there."""
+        return bool(self._senders) and self._senders[-1].parking is parking
 
     def close(self) -> None:
         """Release the watcher, before the descriptor is closed, and wake the senders.

@@ -4,8 +4,9 @@ While a session is corked, sends are collected instead, and leave together: when
 off, when there is much of them, and before its greenlet waits for anything.
 
 A send tries the socket at once; only what the kernel did not take goes the slow way, in line with
-other senders (`psofa_gevent.send_line`). Runs in whichever greenlet or asyncio task sends; callers
-in other OS threads are handed over to the hub's thread. Only a send that has to wait switches.
+other senders (`psofa_gevent.send_line`). So does a post, but nobody waits for that: what is left of
+it goes into the session's `Outbox`. Runs in whichever greenlet or asyncio task sends; callers in
+other OS threads are handed over to the hub's thread. Only a send that has to wait switches.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Generic
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import get_ident, log_from_hub
-from psofa_gevent.messages import M, Message, as_buffer
+from psofa_gevent.messages import M, Message, as_buffer, as_bytes
+from psofa_gevent.outbox import Outbox
 from psofa_gevent.send_line import (
-    Detached,
+    Buffers,
     GreenletParking,
     Parking,
     SendLine,
@@ -46,6 +48,7 @@ class SendingHalf(Generic[M]):
     __slots__ = (
         "_bytes_sent",
         "_cork",
+        "_cork_has_posts",
         "_corked_size",
         "_encode",
         "_eof_received",
@@ -55,11 +58,11 @@ class SendingHalf(Generic[M]):
         "_line",
         "_loop",
         "_open",
+        "_outbox",
         "_reason",
         "_released",
         "_sock",
         "_thread_ident",
-        "_unsent",
     )
 
     def __init__(self, host: Host, sock: _socket.socket) -> None:
@@ -78,8 +81,10 @@ class SendingHalf(Generic[M]):
         self._cork: list[bytes] | None = None
         """What was sent while corked; None: the session is not."""
         self._corked_size = 0
-        self._unsent = b""
-        """What was collected before a close: to be sent before the FIN."""
+        self._cork_has_posts = False
+        """Whether posts are among it: then it leaves without waiting."""
+        self._outbox: Outbox | None = None
+        """What was taken for sending, and nobody waits for."""
         framing = host.settings.framing
         self._encode: Callable[[Any], bytes] | None = None if framing is None else framing.encode
 
@@ -135,7 +140,7 @@ class SendingHalf(Generic[M]):
             # As in `_collect`: a read may have thousands of messages.
             self._cork.append(data if type(data) is bytes else bytes(data))
             self._corked_size += len(data)
-            if self._corked_size >= CORK_SIZE:
+            if self._corked_size >= CORK_SIZE or self._line is not None:
                 self._send_collected(self._take_collected(), timeout)
             return
         sent = 0
@@ -145,7 +150,8 @@ class SendingHalf(Generic[M]):
                 return
         if not may_wait():
             self._refuse_to_wait(begun=sent > 0)
-        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking(), begun=sent > 0))
+        rest = Buffers(memoryview(data)[sent:])
+        run_in_greenlet(self._line_up(rest, timeout, GreenletParking(), begun=sent > 0))
 
     async def send_async(
         self,
@@ -172,14 +178,86 @@ class SendingHalf(Generic[M]):
         sent = 0
         begun = self._cork is not None
         if begun:
-            if not self._collect(data):
+            if not self._collect(data) and self._line is None:
                 return
             data = self._take_collected()
         if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        await self._line_up(data, sent, timeout, TaskParking(), begun=begun or sent > 0)
+        rest = Buffers(memoryview(data)[sent:])
+        await self._line_up(rest, timeout, TaskParking(), begun=begun or sent > 0)
+
+    def post(self, message: M | Message, *, raw: bool = False) -> bool:
+        """Send a message without ever waiting: what the kernel does not take now leaves later.
+
+        At most ``high_water`` bytes wait for the peer, and a single message that is larger when
+        nothing else waits; the setting ``overflow`` says what happens beyond that. However long the
+        peer takes nothing, what waits stays, until it reads again or the session closes; then
+        ``linger_timeout`` is what it has. Sends and posts leave in the order of their calls.
+
+        From any greenlet, the hub and coroutines included, and any OS thread.
+
+        Args:
+            message: as for `send`; copied if it could change.
+            raw: as for `send`.
+
+        Returns:
+            Whether the message was taken: not so when the session is closed, or closes because of
+            this, or the message was dropped. In another OS thread: whether the session was open.
+
+        Raises:
+            PsFramingError: the session's framing can't carry the message.
+            TypeError: `message` is neither text nor bytes.
+        """
+        return self._post(self._encode_now(message, raw=raw))
+
+    def _encode_now(self, message: Any, *, raw: bool) -> bytes:
+        """What `message` is on the wire, in bytes that nobody else can change."""
+        return as_bytes(message if raw or self._encode is None else self._encode(message))
+
+    def _post(self, data: bytes) -> bool:
+        if get_ident() != self._thread_ident:
+            if self._open:
+                self._host.thread.call_soon(self._post, data)
+            return self._open
+        if (not self._open or self._eof_requested) and self._is_refused():
+            return False
+        if self._cork is not None:
+            if self._line is None and self._corked_size + len(data) < CORK_SIZE:
+                self._cork.append(data)
+                self._corked_size += len(data)
+                self._cork_has_posts = True
+                return True
+            self._keep(self._take_collected())
+        sent = 0
+        if self._line is None:
+            try:
+                sent = self._send_now(data)
+            except PsSendError:
+                return False  # it has closed the session
+        if sent == len(data):
+            return True
+        if self._outbox is None:
+            self._outbox = Outbox()
+        return self._outbox.post(self, memoryview(data)[sent:] if sent else data, begun=sent > 0)
+
+    def _is_refused(self) -> bool:
+        try:
+            self._check_new_send()
+        except PsSendError:
+            return True
+        return False
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that were posted, or collected, and that the kernel has not taken yet."""
+        return self._corked_size + (0 if self._outbox is None else self._outbox.size)
+
+    @property
+    def messages_dropped(self) -> int:
+        """Posts that the setting ``overflow`` dropped."""
+        return 0 if self._outbox is None else self._outbox.dropped
 
     # Corked
 
@@ -225,51 +303,48 @@ class SendingHalf(Generic[M]):
         data = b"".join(self._cork)
         self._cork.clear()
         self._corked_size = 0
+        self._cork_has_posts = False
         return data
 
     def _uncork(self) -> None:
         """Send what was collected. May wait, where that is possible."""
         if self._cork is None:
             return
+        if not self._open or self._cork_has_posts:
+            self._uncork_without_waiting()
+            return
         data = self._take_collected()
         self._cork = None
-        if not data:
-            return
-        if not self._open:
-            self._unsent += data
-        else:
+        if data:
             self._send_collected(data, DEFAULT)
 
     def _send_collected(self, data: bytes, timeout: float | Default | None) -> None:
         """Send what others were told that it is sent. May wait, where that is possible."""
         if not may_wait():
-            self._send_detached(data)
+            self._keep(data)
             return
         sent = 0
         if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        run_in_greenlet(self._line_up(data, sent, timeout, GreenletParking(), begun=True))
+        rest = Buffers(memoryview(data)[sent:])
+        run_in_greenlet(self._line_up(rest, timeout, GreenletParking(), begun=True))
 
     def _uncork_without_waiting(self) -> None:
         """Send what was collected, now and, what the kernel does not take, later."""
-        if self._cork is None:
-            return
-        data = self._take_collected()
-        self._cork = None
-        if data:
-            self._send_detached(data)
-
-    def _keep_for_close(self) -> None:
-        """The session is about to fail: what was collected leaves before its FIN."""
         if self._cork is not None:
-            self._unsent += self._take_collected()
+            has_posts = self._cork_has_posts
+            data = self._take_collected()
             self._cork = None
+            self._keep(data, waits=has_posts)
 
-    def _send_detached(self, data: bytes) -> None:
-        if not self._open:
-            self._unsent += data
+    def _keep(self, data: bytes, *, waits: bool = False) -> None:
+        """Send what others were told that it is sent, without waiting, and before a FIN.
+
+        `waits`: for as long as the peer takes nothing, as posts do.
+        """
+        if not data or self._released or self._eof_sent:
             return
         sent = 0
         if self._line is None:
@@ -279,8 +354,10 @@ class SendingHalf(Generic[M]):
                 return  # it has closed the session
             if sent == len(data):
                 return
-        detached = Detached(self._loop)
-        detached.start(self._line_up(data, sent, DEFAULT, detached, begun=True))
+        if self._outbox is None:
+            self._outbox = Outbox()
+        timeout = None if waits else self._host.settings.send_timeout
+        self._outbox.keep(self, memoryview(data)[sent:], timeout, begun=sent > 0)
 
     def send_eof(self) -> None:
         """Send no more: the peer gets a FIN after the sends that have begun (half-close).
@@ -314,11 +391,11 @@ class SendingHalf(Generic[M]):
         if self._eof_requested:
             raise PsSendError(f"{self!r}: send after send_eof")
 
-    def _check_sending(self, *, in_callback: bool, is_detached: bool = False) -> None:
+    def _check_sending(self, *, in_callback: bool, is_batch: bool = False) -> None:
         """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
         if self._open:
             return
-        goes_on = is_detached or (in_callback and self._reason is PsCloseReason.SHUTDOWN)
+        goes_on = is_batch or (in_callback and self._reason is PsCloseReason.SHUTDOWN)
         if self._released or self._eof_sent or not goes_on:
             raise PsSendError(f"{self!r}: the session is closed")
 
@@ -334,18 +411,17 @@ class SendingHalf(Generic[M]):
 
     def _line_up(
         self,
-        data: bytes | memoryview,
-        sent: int,
+        buffers: Buffers,
         timeout: float | Default | None,
         parking: Parking,
         *,
         begun: bool,
     ) -> Coroutine[Any, Any, None]:
-        """Join the line of those who wait, with what is left of `data`."""
+        """Join the line of those who wait, with what is left of a message, or of several."""
         if self._line is None:
             self._line = SendLine(self)
         return self._line.send(
-            memoryview(data)[sent:],
+            buffers,
             self._host.settings.send_timeout if timeout is DEFAULT else timeout,
             parking,
             begun=begun,

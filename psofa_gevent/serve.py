@@ -22,7 +22,7 @@ import gevent
 
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.enums import PsOverflow, PsSocketAddressFamily
 from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
 from psofa_gevent.network import local_addresses
 from psofa_gevent.server import PsServer
@@ -52,6 +52,8 @@ FRAMINGS: dict[str, Framing[bytes] | None] = {
     "varint": Varint(),
 }
 """What ``--framing`` may be. Others, and their settings, are for programs."""
+OVERFLOWS = {each.name.lower().replace("_", "-"): each for each in PsOverflow}
+"""What ``--overflow`` may be."""
 
 
 class EchoCallback(PsCallback):
@@ -82,6 +84,8 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         allow_half_open=args.allow_half_open,
         framing=FRAMINGS[args.framing],
         frame_timeout=args.frame_timeout,
+        high_water=args.high_water,
+        overflow=OVERFLOWS[args.overflow],
     )
 
 

@@ -21,7 +21,7 @@ from psofa_gevent.addresses import (
     resolve,
 )
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
 from psofa_gevent.hub_thread import log_safely
@@ -72,6 +72,8 @@ class PsServer(SessionOwner[M]):
         allow_half_open: bool = False,
         framing: Framing[M] | None = None,
         frame_timeout: float | None = None,
+        high_water: int = 1_048_576,
+        overflow: PsOverflow = PsOverflow.CLOSE,
     ) -> None:
         """Check the settings; nothing is opened before `start`.
 
@@ -100,6 +102,8 @@ class PsServer(SessionOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            overflow: what happens to a post beyond that.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -119,6 +123,8 @@ class PsServer(SessionOwner[M]):
                 allow_half_open=allow_half_open,
                 framing=framing,
                 frame_timeout=frame_timeout,
+                high_water=high_water,
+                overflow=overflow,
             ),
         )
         self._host = check_host(host)

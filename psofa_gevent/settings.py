@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
+from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
 
 __all__ = [
@@ -62,6 +63,8 @@ class SessionSettings:
         framing: what cuts the bytes into messages; ``None``: nothing does.
         frame_timeout: seconds that a message may take from its first byte to its last; ``None``:
             any time.
+        high_water: bytes of posts that wait for the peer, at most.
+        overflow: what happens to a post beyond that.
     """
 
     read_buffer_size: int
@@ -74,6 +77,8 @@ class SessionSettings:
     allow_half_open: bool
     framing: Framing[Any] | None
     frame_timeout: float | None
+    high_water: int
+    overflow: PsOverflow
 
     def __post_init__(self) -> None:
         check_int("read_buffer_size", self.read_buffer_size, 1, MAX_BUFFER)
@@ -86,6 +91,8 @@ class SessionSettings:
         check_bool("allow_half_open", self.allow_half_open)
         check_framing("framing", self.framing)
         check_seconds("frame_timeout", self.frame_timeout, more_than_zero=True)
+        check_int("high_water", self.high_water, 1, 2**53)
+        check_instance("overflow", self.overflow, PsOverflow)
 
 
 def check_instance(name: str, value: object, kind: type[T]) -> T:

@@ -25,7 +25,7 @@ import pytest
 import helpers
 import psofa_gevent
 from marks import needs_ipv6
-from psofa_gevent import PsServer, PsSocketAddressFamily, cli, demo, serve
+from psofa_gevent import PsOverflow, PsServer, PsSocketAddressFamily, cli, demo, serve
 from psofa_gevent.testing import ScriptedClient, eventually
 
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)
@@ -828,11 +828,14 @@ def test_every_setting_of_the_server_has_an_option(monkeypatch: pytest.MonkeyPat
         "allow_half_open": True,
         "framing": serve.FRAMINGS["line"],
         "frame_timeout": 11.5,
+        "high_water": 12,
+        "overflow": PsOverflow.DROP_OLDEST,
     }
     assert expected.keys() == server_settings().keys()  # none is forgotten
-    arguments = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
+    words = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
+    arguments = [*words, "--overflow", "drop-oldest"]
     for name, value in expected.items():
-        if name not in ("host", "socket_address_family", "no_delay", "allow_half_open", "framing"):
+        if type(value) in (int, float):
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     assert settings_from(monkeypatch, *arguments) == expected
 

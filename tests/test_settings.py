@@ -16,6 +16,7 @@ from psofa_gevent import (
     PsCallback,
     PsClient,
     PsMultiClient,
+    PsOverflow,
     PsServer,
     PsSession,
     PsSocketAddressFamily,
@@ -55,6 +56,8 @@ SESSION_SETTINGS = {
     "allow_half_open": False,
     "framing": None,
     "frame_timeout": None,
+    "high_water": 1_048_576,
+    "overflow": PsOverflow.CLOSE,
 }
 
 NOT_WHOLE_NUMBERS: list[Any] = ["10", b"10", 10.0, NAN, INFINITY, True, False, [10], object]
@@ -76,6 +79,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "allow_half_open": NOT_BOOLS,
     "framing": [Line, "Line", b"\n", 1, True],
     "frame_timeout": NOT_SECONDS,
+    "high_water": [*NOT_WHOLE_NUMBERS, None],
+    "overflow": ["CLOSE", 1, None, PsOverflow],
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
@@ -85,6 +90,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "callback_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
     "linger_timeout": SECONDS_OUT_OF_RANGE,
     "frame_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
+    "high_water": [0, -1, 2**63, TOO_LARGE_FOR_A_FLOAT],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "host": [None, b"127.0.0.1", 127, ("127.0.0.1", 80), True],
@@ -279,6 +285,8 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "allow_half_open": [True, False],
     "framing": [Line(), None],
     "frame_timeout": [0.001, 3, 1e6, None],
+    "high_water": [1, 2**40],
+    "overflow": list(PsOverflow),
 }
 
 

@@ -695,7 +695,7 @@ def test_second_signal_ends_serve_forever_at_once_while_a_callback_blocks_the_th
     with serving_process() as (process, client):
         client.send("block")
         process.expect_line("message block")
-        # Python handles one that comes just before its sleep begins only after that, or with the next.
+        # One that comes just before the sleep begins is handled after that, or with the next one.
         process.send_signals_until_the_end(signal.SIGINT, every=0.5)
         assert process.wait(timeout=3.0) == -signal.SIGINT
 

@@ -1,0 +1,104 @@
+"""What a session took for sending, and nobody waits for: posts, and messages that were collected.
+
+It stands in the session's line of senders (`psofa_gevent.send_line`) like anyone else, in batches:
+a batch ends where another sender lined up, so bytes leave in the order in which they were sent and
+posted. The hub sends a batch on whenever the peer takes more. What waits is limited by
+``high_water``, and the session's `PsOverflow` says what happens to a post beyond that. Messages
+that were collected (`PsSession.corked`) are always kept: they are few, and were sent.
+
+All of it belongs to the hub's thread. Nothing here switches or raises. An outbox does not hold its
+session: that would be a cycle.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from psofa_gevent.enums import PsCloseReason, PsOverflow
+from psofa_gevent.errors import PsSendError
+from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.send_line import Batch
+
+if TYPE_CHECKING:
+    from psofa_gevent.sending import SendingHalf
+
+__all__ = ["Outbox"]
+
+
+class Outbox:
+    """The batches of one session."""
+
+    __slots__ = ("_batches", "dropped")
+
+    def __init__(self) -> None:
+        self._batches: list[Batch] = []
+        self.dropped = 0
+        """Posts that were dropped."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that wait."""
+        return sum(batch.buffers.size for batch in self._batches)
+
+    def keep(
+        self,
+        session: SendingHalf[Any],
+        data: bytes | memoryview,
+        timeout: float | None,
+        *,
+        begun: bool,
+    ) -> None:
+        """Send `data` after all that waits now.
+
+        Args:
+            session: the session.
+            data: what the kernel has not taken; nobody changes it any more.
+            timeout: seconds in which the peer takes nothing, after which the session fails.
+            begun: whether a part of that message has left.
+        """
+        line = session._line
+        if self._batches and line is not None:
+            last = self._batches[-1]
+            if line.ends_with(last) and last.timeout == timeout:
+                last.buffers.append(data)
+                return
+        batch = Batch(session._loop, data, timeout, begun=begun)
+        self._batches.append(batch)
+        batch.start(session._line_up(batch.buffers, timeout, batch, begun=True), self._forget)
+
+    def post(self, session: SendingHalf[Any], data: bytes | memoryview, *, begun: bool) -> bool:
+        """Send `data` after all that waits now, if there is room for it; whether it was taken."""
+        settings = session._host.settings
+        room = settings.high_water - self.size - len(data)
+        if room < 0 and not begun and self.size:
+            if settings.overflow is PsOverflow.CLOSE:
+                self._overflow(session, len(data))
+                return False
+            if settings.overflow is PsOverflow.DROP_NEWEST or not self._drop_oldest(-room):
+                self.dropped += 1
+                return False
+        self.keep(session, data, None, begun=begun)
+        return True
+
+    def _drop_oldest(self, wanted: int) -> bool:
+        """Make room for `wanted` bytes; whether there is so much now."""
+        for batch in self._batches:
+            if batch.timeout is None:
+                while wanted > 0 and (size := batch.buffers.drop_oldest()):
+                    self.dropped += 1
+                    wanted -= size
+        return wanted <= 0
+
+    def _overflow(self, session: SendingHalf[Any], size: int) -> None:
+        error = PsSendError(
+            f"{session!r}: {self.size} bytes wait for the peer, and {size} more are beyond "
+            f"high_water={session._host.settings.high_water}"
+        )
+        session._request_close(PsCloseReason.FAILED, error, linger=False)
+        log_from_hub(logging.WARNING, "%s", error)
+        for batch in self._batches:
+            batch.buffers.clear()
+
+    def _forget(self, batch: Batch) -> None:
+        self._batches.remove(batch)
