@@ -17,10 +17,12 @@ from psofa_gevent.errors import (
     PsClientError,
     PsError,
     PsFramingError,
+    PsKeyTakenError,
     PsMultiClientError,
     PsSendError,
     PsServerError,
 )
+from psofa_gevent.group import PsGroup
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
@@ -37,6 +39,8 @@ __all__ = [
     "PsCloseReason",
     "PsError",
     "PsFramingError",
+    "PsGroup",
+    "PsKeyTakenError",
     "PsMultiClient",
     "PsMultiClientConnection",
     "PsMultiClientError",

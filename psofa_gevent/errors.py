@@ -12,6 +12,7 @@ __all__ = [
     "PsClientError",
     "PsError",
     "PsFramingError",
+    "PsKeyTakenError",
     "PsMultiClientError",
     "PsSendError",
     "PsServerError",
@@ -44,3 +45,7 @@ class PsSendError(PsError):
 
 class PsFramingError(PsError, ValueError):
     """Bytes that are no message of a framing, or a message that a framing can't carry."""
+
+
+class PsKeyTakenError(PsError, ValueError):
+    """The key belongs to another session, which is open."""

@@ -68,6 +68,8 @@ class SessionManager:
         """``on_start`` has returned, so ``on_stop`` is due."""
         self.sessions: dict[PsSession[Any], None] = {}
         """All that have not ended, in the order in which they came."""
+        self._by_id: dict[uuid.UUID, PsSession[Any]] | None = None
+        """The same by their ids, from the first time on that somebody asks."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
 
@@ -93,10 +95,19 @@ class SessionManager:
         greenlet: Any = session._greenlet
         greenlet.rawlink(self._greenlet_ended)
         self.sessions[session] = None
+        if self._by_id is not None:
+            self._by_id[session.connection_id] = session
         self._idle.add(session)
         # Never waits: a server accepts only while the pool has room.
         self.pool.start(greenlet)
         return session
+
+    def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
+        """The open session with that id; the last one of several."""
+        if self._by_id is None:
+            self._by_id = {session.connection_id: session for session in self.sessions}
+        session = self._by_id.get(connection_id)
+        return session if session is not None and session._open else None
 
     def set_stop(self, stop: Stop) -> Stop:
         """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""
@@ -126,6 +137,8 @@ class SessionManager:
         if session not in self.sessions:
             return False
         del self.sessions[session]
+        if self._by_id is not None and self._by_id.get(session.connection_id) is session:
+            del self._by_id[session.connection_id]
         self._idle.discard(session)
         if not self.sessions:
             self.changed.set()

@@ -7,14 +7,18 @@ It changes in the hub's thread only, where a signal handler may change it betwee
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import uuid
+from collections.abc import Collection, Hashable, Iterator
 from typing import TYPE_CHECKING, Generic, cast
+from weakref import WeakValueDictionary
 
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.group import PsGroup, post_to_all
 from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent
+from psofa_gevent.keys import Keys
 from psofa_gevent.manager import SessionManager
-from psofa_gevent.messages import M
+from psofa_gevent.messages import M, Message
 from psofa_gevent.settings import SessionSettings, check_seconds
 from psofa_gevent.stopping import Stop
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
@@ -36,6 +40,8 @@ class SessionOwner(Generic[M]):
         self._callback = callback
         self._settings = settings
         self._manager: SessionManager | None = None
+        self._keys: Keys[M] = Keys()
+        self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
 
     # The attribute may change at any moment in which a signal handler or another thread runs: it is
     # read once in each method.
@@ -51,7 +57,92 @@ class SessionOwner(Generic[M]):
         manager = self._manager
         if manager is None:
             return []
-        return [session for session in list(manager.sessions) if session.is_open]
+        return [session for session in list(manager.sessions) if session._open]
+
+    # Many sessions
+
+    def get_session(self, connection_id: uuid.UUID) -> PsSession[M] | None:
+        """The open session with that id; ``None`` if there is none.
+
+        Of several, since ids may be chosen, the one that came last. From any greenlet and any OS
+        thread; in the hub's own it takes the same time with any number of sessions.
+
+        Raises:
+            TypeError: that is no `uuid.UUID`.
+        """
+        if not isinstance(connection_id, uuid.UUID):
+            raise TypeError(f"connection_id must be a uuid.UUID, not {connection_id!r}")
+        manager = self._manager
+        if manager is None:
+            return None
+        if manager.thread.is_current():
+            return manager.get_session(connection_id)
+        for session in reversed(self.sessions):
+            if session.connection_id == connection_id:
+                return session
+        return None
+
+    def broadcast(
+        self,
+        message: M | Message,
+        *,
+        exclude: PsSession[M] | Collection[PsSession[M]] = (),
+        raw: bool = False,
+    ) -> None:
+        """Post a message to every open session (`PsSession.post`), which waits for nobody.
+
+        It is framed once for each framing that the sessions have. From any greenlet and any OS
+        thread.
+
+        Args:
+            message: as for `PsSession.send`.
+            exclude: a session, or several, that shall not get it.
+            raw: as for `PsSession.send`.
+
+        Raises:
+            PsFramingError: a session's framing can't carry the message. Nobody got it.
+            TypeError: `message` is neither text nor bytes.
+        """
+        post_to_all(self.sessions, message, exclude, raw=raw)
+
+    def group(self, name: str) -> PsGroup[M]:
+        """The group of that name, the same one each time, for sessions to join.
+
+        It is there as long as somebody holds it, or a session is in it.
+
+        Raises:
+            TypeError: `name` is no text.
+        """
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups.setdefault(name, PsGroup(name))
+        return group
+
+    def bind(self, session: PsSession[M], key: Hashable, *, replace: bool = False) -> None:
+        """Let `find` find a session by a key of your own, until its close is requested.
+
+        A session may have several keys. Without effect when it is closed. From any greenlet and any
+        OS thread.
+
+        Args:
+            session: the session.
+            key: anything that can be a dictionary's key.
+            replace: take the key from another session that has it, and close that: for a device
+                that comes back before its old connection was found to be dead.
+
+        Raises:
+            PsKeyTakenError: another open session has the key, and `replace` is false.
+            TypeError: `session` is none, or `key` is not hashable.
+        """
+        self._keys.bind(session, key, replace=replace)
+
+    def unbind(self, key: Hashable) -> None:
+        """Take a key from the session that has it. Without effect when none has."""
+        self._keys.unbind(key)
+
+    def find(self, key: Hashable) -> PsSession[M] | None:
+        """The open session that was bound to `key`; ``None`` if there is none."""
+        return self._keys.find(key)
 
     @property
     def started(self) -> bool:

@@ -210,17 +210,16 @@ class SendingHalf(Generic[M]):
             PsFramingError: the session's framing can't carry the message.
             TypeError: `message` is neither text nor bytes.
         """
-        return self._post(self._encode_now(message, raw=raw))
+        encode: Any = self._encode
+        data = as_bytes(message if raw or encode is None else encode(message))
+        if get_ident() == self._thread_ident:
+            return self._post_here(data)
+        if self._open:
+            self._host.thread.call_soon(self._post_here, data)
+        return self._open
 
-    def _encode_now(self, message: Any, *, raw: bool) -> bytes:
-        """What `message` is on the wire, in bytes that nobody else can change."""
-        return as_bytes(message if raw or self._encode is None else self._encode(message))
-
-    def _post(self, data: bytes) -> bool:
-        if get_ident() != self._thread_ident:
-            if self._open:
-                self._host.thread.call_soon(self._post, data)
-            return self._open
+    def _post_here(self, data: bytes) -> bool:
+        """Post in the hub's thread what the framing has made of a message."""
         if (not self._open or self._eof_requested) and self._is_refused():
             return False
         if self._cork is not None:

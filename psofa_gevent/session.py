@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     Owner: TypeAlias = PsServer[Any] | PsClient[Any] | PsMultiClient[Any]
 
-__all__ = ["Host", "PsSession", "SessionGreenlet"]
+__all__ = ["Host", "Membership", "PsSession", "SessionGreenlet"]
 
 logger = logging.getLogger("psofa_gevent")
 
@@ -64,6 +64,7 @@ READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
 HALF_OPEN_LOOK = 1.0
 """Seconds between two looks for a reset, while the peer has closed its half."""
+_NOTHING = object()
 
 
 class Host(Protocol):
@@ -77,6 +78,13 @@ class Host(Protocol):
 
     def session_ended(self, session: PsSession[Any]) -> None:
         """The session has ended and its socket is released. Called in the session's greenlet."""
+
+
+class Membership(Protocol):
+    """Something that a session belongs to until its close is requested."""
+
+    def _left(self, session: PsSession[Any], state: Any) -> None:
+        """The session has left, with what was kept for it. From any thread; does not switch."""
 
 
 class SessionGreenlet(LibraryGreenlet):
@@ -122,6 +130,7 @@ class PsSession(SendingHalf[M]):
         "_idle",
         "_local_endpoint",
         "_may_linger",
+        "_memberships",
         "_messages_received",
         "_opened_at",
         "_ready",
@@ -165,6 +174,8 @@ class PsSession(SendingHalf[M]):
         self._framed = None if settings.framing is None else FramedReceiver(self, settings.framing)
         self._frame_deadline = NEVER
         self._values: dict[str, Any] | None = None
+        self._memberships: dict[Membership, Any] | None = None
+        """What it belongs to, each with what that keeps for it."""
         self._slice: IdleSlice | None = None
         self._context = host.dispatch.new_context()
         self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
@@ -294,6 +305,33 @@ class PsSession(SendingHalf[M]):
         self._framed.set_framing(framing)
         self._encode = None if self.framing is None else self.framing.encode
 
+    # What it belongs to
+
+    def _join(self, membership: Membership, state: object) -> None:
+        """Belong to it until the close is requested; if that was before, not at all.
+
+        From any thread, as `_leave`: each step here is one that no other thread can divide.
+        """
+        if self._memberships is None:
+            self._memberships = {}
+        self._memberships[membership] = state
+        if not self._open:
+            self._leave(membership)
+
+    def _leave(self, membership: Membership) -> None:
+        if self._memberships:
+            state = self._memberships.pop(membership, _NOTHING)
+            if state is not _NOTHING:
+                membership._left(self, state)
+
+    def _leave_all(self) -> None:
+        while self._memberships:
+            try:
+                membership, state = self._memberships.popitem()
+            except KeyError:  # another thread took the last one
+                return
+            membership._left(self, state)
+
     # Idle time
 
     def change_idle_milliseconds(self, idle_milliseconds: int | None) -> None:
@@ -361,6 +399,8 @@ class PsSession(SendingHalf[M]):
         self._wake()
         if self._line is not None:
             self._line.interrupt()
+        if self._memberships:
+            self._leave_all()
 
     def _wake(self) -> None:
         if self._waiting_since:
@@ -538,6 +578,7 @@ class PsSession(SendingHalf[M]):
     def _drop(self) -> None:
         """End a session whose greenlet has not started: no callback ever hears of it."""
         self._open = False
+        self._leave_all()
         self._release()
         if self._greenlet is not None:
             self._greenlet.kill(block=False)

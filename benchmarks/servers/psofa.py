@@ -39,8 +39,7 @@ class Broadcast(PsCallback):
         if message[0] != TO_ALL:
             session.send(message)
             return
-        for each in session.owner.sessions:
-            each.send(message)
+        session.owner.broadcast(message)
 
 
 class EchoAlone(PsCallback):

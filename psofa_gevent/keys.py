@@ -1,0 +1,67 @@
+"""Sessions by keys of the application: a device's number, a user's name.
+
+A key leads to one session, a session may have several keys, and loses them when its close is
+requested. So a key that is found leads to a session that is open.
+
+May be called from any greenlet and any OS thread. Nothing switches. Each change of the dictionary
+is a single step, so nothing is locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Generic, NamedTuple
+
+from psofa_gevent.errors import PsKeyTakenError
+from psofa_gevent.messages import M
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import check_instance
+
+__all__ = ["Keys"]
+
+
+class Keys(Generic[M]):
+    """The keys of one owner's sessions."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[Hashable, PsSession[M]] = {}
+
+    def bind(self, session: PsSession[M], key: Hashable, *, replace: bool) -> None:
+        """Let `key` lead to `session`. See `PsServer.bind`."""
+        check_instance("session", session, PsSession)
+        if not session._open:
+            return
+        # Another thread may bind the key between any two steps: then look again.
+        while (old := self._sessions.setdefault(key, session)) is not session:
+            if old._open and not replace:
+                raise PsKeyTakenError(f"the key {key!r} belongs to {old!r}: give replace=True")
+            old._leave(_Binding(self, key))
+            self.forget(old, key)
+            old.close()
+        session._join(_Binding(self, key), None)
+
+    def unbind(self, key: Hashable) -> None:
+        """Forget `key`."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session._leave(_Binding(self, key))
+
+    def find(self, key: Hashable) -> PsSession[M] | None:
+        """The open session that `key` leads to."""
+        session = self._sessions.get(key)
+        return session if session is not None and session._open else None
+
+    def forget(self, session: PsSession[Any], key: Hashable) -> None:
+        """The session has lost its key."""
+        if self._sessions.get(key) is session:
+            del self._sessions[key]
+
+
+class _Binding(NamedTuple):
+    """What a session knows of a key that it has. Equal to another one of the same key."""
+
+    keys: Keys[Any]
+    key: Hashable
+
+    def _left(self, session: PsSession[Any], _state: object) -> None:
+        self.keys.forget(session, self.key)
