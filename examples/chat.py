@@ -3,10 +3,9 @@
     python examples/chat.py                       # listens on 127.0.0.1:8710
     nc 127.0.0.1 8710                             # in as many terminals as you like
 
-The lines meant for a member wait in that member's own bounded outbox, which a greenlet of its own
-empties. So saying something never waits for a listener. A member who reads too slowly finds the
-outbox full in the end, and is dropped: the alternatives are to wait for the slowest member, or to
-let memory grow.
+The members are a `PsGroup`, and what is posted to that waits for nobody: what a member has not read
+yet is kept for it, up to ``high_water`` bytes. One who reads too slowly is dropped in the end: the
+alternatives are to drop lines (``overflow``), to wait for the slowest, or to let memory grow.
 """
 
 from __future__ import annotations
@@ -14,68 +13,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-import gevent
-from gevent.queue import Full, Queue
-
 from psofa_gevent import (
     PsCallback,
     PsCloseReason,
-    PsSendError,
+    PsGroup,
+    PsKeyTakenError,
     PsServer,
     PsServerError,
     PsSession,
 )
+from psofa_gevent.framing import Line
 
-# Together they bound what a member can cost: at most about 1,000 lines of 1,000 bytes wait.
+# Together they bound what a member can cost.
 MAX_LINE = 1_000
-OUTBOX_LINES = 1_000
+HIGH_WATER = 1_000_000
 MAX_NAME = 20
 
-MEMBER = "member"
-
-
-class Member:
-    """A session in the room: what it is called, what it has half said, what it has yet to hear."""
-
-    def __init__(self, session: PsSession) -> None:
-        self.session = session
-        self.name: str | None = None  # None until it has introduced itself
-        self._unfinished = b""
-        self._outbox: Queue[str] = Queue(maxsize=OUTBOX_LINES)
-        self._writer = gevent.spawn(self._write)
-
-    def hear(self, line: str) -> None:
-        """Put a line into the outbox. Never switches greenlets, so a broadcast is one step."""
-        try:
-            self._outbox.put_nowait(f"{line}\n")
-        except Full:
-            # Not close(): that would linger for bytes which nobody reads.
-            self.session.abort()
-
-    def split_lines(self, message: bytes) -> list[str]:
-        """Add what arrived; return the lines that are complete now.
-
-        TCP keeps no boundaries: a message may hold half a line, or many. Splitting them is up to
-        the callback.
-
-        Raises:
-            ValueError: the line is too long, so that an endless one does not fill the memory.
-        """
-        *lines, self._unfinished = (self._unfinished + message).split(b"\n")
-        if max(map(len, [*lines, self._unfinished])) > MAX_LINE:
-            raise ValueError(f"a line is longer than {MAX_LINE} bytes")
-        return [printable(line) for line in lines]
-
-    def leave(self) -> None:
-        """End the writer; what is still in the outbox can't be sent any more."""
-        self._writer.kill(block=False)
-
-    def _write(self) -> None:
-        try:
-            while True:
-                self.session.send(self._outbox.get())
-        except PsSendError:
-            pass  # the session is over: on_close does the rest
+NAME = "name"  # not set until a member has introduced itself
 
 
 def printable(line: bytes) -> str:
@@ -85,58 +39,41 @@ def printable(line: bytes) -> str:
 
 
 class ChatRoom(PsCallback):
-    """The room: one object, all members.
-
-    The callbacks of different sessions run in different greenlets, but a greenlet gives way only
-    where it waits, and nothing here does: ``members`` needs no lock.
-    """
+    """The room: one object, all members."""
 
     def __init__(self) -> None:
-        self.members: dict[str, Member] = {}
+        self.room: PsGroup[bytes] = PsGroup("room")
 
     def on_open(self, session: PsSession) -> None:
-        member = Member(session)
-        session.set_value(MEMBER, member)
-        member.hear("What is your name?")
+        session.post("What is your name?")
 
     def on_message(self, session: PsSession, message: bytes) -> None:
-        member: Member = session.get_value(MEMBER)
-        try:
-            lines = member.split_lines(message)
-        except ValueError:
-            session.abort()  # not a raise: that would put a traceback into the log
-            return
-        for line in lines:
-            if member.name is None:
-                self.join(member, line.strip())
-            else:
-                self.say(f"{member.name}: {line}", but_not_to=member)
+        line = printable(message)
+        name = session.get_value(NAME)
+        if name is None:
+            self.introduce(session, line.strip())
+        else:
+            self.room.post(f"{name}: {line}", exclude=session)
 
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
-        member: Member | None = session.get_value(MEMBER)
-        if member is None:
-            return  # closed before on_open had come to it
-        member.leave()
-        if member.name is not None:
-            del self.members[member.name]
-            self.say(f"* {member.name} left")
+        name = session.get_value(NAME)
+        if name is not None:
+            self.room.post(f"* {name} left")  # it has left the group by itself
 
-    def join(self, member: Member, name: str) -> None:
+    def introduce(self, session: PsSession, name: str) -> None:
         if not name or len(name) > MAX_NAME:
-            member.hear(f"* a name has 1 to {MAX_NAME} letters. What is your name?")
-        elif name in self.members:
-            member.hear(f"* {name} is here already. What is your name?")
-        else:
-            member.name = name
-            others = ", ".join(self.members) or "nobody else"
-            member.hear(f"* welcome, {name}. Here: {others}")
-            self.say(f"* {name} joined")
-            self.members[name] = member
-
-    def say(self, line: str, *, but_not_to: Member | None = None) -> None:
-        for member in self.members.values():
-            if member is not but_not_to:
-                member.hear(line)
+            session.post(f"* a name has 1 to {MAX_NAME} letters. What is your name?")
+            return
+        try:
+            session.owner.bind(session, name)
+        except PsKeyTakenError:
+            session.post(f"* {name} is here already. What is your name?")
+            return
+        session.set_value(NAME, name)
+        others = ", ".join(member.get_value(NAME) for member in self.room) or "nobody else"
+        session.post(f"* welcome, {name}. Here: {others}")
+        self.room.post(f"* {name} joined")
+        self.room.join(session)
 
 
 def main() -> None:
@@ -150,8 +87,9 @@ def main() -> None:
             ChatRoom(),
             host=args.host,
             port=args.port,
+            framing=Line(max_size=MAX_LINE),
             idle_milliseconds=None,  # listening in silence is allowed
-            send_timeout=None,  # how slow is too slow is decided by the outbox
+            high_water=HIGH_WATER,
         )
         server.start()
     except (ValueError, PsServerError) as error:

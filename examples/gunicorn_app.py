@@ -13,17 +13,16 @@ import os
 
 import gevent
 
-from psofa_gevent import PsServer, PsServerError
-from wsgi_flask import Devices, create_app
+from psofa_gevent import PsServerError
+from wsgi_flask import Devices, create_app, make_server
 
 devices = Devices()
-app = create_app(devices, ask_timeout=float(os.environ.get("ASK_TIMEOUT", "5")))
-device_server = PsServer(
+device_server = make_server(
     devices,
-    host=os.environ.get("DEVICE_HOST", "127.0.0.1"),
-    port=int(os.environ.get("DEVICE_PORT", "8711")),
-    idle_milliseconds=None,  # a device speaks when it is asked, which may be never
+    os.environ.get("DEVICE_HOST", "127.0.0.1"),
+    int(os.environ.get("DEVICE_PORT", "8711")),
 )
+app = create_app(device_server, devices, float(os.environ.get("ASK_TIMEOUT", "5")))
 
 
 def start_device_server() -> None:

@@ -22,151 +22,78 @@ import sys
 
 import flask
 import gevent
-from gevent.event import AsyncResult, Event
-from gevent.lock import BoundedSemaphore
+from gevent.event import Event
 from gevent.pywsgi import WSGIServer
 
 from psofa_gevent import (
     PsCallback,
-    PsCloseReason,
-    PsSendError,
+    PsRequestClosedError,
+    PsRequester,
+    PsRequestTimeoutError,
     PsServer,
     PsServerError,
     PsSession,
 )
+from psofa_gevent.framing import Line
 
-MAX_LINE = 65_536
-DEVICE = "device"
-
-
-class DeviceTimeoutError(Exception):
-    """The device did not answer in time."""
-
-
-class DeviceLostError(Exception):
-    """The device's connection ended before it had answered."""
-
-
-class Device:
-    """A connected device: one question at a time, since an answer does not say what it answers."""
-
-    def __init__(self, session: PsSession) -> None:
-        self.session = session
-        self.name: str | None = None  # None until it has said HELLO
-        self._unfinished = b""
-        self._turn = BoundedSemaphore()
-        self._answer: AsyncResult[bytes | None] | None = None  # to the current question
-
-    def ask(self, question: bytes, timeout: float) -> bytes:
-        """Send a line and wait for the device's next one. For any greenlet of this thread.
-
-        Raises:
-            DeviceTimeoutError: there was no answer within `timeout` seconds.
-            DeviceLostError: the device is gone.
-        """
-        with gevent.Timeout(timeout, DeviceTimeoutError), self._turn:
-            self._answer = AsyncResult()
-            try:
-                self.session.send(question + b"\n")
-                answer = self._answer.get()
-            except PsSendError as error:
-                raise DeviceLostError from error
-            except DeviceTimeoutError:
-                # Its late answer would be taken for that to the next question: start afresh.
-                self.session.close()
-                raise
-            finally:
-                self._answer = None
-        if answer is None:
-            raise DeviceLostError
-        return answer
-
-    def split_lines(self, message: bytes) -> list[bytes]:
-        """Add what arrived; return the lines that are complete now.
-
-        Raises:
-            ValueError: the line is too long, so that an endless one does not fill the memory.
-        """
-        *lines, self._unfinished = (self._unfinished + message).split(b"\n")
-        if len(self._unfinished) > MAX_LINE:
-            raise ValueError(f"a line is longer than {MAX_LINE} bytes")
-        return [line.rstrip(b"\r") for line in lines]
-
-    def answered(self, line: bytes) -> None:
-        if self._answer is not None:  # otherwise nobody has asked
-            self._answer.set(line)
-
-    def lost(self) -> None:
-        if self._answer is not None:
-            self._answer.set(None)
+NAME = "name"
 
 
 class Devices(PsCallback):
-    """The callback of the devices' server, and the registry that the HTTP side looks into."""
+    """The callback of the devices' server."""
 
     def __init__(self) -> None:
-        self.by_name: dict[str, Device] = {}
-
-    def on_open(self, session: PsSession) -> None:
-        session.set_value(DEVICE, Device(session))
+        self.requester: PsRequester[bytes] = PsRequester()  # a device answers in order
 
     def on_message(self, session: PsSession, message: bytes) -> None:
-        device: Device = session.get_value(DEVICE)
-        try:
-            lines = device.split_lines(message)
-        except ValueError:
-            session.abort()  # not a raise: that would put a traceback into the log
-            return
-        for line in lines:
-            if device.name is None:
-                self.register(device, line)
-            else:
-                device.answered(line)
+        if session.get_value(NAME) is None:
+            self.register(session, message)
+        else:
+            self.requester.resolve(session, message)
 
-    def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
-        device: Device | None = session.get_value(DEVICE)
-        if device is None:
-            return  # closed before on_open had come to it
-        device.lost()
-        if device.name is not None and self.by_name.get(device.name) is device:
-            del self.by_name[device.name]
-
-    def register(self, device: Device, line: bytes) -> None:
+    def register(self, session: PsSession, line: bytes) -> None:
         command, _, name = line.decode(errors="replace").partition(" ")
         if command != "HELLO" or not name:
-            device.session.close()
+            session.close()
             return
-        previous = self.by_name.get(name)
-        if previous is not None:
-            previous.session.close()  # it has come back before we noticed that it was gone
-        device.name = name
-        self.by_name[name] = device
+        session.set_value(NAME, name)
+        # It may have come back before we noticed that it was gone.
+        session.owner.bind(session, name, replace=True)
 
 
-def create_app(devices: Devices, ask_timeout: float = 5.0) -> flask.Flask:
-    """The HTTP side: ``GET /devices`` and ``POST /devices/<name>/ask``.
+def make_server(devices: Devices, host: str, port: int) -> PsServer:
+    return PsServer(
+        devices,
+        host=host,
+        port=port,
+        framing=Line(max_size=65_536),
+        idle_milliseconds=None,  # a device speaks when it is asked, which may be never
+    )
 
-    `ask_timeout` is in seconds, for the whole question: waiting for one's turn included.
-    """
+
+def create_app(server: PsServer, devices: Devices, ask_timeout: float = 5.0) -> flask.Flask:
+    """The HTTP side: ``GET /devices`` and ``POST /devices/<name>/ask``; the timeout in seconds."""
     app = flask.Flask(__name__)
 
     @app.get("/devices")
     def list_devices() -> flask.Response:
-        return flask.jsonify(sorted(devices.by_name))
+        names = [session.get_value(NAME) for session in server.sessions]
+        return flask.jsonify(sorted(name for name in names if name is not None))
 
     @app.post("/devices/<name>/ask")
     def ask_device(name: str) -> flask.Response:
         question = flask.request.get_data()
         if b"\n" in question:
             return plain_text("a question is one line", 400)
-        device = devices.by_name.get(name)
+        device = server.find(name)
         if device is None:
             return plain_text(f"no device {name} is connected", 404)
         try:
-            return plain_text(device.ask(question, ask_timeout), 200)
-        except DeviceTimeoutError:
+            return plain_text(devices.requester.request(device, question, ask_timeout), 200)
+        except PsRequestTimeoutError:
+            device.close()  # it is stuck: let it connect anew
             return plain_text(f"{name} did not answer", 504)
-        except DeviceLostError:
+        except PsRequestClosedError:
             return plain_text(f"{name} has left", 502)
 
     return app
@@ -184,21 +111,15 @@ def main() -> None:
     parser.add_argument("--ask-timeout", type=float, default=5.0, help="seconds (%(default)s)")
     args = parser.parse_args()
 
-    devices = Devices()
-    # A greenlet per request, at most so many at a time: the others wait in the backlog.
-    app = create_app(devices, args.ask_timeout)
-    http_server = WSGIServer((args.host, args.http_port), app, spawn=1_000)
-
     stopping = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(number, stopping.set)
+    devices = Devices()
     try:
-        device_server = PsServer(
-            devices,
-            host=args.host,
-            port=args.device_port,
-            idle_milliseconds=None,  # a device speaks when it is asked, which may be never
-        )
+        device_server = make_server(devices, args.host, args.device_port)
+        app = create_app(device_server, devices, args.ask_timeout)
+        # A greenlet per request, at most so many at a time: the others wait in the backlog.
+        http_server = WSGIServer((args.host, args.http_port), app, spawn=1_000)
         device_server.start()
         http_server.start()
     except (OSError, OverflowError, ValueError, PsServerError) as error:

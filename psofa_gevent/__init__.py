@@ -19,11 +19,15 @@ from psofa_gevent.errors import (
     PsFramingError,
     PsKeyTakenError,
     PsMultiClientError,
+    PsRequestClosedError,
+    PsRequestError,
+    PsRequestTimeoutError,
     PsSendError,
     PsServerError,
 )
 from psofa_gevent.group import PsGroup
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
+from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import DEFAULT
@@ -45,6 +49,10 @@ __all__ = [
     "PsMultiClientConnection",
     "PsMultiClientError",
     "PsOverflow",
+    "PsRequestClosedError",
+    "PsRequestError",
+    "PsRequestTimeoutError",
+    "PsRequester",
     "PsSendError",
     "PsServer",
     "PsServerError",

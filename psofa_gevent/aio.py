@@ -62,6 +62,7 @@ from psofa_gevent.aio_run import Run
 
 __all__ = [
     "await_greenlet",
+    "greenlet_that_waits",
     "hub_loop",
     "in_coroutine",
     "run_coroutine",
@@ -175,6 +176,12 @@ def in_coroutine() -> bool:
             return True
         current = current.parent
     return False
+
+
+def greenlet_that_waits(task: asyncio.Task[Any]) -> greenlet | None:
+    """The greenlet of this thread that waits for `task` in gevent's way, if one does."""
+    loop = task.get_loop()
+    return loop.greenlet.greenlet_that_waits(task) if isinstance(loop, HubLoop) else None
 
 
 def run_task(

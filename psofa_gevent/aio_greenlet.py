@@ -74,6 +74,7 @@ class LoopGreenlet(greenlet):
         "loop",
         "parked",
         "ready",
+        "runs",
     )
 
     def __init__(self, loop: HubLoop, hub: Hub) -> None:
@@ -82,6 +83,8 @@ class LoopGreenlet(greenlet):
         self.hub = hub
         self.parked = False
         self.ready = ready_sessions()
+        self.runs: dict[Task[Any], Run[Any]] = {}
+        """Those that have begun, and have not ended in their first step."""
         self._beginning: deque[Run[Any]] = deque()
         self._begins: Run[Any] | None = None
         """The one that takes its first step just now."""
@@ -154,7 +157,7 @@ class LoopGreenlet(greenlet):
                     return
             if self._ending:
                 raise GreenletExit
-            needed = self.loop.waiting > 0
+            needed = self.loop.waiting > 0 or len(self.runs) > 0
             if needed is not self._keeps_alive:
                 self._keep_alive.ref = self._keeps_alive = needed
             self._leave()
@@ -222,6 +225,13 @@ class LoopGreenlet(greenlet):
     def _stop_watching(self) -> None:
         """Its turn has come while it is held. What is to begin begins afterwards."""
         self._is_queued = False
+
+    def greenlet_that_waits(self, task: Task[Any]) -> greenlet | None:
+        """The greenlet that waits for `task` in gevent's way, if one does."""
+        run = self.runs.get(task)
+        if run is None and self._begins is not None and self._begins.task is task:
+            run = self._begins
+        return None if run is None else run.waiting_greenlet
 
     def wake(self) -> None:
         """Let the loop go on, if it is parked, soon. In the hub's thread."""

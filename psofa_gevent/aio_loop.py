@@ -55,7 +55,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         self.thread = HubThread()
         self.hub = self.thread.hub
         self.waiting = 0
-        """Greenlets waiting for tasks, and calls in executors: what keeps the hub alive."""
+        """Calls in executors, which keep the hub alive, as greenlets do that wait for tasks."""
         self.greenlet = LoopGreenlet(self, self.hub)
         self._hub_selector = HubSelector(self.hub, self.greenlet.park, self.greenlet.wake)
         self._pid = os.getpid()

@@ -139,10 +139,15 @@ class Run(Generic[T]):
 
     def _goes_on(self, task: Task[T]) -> None:
         self.waits()
-        self._loop.waiting += 1
+        self._loop.greenlet.runs[task] = self
         task.add_done_callback(self)
         if self.is_cancelled:
             task.cancel()
+
+    @property
+    def waiting_greenlet(self) -> greenlet:
+        """The greenlet that waits for it."""
+        return self._greenlet
 
     def waits(self) -> None:
         """The coroutine waits for something, and so does its greenlet. Does not switch."""
@@ -168,7 +173,7 @@ class Run(Generic[T]):
         """The task has ended. In the moment in which it does (`HubLoop.call_soon`)."""
         task = self.task
         assert task is not None
-        self._loop.waiting -= 1
+        del self._loop.greenlet.runs[task]
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._loop.greenlet.claim(exc)
         self.has_ended = True

@@ -14,6 +14,9 @@ __all__ = [
     "PsFramingError",
     "PsKeyTakenError",
     "PsMultiClientError",
+    "PsRequestClosedError",
+    "PsRequestError",
+    "PsRequestTimeoutError",
     "PsSendError",
     "PsServerError",
 ]
@@ -49,3 +52,15 @@ class PsFramingError(PsError, ValueError):
 
 class PsKeyTakenError(PsError, ValueError):
     """The key belongs to another session, which is open."""
+
+
+class PsRequestError(PsError):
+    """A request got no reply, or could not be made where it was."""
+
+
+class PsRequestTimeoutError(PsRequestError, TimeoutError):
+    """No reply came in time."""
+
+
+class PsRequestClosedError(PsRequestError):
+    """The session is closed, or was closed before the reply came."""
