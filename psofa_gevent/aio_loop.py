@@ -116,6 +116,12 @@ class HubLoop(asyncio.SelectorEventLoop):
             raise RuntimeError("the loop of a hub runs by itself: use run_coroutine")
         super().run_forever()
 
+    def close(self) -> None:
+        """Not for you: the loop is closed when its thread ends, or the hub."""
+        if not self.greenlet.dead:
+            raise RuntimeError("the loop of a hub is closed by itself, with the hub")
+        super().close()
+
     def add_signal_handler(
         self,
         sig: int,
