@@ -15,6 +15,7 @@ from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import (
     PsCallbackError,
     PsClientError,
+    PsClosedError,
     PsError,
     PsFramingError,
     PsKeyTakenError,
@@ -26,6 +27,7 @@ from psofa_gevent.errors import (
     PsServerError,
 )
 from psofa_gevent.group import PsGroup
+from psofa_gevent.handler import PsHandler
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
@@ -41,9 +43,11 @@ __all__ = [
     "PsClient",
     "PsClientError",
     "PsCloseReason",
+    "PsClosedError",
     "PsError",
     "PsFramingError",
     "PsGroup",
+    "PsHandler",
     "PsKeyTakenError",
     "PsMultiClient",
     "PsMultiClientConnection",

@@ -11,10 +11,11 @@ cancels it (`psofa_gevent.aio.run_task`).
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
 
 from gevent import get_hub, getcurrent
 
@@ -26,7 +27,7 @@ from psofa_gevent.hub_thread import log_from_hub
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
 
-__all__ = ["Dispatch"]
+__all__ = ["Dispatch", "Limit"]
 
 SHORTEST_TIMER = 0.001
 """Seconds: libuv knows no shorter timer, and warns of one."""
@@ -99,8 +100,12 @@ def _limited_in_session(
             session._request_close(PsCloseReason.FAILED, error)
             log_from_hub(logging.WARNING, "%r: %s", session, error)
 
-        with _Limit(name, timeout, expired):
-            call(session, *args)
+        with Limit(name, timeout, expired) as limit:
+            session._limit = limit
+            try:
+                call(session, *args)
+            finally:
+                session._limit = None
 
     return call_limited
 
@@ -110,13 +115,13 @@ def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[.
         def expired(error: TimeoutError) -> None:
             log_from_hub(logging.WARNING, "%r: %s", subject, error)
 
-        with _Limit(name, timeout, expired):
+        with Limit(name, timeout, expired):
             call(subject, *args)
 
     return call_limited
 
 
-class _Limit:
+class Limit:
     """Throws `TimeoutError` into the greenlet that entered it, once the time is over and then on.
 
     A callback that swallows the error gets the next one after the same time again, or after
@@ -128,13 +133,29 @@ class _Limit:
         self._timeout = max(timeout, SHORTEST_TIMER)
         self._expired: Callable[[TimeoutError], None] | None = expired
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._greenlet = getcurrent()
+        self._start()
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time in the block, and begin anew after it."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()
+
+    def _start(self) -> None:
         again = min(self._timeout, LONGEST_RETHROW)
         self._timer = get_hub().loop.timer(self._timeout, again)
         self._timer.start(self._throw)
 
-    def __exit__(self, *_exc_info: object) -> None:
+    def _stop(self) -> None:
         self._timer.stop()
         self._timer.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "PsCallbackError",
     "PsClientError",
+    "PsClosedError",
     "PsError",
     "PsFramingError",
     "PsKeyTakenError",
@@ -44,6 +45,10 @@ class PsMultiClientError(PsError):
 
 class PsSendError(PsError):
     """A message was not sent, or not all of it: the session is closed, broken or timed out."""
+
+
+class PsClosedError(PsError):
+    """No message will come any more: the peer has sent its FIN, or the session is closed."""
 
 
 class PsFramingError(PsError, ValueError):

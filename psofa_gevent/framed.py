@@ -1,8 +1,10 @@
-"""The receiving half of a session with a framing: chunks in, whole messages out to ``on_message``.
+"""The receiving half of a session with a framing: chunks in, whole messages out.
 
 It exists for sessions that have, or had, a framing; the others hand their chunks over as they come.
-All of it runs in the session's own greenlet, but for `FramedReceiver.set_framing`, which a callback
-of the session calls. What may switch is ``on_message``, and the log handler of a malformed message.
+The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to who asks for the next one in
+the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All of
+it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
+calls. What may switch is ``on_message``, and the log handler of a malformed message.
 
 Error handling: bytes that are no message close the session with FAILED, after the messages before
 them were handed over and without a traceback, since it is the peer's fault. An exception of
@@ -12,6 +14,7 @@ them were handed over and without a traceback, since it is the peer's fault. An 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -22,43 +25,51 @@ from psofa_gevent.settings import check_framing
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
-__all__ = ["NEVER", "FramedReceiver"]
+__all__ = ["NEVER", "NOTHING", "FramedReceiver"]
 
 logger = logging.getLogger("psofa_gevent")
 
 NEVER = float("inf")
+NOTHING: Any = object()
+"""No message."""
 
 
 class FramedReceiver:
     """Cuts what a session receives into messages."""
 
-    __slots__ = ("_decoder", "_session", "framing")
+    __slots__ = ("_decoder", "_given_out", "_messages", "_session", "framing")
 
     def __init__(self, session: PsSession[Any], framing: Framing[Any]) -> None:
         self._session = session
         self.framing: Framing[Any] | None = framing
         """What messages are sent with; received, too, unless that is `Raw` for so many bytes."""
         self._decoder: Decoder[Any] = framing.decoder()
+        self._messages: Iterator[Any] | None = None
+        """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
+        self._given_out = 0
 
     def set_framing(self, framing: Framing[Any] | None) -> None:
         """From the next byte on: bytes that were read already, but not handed over, included."""
         check_framing("framing", framing)
+        self._messages = None  # before the next line, as an iterator that is left
+        left = self._decoder.unread()
         self._decoder = _decoder(framing)
+        if left:
+            self._messages = self._decoder.feed(left)
         if not (isinstance(framing, Raw) and framing.size is not None):
             self.framing = framing
 
-    def receive(self, data: bytes) -> None:
-        """Hand over the messages that are whole with `data`."""
+    def feed(self, data: bytes) -> None:
+        """More has come. All messages before were taken."""
+        self._given_out = self._session._messages_received
+        self._messages = self._decoder.feed(data)
+
+    def hand_over(self) -> None:
+        """Call ``on_message`` with each message that is whole."""
         session = self._session
-        given_out = session._messages_received
         try:
-            while data and session._open:
-                decoder = self._decoder
-                if self._hand_over(decoder, data):
-                    break
-                data = decoder.unread()
-                if self._decoder is decoder:  # spent
-                    self._decoder = _decoder(self.framing)
+            while self._messages is not None and session._open:
+                self._hand_over(self._messages)
         except _MalformedError as exc:
             self._fail(exc.cause)
             return
@@ -67,43 +78,67 @@ class FramedReceiver:
             raise
         finally:
             session._uncork()
-        if session._host.settings.frame_timeout is not None:
-            self._set_deadline(session._host.settings.frame_timeout, given_out)
+        self.set_deadline()
 
-    def _hand_over(self, decoder: Decoder[Any], data: bytes) -> bool:
-        """Whether all of `data` was taken: not so if the framing changed in between."""
+    def _hand_over(self, messages: Iterator[Any]) -> None:
+        """As long as they are the messages to be handed over: a callback may go on to others."""
         session = self._session
         on_message = session._host.dispatch.on_message
         in_callback = False
         try:
-            for message in decoder.feed(data):
+            for message in messages:
                 in_callback = True
                 if session._cork is None:  # it has just begun, or a callback waited
                     session._cork = []
                 session._messages_received += 1
                 on_message(session, message)
                 in_callback = False
-                if not session._open:
-                    return True
-                if self._decoder is not decoder:
-                    return False
+                if not session._open or self._messages is not messages:
+                    return
         except Exception as exc:
             if in_callback:
                 raise
             raise _MalformedError(exc) from None
-        return not decoder.spent
+        self._all_taken()
+
+    def take(self) -> Any:
+        """The next message, or `NOTHING`: it is not whole, or the session has closed."""
+        session = self._session
+        try:
+            while self._messages is not None and session._open:
+                for message in self._messages:
+                    if session._cork is None:
+                        session._cork = []
+                    session._messages_received += 1
+                    return message
+                self._all_taken()
+        except Exception as exc:
+            session._uncork_without_waiting()
+            self._fail(exc)
+        return NOTHING
+
+    def _all_taken(self) -> None:
+        self._messages = None
+        if self._decoder.spent:
+            left = self._decoder.unread()
+            self._decoder = _decoder(self.framing)
+            if left:
+                self._messages = self._decoder.feed(left)
 
     def _fail(self, cause: Exception) -> None:
         session = self._session
         session._request_close(PsCloseReason.FAILED, cause)
         logger.warning("%r: not a message: %s", session, cause)
 
-    def _set_deadline(self, timeout: float, given_out: int) -> None:
+    def set_deadline(self) -> None:
         """A message that has begun must be whole in time, however its bytes trickle in."""
         session = self._session
+        timeout = session._host.settings.frame_timeout
+        if timeout is None:
+            return
         if not self._decoder.kept:
             session._frame_deadline = NEVER
-        elif session._frame_deadline == NEVER or session._messages_received != given_out:
+        elif session._frame_deadline == NEVER or session._messages_received != self._given_out:
             # Only now, after the callbacks: they took their own time, and not the peer's.
             session._frame_deadline = monotonic() + timeout
             if session._slice is not None:

@@ -102,18 +102,10 @@ def _wait(session: PsSession[Any], seconds: float | None = None, *, readable: bo
     """
     if session._released:
         raise OSError("aborted")
-    timer = None if seconds is None else session._loop.timer(max(seconds, FIRST_LOOK))
-    session._waiting_since = monotonic()
-    if timer is not None:
-        timer.start(session._resume)
     if readable:
         session._watcher.start(session._resume)
     try:
-        session._host.thread.hub.switch()
+        session._wait_until_woken(None if seconds is None else max(seconds, FIRST_LOOK))
     finally:
-        session._waiting_since = 0.0
-        if timer is not None:
-            timer.stop()
-            timer.close()
         if readable and not session._released:
             session._watcher.stop()

@@ -31,6 +31,7 @@ from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import Endpoint
+from psofa_gevent.work import kill_work
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
@@ -171,6 +172,7 @@ class SessionManager:
         for session in stuck:
             self.forget(session)
             session._release()
+            kill_work(session)
             log_safely(
                 logging.ERROR,
                 "%r: its callback does not end: left behind, without on_close",

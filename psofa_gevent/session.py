@@ -14,11 +14,11 @@ Rules, all kept in this file:
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 - The wait comes before the read: an idle session owns no buffer.
 
-What may switch: whatever runs a callback, `_read`, `_wait_half_open`, `linger`, a send that
-waits, and a log handler, so logging comes after what must not be interrupted. All else runs
-through without another greenlet in between. All attributes belong to the hub's thread, and callers
-in other OS threads are handed over (`HubThread`); only `close` and `abort` note there at once that
-they were asked (`_open`, `_abort_asked`).
+What may switch: whatever runs a callback, `_read` (and `receive`), `_wait_half_open`, `linger`, a
+send that waits, and a log handler, so logging comes after what must not be interrupted. All else
+runs through without another greenlet in between. All attributes belong to the hub's thread, and
+callers in other OS threads are handed over (`HubThread`); only `close` and `abort` note there at
+once that they were asked (`_open`, `_abort_asked`).
 """
 
 from __future__ import annotations
@@ -27,29 +27,41 @@ import _socket
 import logging
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 
-from gevent import GreenletExit
+from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.errors import PsSendError
+from psofa_gevent.errors import PsClosedError, PsSendError
 from psofa_gevent.framed import NEVER, FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
 from psofa_gevent.messages import M
 from psofa_gevent.ready import ReadySessions, switch
+from psofa_gevent.receiving import receive_next
 from psofa_gevent.sending import SendingHalf
-from psofa_gevent.settings import SessionSettings, check_framing, check_idle, check_instance
+from psofa_gevent.settings import (
+    SessionSettings,
+    check_framing,
+    check_idle,
+    check_instance,
+    check_seconds,
+)
 from psofa_gevent.tcp import Endpoint, endpoint, reset
+from psofa_gevent.work import end_work, kill_work, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
+    from gevent import Greenlet
+
     from psofa_gevent.client import PsClient
-    from psofa_gevent.dispatch import Dispatch
+    from psofa_gevent.dispatch import Dispatch, Limit
     from psofa_gevent.idle import IdleSlice
     from psofa_gevent.multi_client import PsMultiClient
     from psofa_gevent.server import PsServer
@@ -59,6 +71,8 @@ if TYPE_CHECKING:
 __all__ = ["Host", "Membership", "PsSession", "SessionGreenlet"]
 
 logger = logging.getLogger("psofa_gevent")
+
+P = ParamSpec("P")
 
 READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
@@ -128,6 +142,7 @@ class PsSession(SendingHalf[M]):
         "_framed",
         "_greenlet",
         "_idle",
+        "_limit",
         "_local_endpoint",
         "_may_linger",
         "_memberships",
@@ -138,9 +153,11 @@ class PsSession(SendingHalf[M]):
         "_slice",
         "_started",
         "_values",
+        "_waited",
         "_waiting_since",
         "_watcher",
         "_watches",
+        "_work",
     )
 
     def __init__(
@@ -164,6 +181,10 @@ class PsSession(SendingHalf[M]):
         idle = settings.idle_milliseconds
         self._idle = NEVER if idle is None else idle / 1_000
         self._waiting_since = 0.0
+        self._waited = (0.0, 0)
+        """Seconds that a `receive` has waited in vain, and how many bytes had come by then."""
+        self._limit: Limit | None = None
+        """What ends the running callback, if anything does."""
         self._watches = False
         self._started = False
         self._close_cause: BaseException | None = None
@@ -176,6 +197,8 @@ class PsSession(SendingHalf[M]):
         self._values: dict[str, Any] | None = None
         self._memberships: dict[Membership, Any] | None = None
         """What it belongs to, each with what that keeps for it."""
+        self._work: set[LibraryGreenlet] | None = None
+        """The greenlets that belong to it, beside its own."""
         self._slice: IdleSlice | None = None
         self._context = host.dispatch.new_context()
         self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
@@ -305,6 +328,42 @@ class PsSession(SendingHalf[M]):
         self._framed.set_framing(framing)
         self._encode = None if self.framing is None else self.framing.encode
 
+    # What belongs to it
+
+    def spawn(
+        self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs
+    ) -> Greenlet[..., Any]:
+        """Run `function` beside the callbacks, as work of this session, which ends with it.
+
+        When the session's callbacks are through it is killed (`gevent.GreenletExit` where it waits,
+        which cancels a coroutine), again each second if it swallows that, and ``on_close`` comes
+        when it has ended. What it raises is logged and closes the session with FAILED, as in a
+        callback. ``callback_timeout`` does not count it.
+
+        In the hub's thread, in any greenlet or coroutine. Returns at once.
+
+        Args:
+            function: a function, or a coroutine function, which runs on the hub's asyncio loop.
+            *args: its arguments.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            The greenlet, for ``join``, ``kill`` and ``get``, which gives what `function` returned,
+            or ``None`` if it raised.
+
+        Raises:
+            PsClosedError: the session is closed.
+            RuntimeError: called in another thread.
+            TypeError: `function` can't be called.
+        """
+        if not callable(function):
+            raise TypeError(f"function must be one, not {function!r}")
+        if get_ident() != self._thread_ident:
+            raise RuntimeError(f"{self!r}: spawn belongs to the thread of the session's hub")
+        if not self._open:
+            raise PsClosedError(f"{self!r}: the session is closed: it gets no more work")
+        return spawn_work(self, partial(function, *args, **kwargs))
+
     # What it belongs to
 
     def _join(self, membership: Membership, state: object) -> None:
@@ -346,6 +405,7 @@ class PsSession(SendingHalf[M]):
         """
         check_idle("idle_milliseconds", idle_milliseconds)
         self._idle = NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
+        self._waited = (0.0, 0)
         if self._waiting_since:
             self._waiting_since = monotonic()
         if self._slice is not None:
@@ -419,9 +479,14 @@ class PsSession(SendingHalf[M]):
             try:
                 logger.debug("%r: opened", self)
                 self._host.dispatch.on_open(self)
+                if self._framed is not None:  # on_open may have received some messages itself
+                    self._framed.hand_over()
                 self._read()
             except BaseException as exc:
+                self._uncork_without_waiting()
                 self._fail(exc)
+            if self._work:
+                kill_work(self)
             linger(self)
         except BaseException as exc:
             # Killed while it lingered; the rest does not wait.
@@ -431,14 +496,34 @@ class PsSession(SendingHalf[M]):
         finally:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
+            if self._work:
+                end_work(self)
             self._host.session_ended(self)
             self._greenlet = None
 
-    def _read(self) -> None:  # noqa: C901, PLR0912, PLR0915  # each call more would be felt
+    def _wait_until_woken(self, seconds: float | None) -> None:
+        """Wait, for so long at most, outside of `_read`. In the session's own greenlet."""
+        timer = None if seconds is None else self._loop.timer(seconds)
+        if timer is not None:
+            timer.start(self._resume)
+        self._waiting_since = monotonic()
+        try:
+            self._host.thread.hub.switch()
+        finally:
+            self._waiting_since = 0.0
+            if timer is not None:
+                timer.stop()
+                timer.close()
+
+    def _read(self, pulled_until: float = 0.0) -> bytes | None:  # noqa: C901, PLR0912, PLR0915
         """Wait, read, hand over, until a close is requested: the way of every message.
 
         Each wait is a switch to the next session that is readable, or to the hub if there is none
-        (`psofa_gevent.ready`).
+        (`psofa_gevent.ready`). All in one function, as each call more would be felt.
+
+        Args:
+            pulled_until: not 0: hand over nothing, but return what was read; None when this moment
+                of the monotonic clock has come, and somebody woke the session.
         """
         watcher = self._watcher
         ready: list[Any] = self._ready.sessions  # whoever waits has a greenlet
@@ -466,7 +551,7 @@ class PsSession(SendingHalf[M]):
                 else:
                     switch(hub)
                 if not self._open:
-                    return  # type: ignore[unreachable]  # others ran since the last look
+                    return None  # type: ignore[unreachable]  # others ran since the last look
                 if not keeps_watching:
                     self._stop_watching()
                 try:
@@ -474,26 +559,71 @@ class PsSession(SendingHalf[M]):
                 except BlockingIOError:
                     # Woken by the idle timer, or by nothing at all: no bytes are there.
                     self._look_at_clock()
+                    if pulled_until and monotonic() >= pulled_until:
+                        self._waited = (monotonic() - self._waiting_since, self._bytes_received)
+                        return None
                     continue
                 except OSError as exc:
                     self._request_close(PsCloseReason.FAILED, exc, linger=False)
                     logger.debug("%r: receive failed: %s", self, exc)
-                    return
+                    return None
                 self._waiting_since = 0.0
+                self._bytes_received += len(message)
+                if pulled_until:
+                    return message
                 if not message:
                     self._stop_watching()
                     self._receive_eof()
-                    return
-                self._bytes_received += len(message)
+                    return None
                 if self._framed is None:
                     self._messages_received += 1
                     on_message(self, message)
                 else:
-                    self._framed.receive(message)
+                    self._framed.feed(message)
+                    self._framed.hand_over()
                 del message  # a session that waits owns no buffer
         finally:
             self._waiting_since = 0.0
             self._stop_watching()
+        return None
+
+    def receive(self, timeout: float | None = None) -> M:
+        """Wait for the next message, and return it: straight-line code instead of ``on_message``.
+
+        For `PsHandler`, and for the sync callbacks ``on_open`` and ``on_message`` of this session:
+        what they receive does not come to ``on_message`` any more. The wait is one for bytes, as
+        between two callbacks: the session may close with TIMEOUT after the idle time, and
+        ``callback_timeout`` does not count it.
+
+        Args:
+            timeout: seconds; ``None``: until there is a message, or the session closes.
+
+        Raises:
+            TimeoutError: no message came in that time. The session stays open.
+            PsClosedError: no message will come: the peer has sent its FIN, or the session has
+                closed for another reason.
+            RuntimeError: called in another greenlet than the session's own, or in a coroutine.
+            ValueError: `timeout` is negative.
+        """
+        if getcurrent() is not self._greenlet:
+            raise RuntimeError(
+                f"{self!r}: receive belongs to the greenlet of the session itself: a PsHandler, or "
+                "a sync callback"
+            )
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        message: M = receive_next(self, timeout)
+        return message
+
+    def __iter__(self) -> Iterator[M]:
+        """The messages, one after the other, until no more will come (`receive`)."""
+        while True:
+            try:
+                message = self.receive()
+            except PsClosedError:
+                return
+            yield message
+            del message
 
     def _stop_watching(self) -> None:
         """Until the next wait: a socket that stays readable would keep the hub busy."""
@@ -551,7 +681,7 @@ class PsSession(SendingHalf[M]):
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._host.thread.raise_in_main(exc)
         # Last, as a log handler may switch.
-        if isinstance(exc, PsSendError) and not was_open:
+        if isinstance(exc, (PsSendError, PsClosedError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
             logger.debug("%r: a callback ended with its session", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
@@ -579,6 +709,7 @@ class PsSession(SendingHalf[M]):
         """End a session whose greenlet has not started: no callback ever hears of it."""
         self._open = False
         self._leave_all()
+        kill_work(self)
         self._release()
         if self._greenlet is not None:
             self._greenlet.kill(block=False)

@@ -77,6 +77,7 @@ SERVERS_TO_PORT = [
     ["multi_client.py", "--port"],
     ["chat.py", "--port"],
     ["json_lines.py", "--port"],
+    ["guessing_game.py", "--port"],
     ["wsgi_flask.py", "--http-port", "0", "--device-port"],
     ["wsgi_flask.py", "--device-port", "0", "--http-port"],
 ]
@@ -159,6 +160,43 @@ def test_json_lines_ends_who_sends_something_else() -> None:
         client.send("hello\n")
         client.expect_eof()
         process.expect_line("JSONDecodeError")
+
+
+def test_msgpack_replies_find_their_requests() -> None:
+    pytest.importorskip("msgpack")
+    with example("msgpack_requests.py") as process:
+        ended_well(process)
+    squares = ["10 squared is 100", "20 squared is 400", "30 squared is 900"]
+    assert process.lines[1:4] == squares
+    assert "no reply came within 2 s" in process.lines[4]
+
+
+def test_guessing_game_is_played_to_its_end() -> None:
+    with (
+        serving_example("guessing_game.py", "--port", "0", "--number", "42") as (_, address),
+        ScriptedClient(address) as player,
+        ScriptedClient(address) as other,
+    ):
+        player.expect("What is your name?\n")
+        player.send("ann\n")
+        player.expect("Hello, ann. Guess a number from 1 to 100.\n60 seconds left\n")
+        player.send("50\n30\nx\n42\n")
+        player.expect("smaller\nlarger\nA number, please.\nYes, ann! 4 guesses.\n")
+        player.expect_eof()
+        other.expect("What is your name?\n")
+
+
+def test_guessing_game_ends_when_its_time_is_over() -> None:
+    arguments = ("--port", "0", "--seconds", "1")
+    with (
+        serving_example("guessing_game.py", *arguments) as (_, address),
+        ScriptedClient(address) as silent,
+        ScriptedClient(address) as slow,
+    ):
+        slow.send("bob\n")
+        silent.expect("What is your name?\nNo name? Bye!\n")
+        silent.expect_eof()
+        assert slow.receive_until_eof().endswith(b"Your time is over.\n")
 
 
 def test_chat_members_hear_each_other() -> None:

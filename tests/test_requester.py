@@ -217,7 +217,7 @@ class Answering(PsCallback[dict[str, Any]]):
 
     def on_message(self, session: PsSession[dict[str, Any]], message: dict[str, Any]) -> None:
         def reply() -> None:
-            gevent.sleep(random.random() * 0.01)
+            gevent.sleep(0.001 + random.random() * 0.01)
             session.post(message)
 
         gevent.spawn(reply)

@@ -1,0 +1,110 @@
+"""Straight-line style: one function that has a session for itself, from its beginning to its end.
+
+It runs in the session's own greenlet, in the place of ``on_open``, and asks for the messages
+(`PsSession.receive`, or a loop over the session) instead of being called with them. When it returns
+the session closes. All else is as with callbacks: the same settings, promises and close reasons.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from psofa_gevent.callback import PsCallback
+from psofa_gevent.errors import PsCallbackError, PsClosedError
+from psofa_gevent.messages import M
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import PsSession
+
+__all__ = ["PsHandler"]
+
+T = TypeVar("T")
+
+NOT_CALLED = ("on_open", "on_message", "on_eof")
+"""The callbacks in whose place the handler runs."""
+
+
+class PsHandler(PsCallback[M]):
+    """A callback made of one function, which handles a session from its beginning to its end.
+
+    Give it the function, or use it as a decorator::
+
+        @PsHandler
+        def echo(session):
+            for message in session:
+                session.send(message)
+
+        PsServer(echo).serve_forever()
+
+    Or subclass it and override `handle`, beside ``on_close``, ``on_start`` and ``on_stop``.
+
+    The loop ends when no message will come any more: at the peer's FIN, and when the session closes
+    for any other reason, which ``on_close`` is told. With ``allow_half_open`` the function may send
+    on after the peer's FIN. An exception closes the session with FAILED, as in any callback.
+    ``callback_timeout`` limits the time that the function itself takes between two messages.
+    """
+
+    def __init__(self, function: Callable[[PsSession[M]], object] | None = None) -> None:
+        """Take the function that handles each session; by default the method `handle` does.
+
+        Raises:
+            PsCallbackError: `function` can't be called with a session, or is ``async``; or there is
+                neither a function nor an overridden `handle`.
+        """
+        is_overridden = type(self).handle is not PsHandler.handle
+        if function is None and not is_overridden:
+            raise PsCallbackError("PsHandler needs a function, or a subclass that overrides handle")
+        if function is not None and is_overridden:
+            raise PsCallbackError(
+                f"{type(self).__name__} overrides handle, so {function!r} would never be called"
+            )
+        self._function = function
+        _check_function(self.handle if function is None else function)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in NOT_CALLED:
+            for each in (name, f"{name}_async"):
+                if each in cls.__dict__:
+                    raise PsCallbackError(
+                        f"{cls.__name__}.{each} would never be called: a PsHandler receives the "
+                        "messages itself"
+                    )
+        if cls.use_async_callback:
+            raise PsCallbackError(
+                f"{cls.__name__}: a PsHandler is not async: subclass PsCallback for "
+                "use_async_callback = True"
+            )
+
+    def handle(self, session: PsSession[M]) -> None:
+        """Handle a session; when this returns it closes."""
+        assert self._function is not None
+        self._function(session)
+
+    def on_open(self, session: PsSession[M]) -> None:
+        """Run the handler."""
+        try:
+            self.handle(session)
+        except PsClosedError:
+            if session._open and not session._eof_received:
+                raise  # it is about another one
+        session.close()
+
+
+def _check_function(function: object) -> None:
+    if not callable(function):
+        raise PsCallbackError(f"the handler must be a function of a session, not {function!r}")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise PsCallbackError(
+            f"the handler must be a plain function, not {function!r}, which is async or a generator"
+        )
+    try:
+        inspect.signature(function).bind("session")
+    except ValueError:
+        pass  # not written in Python, and does not tell
+    except TypeError as exc:
+        raise PsCallbackError(
+            f"the handler is called with (session), which {function!r} does not take: {exc}"
+        ) from None
