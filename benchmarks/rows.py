@@ -133,7 +133,7 @@ ROWS = (
             kind="echo",
             work=work,
             connections=100,
-            peers=("psofa", "psofa-alone", "asyncio", "uvloop", "twisted", *STREAMS),
+            peers=("psofa", "psofa-async", "psofa-alone", "asyncio", "uvloop", "twisted", *STREAMS),
             depth=64,
         )
         for work, title in (("lines", "lines"), ("lengths", "length-prefixed messages"))

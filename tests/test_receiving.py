@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +28,11 @@ from psofa_gevent import (
 )
 from psofa_gevent.framing import LengthPrefix, Line, Raw
 from psofa_gevent.sending import SendingHalf
+from psofa_gevent.tcp import unacknowledged
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
+    ScriptedClient,
     ServerFactory,
     eventually,
 )
@@ -57,6 +60,11 @@ class Handler(PsHandler[Any]):
         eventually(lambda: self.closed, 10)
         ((_, reason),) = self.closed
         return reason
+
+
+def acknowledged(client: ScriptedClient) -> None:
+    """Wait until the peer's kernel has all that the client has sent."""
+    eventually(lambda: unacknowledged(client.socket) == 0)
 
 
 def echo(session: PsSession[Any]) -> None:
@@ -362,7 +370,7 @@ def test_a_message_that_is_there_needs_no_time(
 
     client = ps_client(ps_server(PsHandler(handle), framing=Line()))
     client.send("one\ntwo\n")
-    gevent.sleep(0.05)
+    acknowledged(client)
     gate.set()
     client.expect("onetwo\n")
 
@@ -422,11 +430,10 @@ def test_frame_timeout_holds_for_handlers(
     handler = Handler(collect)
     client = ps_client(ps_server(handler, framing=Line(), frame_timeout=0.3))
     client.send("one\n")
-    while not handler.closed:
-        client.send("x")
-        gevent.sleep(0.05)
-        if len(handler.closed):
-            break
+    with contextlib.suppress(OSError):  # it may be closed just now
+        while not handler.closed:
+            client.send("x")
+            gevent.sleep(0.05)
     assert handler.reason() is PsCloseReason.FAILED
     ((session, _),) = handler.closed
     assert isinstance(session.close_cause, TimeoutError)
@@ -542,11 +549,12 @@ def test_callbacks_receive_in_their_middle_and_the_rest_comes_to_on_message(
 
 
 def test_callbacks_receive_chunks_too(ps_server: ServerFactory, ps_client: ClientFactory) -> None:
-    client = ps_client(ps_server(Login()))
+    server = ps_server(Login())
+    client = ps_client(server)
     client.expect("name?")
+    (session,) = server.sessions
     client.send("ann")
-    eventually(lambda: True)
-    gevent.sleep(0.05)
+    eventually(lambda: session.bytes_received == 3)
     client.send("delete")
     client.expect("sure?")
     client.send("yes")
@@ -589,10 +597,10 @@ def test_on_eof_comes_after_a_callback_that_received_the_fin(
             session.send("no more")
             session.close()
 
-    client = ps_client(ps_server(Eof(), allow_half_open=True))
+    server = ps_server(Eof(), allow_half_open=True)
+    client = ps_client(server)
     client.send("x")
-    eventually(lambda: True)
-    gevent.sleep(0.05)
+    eventually(lambda: any(session.messages_received for session in server.sessions))
     client.eof()
     client.expect("no more?no more")
     client.expect_eof()

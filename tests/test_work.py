@@ -57,6 +57,18 @@ def opened(server: PsServer[Any]) -> PsSession[Any]:
     return session
 
 
+def begun(server: PsServer[Any], count: int = 1) -> PsSession[Any]:
+    """The one session, when so much work of it runs."""
+    session = opened(server)
+
+    def runs() -> bool:
+        work = session._work or ()
+        return len(work) == count and all(each.gr_frame is not None for each in work)
+
+    eventually(runs)
+    return session
+
+
 def test_work_runs_beside_the_callbacks_with_its_arguments(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
@@ -126,9 +138,7 @@ def test_work_ends_before_on_close(
     callback = Spawning(lambda session: [session.spawn(function) for _ in range(3)])
     server = ps_server(callback)
     client = ps_client(server)
-    session = opened(server)
-    eventually(lambda: session._work and len(session._work) == 3)
-    gevent.sleep(0.02)
+    session = begun(server, 3)
     act, reason = ENDS[end]
     act(session, client)
     callback.wait_for("on_close")
@@ -151,8 +161,7 @@ def test_a_session_counts_until_its_work_has_ended(
     callback = Spawning(lambda session: session.spawn(work_on))
     server = ps_server(callback)
     client = ps_client(server)
-    opened(server)
-    gevent.sleep(0.02)
+    begun(server)
     client.close()
     eventually(lambda: not server.sessions)
     assert server.get_session_count() == 1
@@ -174,7 +183,6 @@ def test_work_that_has_not_begun_never_does(
     callback = Spawning(act)
     ps_client(ps_server(callback))
     callback.wait_for("on_close")
-    gevent.sleep(0.01)
     assert not began
 
 
@@ -211,7 +219,7 @@ def test_work_that_is_killed_by_hand_harms_nobody(
     client = ps_client(server)
     session = opened(server)
     greenlet = session.spawn(gevent.sleep, 600)
-    gevent.sleep(0.01)
+    begun(server)
     greenlet.kill()
     eventually(lambda: not session._work)
     client.send("still here")
@@ -351,7 +359,7 @@ def test_work_that_swallows_its_end_is_killed_again(
     callback = Spawning(lambda session: session.spawn(swallow_some, 20))
     server = ps_server(callback)
     client = ps_client(server)
-    opened(server)
+    begun(server)
     client.close()
     callback.wait_for("on_close")
     assert "greenlets of its own do not end" in caplog.text
@@ -373,8 +381,7 @@ def test_a_shutdown_leaves_work_behind_that_never_ends(
     callback = Spawning(lambda session: session.spawn(swallow_all))
     server = ps_server(callback)
     ps_client(server)
-    opened(server)
-    gevent.sleep(0.01)
+    begun(server)
     with takes(1.0, most=2.5):
         server.shutdown(timeout=0.1)
     assert "1 callbacks did not end: left behind" in caplog.text
@@ -389,8 +396,7 @@ def test_a_kill_of_the_session_is_passed_on_to_its_work(
     callback = Spawning(lambda session: session.spawn(swallow_some, 3))
     server = ps_server(callback)
     client = ps_client(server)
-    session = opened(server)
-    gevent.sleep(0.01)
+    session = begun(server)
     client.close()
     eventually(lambda: session._released)
     for _ in range(3):
@@ -441,6 +447,6 @@ def test_work_of_a_session_that_never_began_ends(ps_server: ServerFactory) -> No
     server = ps_server(PsCallback())
     with ScriptedClient(server.address):
         opened(server).spawn(work_on)
-        gevent.sleep(0.01)
+        begun(server)
         server.shutdown()
     assert log == ["ended"]
