@@ -303,6 +303,8 @@ class LoopGreenlet(greenlet):
         self._held = True
         if self._begins is not None:
             self._begins.waits()
+        for run in self._beginning:  # for as long as this one waits
+            run.waits()
         self._add_ended()
         self.ready.run_soon()
         self._held_task = asyncio.current_task(self.loop)

@@ -150,6 +150,11 @@ class Limit:
         finally:
             self._start()
 
+    def restart(self) -> None:
+        """Begin anew."""
+        self._stop()
+        self._start()
+
     def _start(self) -> None:
         again = min(self._timeout, LONGEST_RETHROW)
         self._timer = get_hub().loop.timer(self._timeout, again)

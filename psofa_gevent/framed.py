@@ -37,52 +37,53 @@ NOTHING: Any = object()
 class FramedReceiver:
     """Cuts what a session receives into messages."""
 
-    __slots__ = ("_decoder", "_given_out", "_messages", "_session", "framing")
+    __slots__ = ("_decoder", "_given_out", "_left", "_messages", "framing")
 
-    def __init__(self, session: PsSession[Any], framing: Framing[Any]) -> None:
-        self._session = session
+    def __init__(self, framing: Framing[Any]) -> None:
         self.framing: Framing[Any] | None = framing
         """What messages are sent with; received, too, unless that is `Raw` for so many bytes."""
         self._decoder: Decoder[Any] = framing.decoder()
         self._messages: Iterator[Any] | None = None
         """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
         self._given_out = 0
+        """Messages of the session when the one that is not whole began, or before."""
+        self._left = NEVER
+        """Seconds that the one that is not whole still has, while nobody waits for it."""
 
     def set_framing(self, framing: Framing[Any] | None) -> None:
         """From the next byte on: bytes that were read already, but not handed over, included."""
         check_framing("framing", framing)
+        decoder = _decoder(framing)
         self._messages = None  # before the next line, as an iterator that is left
         left = self._decoder.unread()
-        self._decoder = _decoder(framing)
+        self._decoder = decoder
         if left:
-            self._messages = self._decoder.feed(left)
+            self._messages = iter(decoder.feed(left))
         if not (isinstance(framing, Raw) and framing.size is not None):
             self.framing = framing
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, session: PsSession[Any], data: bytes) -> None:
         """More has come. All messages before were taken."""
-        self._given_out = self._session._messages_received
-        self._messages = self._decoder.feed(data)
+        self._given_out = session._messages_received
+        self._messages = iter(self._decoder.feed(data))
 
-    def hand_over(self) -> None:
+    def hand_over(self, session: PsSession[Any]) -> None:
         """Call ``on_message`` with each message that is whole."""
-        session = self._session
         try:
             while self._messages is not None and session._open:
-                self._hand_over(self._messages)
+                self._hand_over(session, self._messages)
         except _MalformedError as exc:
-            self._fail(exc.cause)
+            _fail(session, exc.cause)
             return
         except BaseException:
             session._uncork_without_waiting()
             raise
         finally:
             session._uncork()
-        self.set_deadline()
+        self.set_deadline(session)
 
-    def _hand_over(self, messages: Iterator[Any]) -> None:
+    def _hand_over(self, session: PsSession[Any], messages: Iterator[Any]) -> None:
         """As long as they are the messages to be handed over: a callback may go on to others."""
-        session = self._session
         on_message = session._host.dispatch.on_message
         in_callback = False
         try:
@@ -101,9 +102,8 @@ class FramedReceiver:
             raise _MalformedError(exc) from None
         self._all_taken()
 
-    def take(self) -> Any:
+    def take(self, session: PsSession[Any]) -> Any:
         """The next message, or `NOTHING`: it is not whole, or the session has closed."""
-        session = self._session
         try:
             while self._messages is not None and session._open:
                 for message in self._messages:
@@ -114,7 +114,7 @@ class FramedReceiver:
                 self._all_taken()
         except Exception as exc:
             session._uncork_without_waiting()
-            self._fail(exc)
+            _fail(session, exc)
         return NOTHING
 
     def _all_taken(self) -> None:
@@ -123,41 +123,55 @@ class FramedReceiver:
             left = self._decoder.unread()
             self._decoder = _decoder(self.framing)
             if left:
-                self._messages = self._decoder.feed(left)
+                self._messages = iter(self._decoder.feed(left))
 
-    def _fail(self, cause: Exception) -> None:
-        session = self._session
-        session._request_close(PsCloseReason.FAILED, cause)
-        logger.warning("%r: not a message: %s", session, cause)
+    def set_deadline(self, session: PsSession[Any]) -> None:
+        """A message that has begun must be whole in time, however its bytes trickle in.
 
-    def set_deadline(self) -> None:
-        """A message that has begun must be whole in time, however its bytes trickle in."""
-        session = self._session
+        To be called before a wait for bytes. What callbacks take is their time, and not the peer's.
+        """
         timeout = session._host.settings.frame_timeout
-        if timeout is None:
+        if timeout is None or not session._open:
             return
+        left, self._left = self._left, NEVER
         if not self._decoder.kept:
             session._frame_deadline = NEVER
-        elif session._frame_deadline == NEVER or session._messages_received != self._given_out:
-            # Only now, after the callbacks: they took their own time, and not the peer's.
-            session._frame_deadline = monotonic() + timeout
-            if session._slice is not None:
-                session._slice.due = min(session._slice.due, session._frame_deadline)
+        elif session._messages_received != self._given_out:
+            self._given_out = session._messages_received
+            self._set_deadline(session, timeout)
+        elif left != NEVER:
+            self._set_deadline(session, left)
+        elif session._frame_deadline == NEVER:
+            self._set_deadline(session, timeout)
         elif monotonic() >= session._frame_deadline:
-            self.time_out()
+            self.time_out(session)
 
-    def time_out(self) -> None:
+    def _set_deadline(self, session: PsSession[Any], seconds: float) -> None:
+        session._frame_deadline = monotonic() + seconds
+        if session._slice is not None:
+            session._slice.due = min(session._slice.due, session._frame_deadline)
+
+    def stop_clock(self, session: PsSession[Any]) -> None:
+        """Nobody waits for the message that has begun, until the next `set_deadline`."""
+        if session._frame_deadline != NEVER:
+            self._left = max(session._frame_deadline - monotonic(), 0.0)
+            session._frame_deadline = NEVER
+
+    def time_out(self, session: PsSession[Any]) -> None:
         """The message that has begun did not come in time."""
-        timeout = self._session._host.settings.frame_timeout
-        self._fail(
-            TimeoutError(f"{self._decoder.kept} bytes of a message in frame_timeout={timeout:g} s")
-        )
+        timeout = session._host.settings.frame_timeout
+        kept = self._decoder.kept
+        _fail(session, TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s"))
 
-    def end(self) -> None:
+    def end(self, session: PsSession[Any]) -> None:
         """The peer sends no more."""
         if kept := self._decoder.kept:
-            session = self._session
             logger.info("%r: the peer closed after %d bytes of a message", session, kept)
+
+
+def _fail(session: PsSession[Any], cause: Exception) -> None:
+    session._request_close(PsCloseReason.FAILED, cause)
+    logger.warning("%r: not a message: %s", session, cause)
 
 
 def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:

@@ -67,7 +67,7 @@ class PsHandler(PsCallback[M]):
         super().__init_subclass__(**kwargs)
         for name in NOT_CALLED:
             for each in (name, f"{name}_async"):
-                if each in cls.__dict__:
+                if getattr(cls, each) is not getattr(PsHandler, each):
                     raise PsCallbackError(
                         f"{cls.__name__}.{each} would never be called: a PsHandler receives the "
                         "messages itself"
@@ -96,7 +96,13 @@ class PsHandler(PsCallback[M]):
 def _check_function(function: object) -> None:
     if not callable(function):
         raise PsCallbackError(f"the handler must be a function of a session, not {function!r}")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    kinds = (
+        inspect.iscoroutinefunction,
+        inspect.isasyncgenfunction,
+        inspect.isgeneratorfunction,
+    )
+    called = getattr(function, "__call__", None)  # noqa: B004 - not a test
+    if any(is_kind(each) for is_kind in kinds for each in (function, called)):
         raise PsCallbackError(
             f"the handler must be a plain function, not {function!r}, which is async or a generator"
         )

@@ -19,7 +19,15 @@ import gevent
 from gevent import Greenlet, get_hub, getcurrent, monkey
 from gevent._hub_local import get_hub_if_exists  # there is no public way to ask without making one
 
-__all__ = ["CallerEvent", "HubThread", "NativeEvent", "get_ident", "log_from_hub", "log_safely"]
+__all__ = [
+    "CallerEvent",
+    "HubThread",
+    "NativeEvent",
+    "get_ident",
+    "log_from_hub",
+    "log_safely",
+    "new_lock",
+]
 
 logger = logging.getLogger("psofa_gevent")
 
@@ -32,6 +40,8 @@ LOOK_PERIOD = 0.05
 # The originals: in a patched process the names in `_thread` are about greenlets.
 get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 _allocate_lock: Callable[[], Any] = monkey.get_original("_thread", "allocate_lock")
+new_lock: Callable[[], Any] = monkey.get_original("_thread", "RLock")
+"""A native lock between OS threads, for a few lines that do not switch."""
 
 
 class NativeEvent:

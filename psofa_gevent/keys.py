@@ -3,8 +3,8 @@
 A key leads to one session, a session may have several keys, and loses them when its close is
 requested. So a key that is found leads to a session that is open.
 
-May be called from any greenlet and any OS thread. Nothing switches. Each change of the dictionary
-is a single step, so nothing is locked.
+May be called from any greenlet and any OS thread. Nothing switches. A native lock holds for a few
+lines, and again for a signal handler or a finalizer that hits one of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from typing import Any, Generic, NamedTuple
 
 from psofa_gevent.errors import PsKeyTakenError
+from psofa_gevent.hub_thread import new_lock
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import check_instance
@@ -25,26 +26,29 @@ class Keys(Generic[M]):
 
     def __init__(self) -> None:
         self._sessions: dict[Hashable, PsSession[M]] = {}
+        self._lock = new_lock()
 
     def bind(self, session: PsSession[M], key: Hashable, *, replace: bool) -> None:
         """Let `key` lead to `session`. See `PsServer.bind`."""
         check_instance("session", session, PsSession)
-        if not session._open:
-            return
-        # Another thread may bind the key between any two steps: then look again.
-        while (old := self._sessions.setdefault(key, session)) is not session:
-            if old._open and not replace:
+        with self._lock:
+            old = self._sessions.get(key)
+            if not session._open or old is session:
+                return
+            if old is not None and old._open and not replace:
                 raise PsKeyTakenError(f"the key {key!r} belongs to {old!r}: give replace=True")
+            self._sessions[key] = session
+            session._join(_Binding(self, key), None)
+        if old is not None:
             old._leave(_Binding(self, key))
-            self.forget(old, key)
             old.close()
-        session._join(_Binding(self, key), None)
 
     def unbind(self, key: Hashable) -> None:
         """Forget `key`."""
-        session = self._sessions.get(key)
-        if session is not None:
-            session._leave(_Binding(self, key))
+        with self._lock:
+            session = self._sessions.get(key)
+            if session is not None:
+                session._leave(_Binding(self, key))
 
     def find(self, key: Hashable) -> PsSession[M] | None:
         """The open session that `key` leads to."""
@@ -53,8 +57,9 @@ class Keys(Generic[M]):
 
     def forget(self, session: PsSession[Any], key: Hashable) -> None:
         """The session has lost its key."""
-        if self._sessions.get(key) is session:
-            del self._sessions[key]
+        with self._lock:
+            if self._sessions.get(key) is session:
+                del self._sessions[key]
 
 
 class _Binding(NamedTuple):

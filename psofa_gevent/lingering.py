@@ -3,7 +3,8 @@
 A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525, section
 2.17). So the session sends what it still has, shuts down writing, then reads and drops what comes.
 It is over at the peer's FIN, or when nothing is unacknowledged and nothing left to read, or after
-``linger_timeout``. After PEER_CLOSE, socket errors and send timeouts there is none of it.
+``linger_timeout``. After PEER_CLOSE it only sends, and after socket errors and send timeouts there
+is none of it.
 
 Runs in the session's own greenlet, and switches. Whoever aborts the session wakes it here; a kill
 is raised.
@@ -37,26 +38,27 @@ def linger(session: PsSession[Any]) -> None:
     """Let the peer take what was sent. The session's close was requested."""
     if session._abort_asked:  # by another thread; its request is on its way
         session._abort()
-    if session._line is not None:
-        _wait_for_callbacks_that_send(session)
-    may_linger = session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE
-    if may_linger and not session._released:
-        deadline = monotonic() + session._host.settings.linger_timeout
-        try:
-            _send_the_rest(session, deadline)
+    session._uncork_without_waiting()  # of a block in another greenlet
+    deadline = monotonic() + session._host.settings.linger_timeout
+    try:
+        while session._line is not None and not session._released:
+            if session._line.holds_callbacks:
+                # On SHUTDOWN, other sessions' callbacks finish their sends to this one.
+                _wait(session)
+                deadline = monotonic() + session._host.settings.linger_timeout
+            elif not (session._may_linger and _sends_on(session, deadline)):
+                break
+        if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
-        except OSError as exc:
-            logger.debug("%r: lingering ended: %s", session, exc)
+    except OSError as exc:
+        logger.debug("%r: lingering ended: %s", session, exc)
 
 
-def _wait_for_callbacks_that_send(session: PsSession[Any]) -> None:
-    """On SHUTDOWN, let other sessions' callbacks finish their sends to this one."""
-    while session._line is not None and session._line.holds_callbacks and not session._released:
-        _wait(session)
+def _sends_on(session: PsSession[Any], deadline: float) -> bool:
+    """Wait for what was posted or collected, and has not left; whether there may be more of it.
 
-
-def _send_the_rest(session: PsSession[Any], deadline: float) -> None:
-    """Wait until the kernel has taken what the session took for sending."""
+    Also after the peer's FIN: it may have closed its half only.
+    """
     look = FIRST_LOOK
     while session._line is not None and session._line.holds_batches:
         # The peer may not take anything before it is rid of what it sends itself.
@@ -64,9 +66,10 @@ def _send_the_rest(session: PsSession[Any], deadline: float) -> None:
             look = FIRST_LOOK
         left = deadline - monotonic()
         if left <= 0:
-            return
+            return False
         _wait(session, min(look, left))
         look = min(look * 2, LONGEST_LOOK)
+    return session._line is not None and session._line.holds_callbacks
 
 
 def _drain(session: PsSession[Any], deadline: float) -> None:

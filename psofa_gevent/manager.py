@@ -71,6 +71,8 @@ class SessionManager:
         """All that have not ended, in the order in which they came."""
         self._by_id: dict[uuid.UUID, PsSession[Any]] | None = None
         """The same by their ids, from the first time on that somebody asks."""
+        self._has_duplicates = False
+        """Whether two sessions ever had the same id."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
 
@@ -97,7 +99,7 @@ class SessionManager:
         greenlet.rawlink(self._greenlet_ended)
         self.sessions[session] = None
         if self._by_id is not None:
-            self._by_id[session.connection_id] = session
+            self._add_by_id(self._by_id, session)
         self._idle.add(session)
         # Never waits: a server accepts only while the pool has room.
         self.pool.start(greenlet)
@@ -106,9 +108,22 @@ class SessionManager:
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
         """The open session with that id; the last one of several."""
         if self._by_id is None:
-            self._by_id = {session.connection_id: session for session in self.sessions}
-        session = self._by_id.get(connection_id)
-        return session if session is not None and session._open else None
+            self._by_id = {}
+            for session in self.sessions:
+                self._add_by_id(self._by_id, session)
+        found = self._by_id.get(connection_id)
+        if found is not None and found._open:
+            return found
+        if self._has_duplicates:
+            for session in reversed(self.sessions):
+                if session._open and session.connection_id == connection_id:
+                    return session
+        return None
+
+    def _add_by_id(self, by_id: dict[uuid.UUID, PsSession[Any]], session: PsSession[Any]) -> None:
+        if session.connection_id in by_id:
+            self._has_duplicates = True
+        by_id[session.connection_id] = session
 
     def set_stop(self, stop: Stop) -> Stop:
         """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""

@@ -48,6 +48,7 @@ class Outbox:
         timeout: float | None,
         *,
         begun: bool,
+        droppable: bool = False,
     ) -> None:
         """Send `data` after all that waits now.
 
@@ -56,14 +57,16 @@ class Outbox:
             data: what the kernel has not taken; nobody changes it any more.
             timeout: seconds in which the peer takes nothing, after which the session fails.
             begun: whether a part of that message has left.
+            droppable: whether it may be dropped to make room.
         """
         line = session._line
         if self._batches and line is not None:
             last = self._batches[-1]
-            if line.ends_with(last) and last.timeout == timeout:
+            alike = last.timeout == timeout and last.droppable is droppable
+            if alike and line.ends_with(last):
                 last.buffers.append(data)
                 return
-        batch = Batch(session._loop, data, timeout, begun=begun)
+        batch = Batch(session._loop, data, timeout, begun=begun, droppable=droppable)
         self._batches.append(batch)
         batch.start(session._line_up(batch.buffers, timeout, batch, begun=True), self._forget)
 
@@ -75,26 +78,30 @@ class Outbox:
             if settings.overflow is PsOverflow.CLOSE:
                 self._overflow(session, len(data))
                 return False
-            if settings.overflow is PsOverflow.DROP_NEWEST or not self._drop_oldest(-room):
+            if settings.overflow is PsOverflow.DROP_NEWEST or not self._make_room(-room):
                 self.dropped += 1
                 return False
-        self.keep(session, data, None, begun=begun)
+        self.keep(session, data, None, begun=begun, droppable=True)
         return True
 
-    def _drop_oldest(self, wanted: int) -> bool:
-        """Make room for `wanted` bytes; whether there is so much now."""
-        for batch in self._batches:
-            if batch.timeout is None:
-                while wanted > 0 and (size := batch.buffers.drop_oldest()):
-                    self.dropped += 1
-                    wanted -= size
-        return wanted <= 0
+    def _make_room(self, wanted: int) -> bool:
+        """Drop the oldest for `wanted` bytes, or all that wait; if neither is enough, nothing."""
+        batches = [batch for batch in self._batches if batch.droppable]
+        most = sum(batch.buffers.droppable_size for batch in batches)
+        if most < min(wanted, self.size):
+            return False
+        for batch in batches:
+            while wanted > 0 and (size := batch.buffers.drop_oldest()):
+                self.dropped += 1
+                wanted -= size
+        return True
 
     def _overflow(self, session: SendingHalf[Any], size: int) -> None:
         error = PsSendError(
             f"{session!r}: {self.size} bytes wait for the peer, and {size} more are beyond "
             f"high_water={session._host.settings.high_water}"
         )
+        session._break_stream()
         session._request_close(PsCloseReason.FAILED, error, linger=False)
         log_from_hub(logging.WARNING, "%s", error)
         for batch in self._batches:

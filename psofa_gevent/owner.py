@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.group import PsGroup, post_to_all
-from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent
+from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, new_lock
 from psofa_gevent.keys import Keys
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M, Message
@@ -42,6 +42,7 @@ class SessionOwner(Generic[M]):
         self._manager: SessionManager | None = None
         self._keys: Keys[M] = Keys()
         self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
+        self._groups_lock = new_lock()
 
     # The attribute may change at any moment in which a signal handler or another thread runs: it is
     # read once in each method.
@@ -113,10 +114,11 @@ class SessionOwner(Generic[M]):
         Raises:
             TypeError: `name` is no text.
         """
-        group = self._groups.get(name)
-        if group is None:
-            group = self._groups.setdefault(name, PsGroup(name))
-        return group
+        with self._groups_lock:  # what it guards is Python code
+            group = self._groups.get(name)
+            if group is None:
+                group = self._groups[name] = PsGroup(name)
+            return group
 
     def bind(self, session: PsSession[M], key: Hashable, *, replace: bool = False) -> None:
         """Let `find` find a session by a key of your own, until its close is requested.

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.errors import PsClosedError
+from psofa_gevent.errors import PsClosedError, PsSendError
 from psofa_gevent.framed import NEVER, NOTHING
 
 if TYPE_CHECKING:
@@ -27,13 +27,16 @@ RETRY = 0.005
 
 def receive_next(session: PsSession[Any], timeout: float | None) -> Any:
     """The next message. Arguments and errors as of `PsSession.receive`."""
+    limit = session._limit
     if session._framed is not None:
-        message = session._framed.take()
+        message = session._framed.take(session)
         if message is not NOTHING:
+            if limit is not None:
+                limit.restart()
             return message
-    if session._limit is None:
+    if limit is None:
         return _wait_for_message(session, timeout)
-    with session._limit.paused():
+    with limit.paused():
         return _wait_for_message(session, timeout)
 
 
@@ -53,8 +56,13 @@ def _wait_for_message(session: PsSession[Any], timeout: float | None) -> Any:
 def _read_message(session: PsSession[Any], deadline: float) -> Any:
     """Read until a message is whole, or until `deadline`."""
     while True:
-        _get_ready(session)
-        data = session._read(deadline)
+        _get_ready(session, waits=deadline == NEVER)
+        data = None
+        try:
+            data = session._read(deadline)
+        finally:
+            if not data and session._framed is not None:
+                session._framed.stop_clock(session)
         if data is None and session._open:
             raise TimeoutError(f"{session!r}: no message came in time")
         if not data:
@@ -63,19 +71,22 @@ def _read_message(session: PsSession[Any], deadline: float) -> Any:
             session._messages_received += 1
             return data
         else:
-            session._framed.feed(data)
-            message = session._framed.take()
+            session._framed.feed(session, data)
+            message = session._framed.take(session)
             if message is not NOTHING:
                 return message
         del data  # a session that waits owns no buffer
 
 
-def _get_ready(session: PsSession[Any]) -> None:
-    """Do what comes before a wait for bytes. Raises when there is nothing to wait for."""
+def _get_ready(session: PsSession[Any], *, waits: bool) -> None:
+    """Do what comes before a wait for bytes. Raises when there is nothing to wait for.
+
+    `waits`: what was collected may wait for the peer, too.
+    """
     if session._open:
-        session._uncork()
+        _send_collected(session, waits=waits)
         if session._framed is not None:
-            session._framed.set_deadline()
+            session._framed.set_deadline(session)
     if not session._open or session._eof_received:
         raise _closed_error(session)
     waited, received = session._waited
@@ -86,10 +97,22 @@ def _get_ready(session: PsSession[Any]) -> None:
             session._slice.due = min(session._slice.due, session._waiting_since + session._idle)
 
 
+def _send_collected(session: PsSession[Any], *, waits: bool) -> None:
+    if not waits:
+        session._uncork_without_waiting()
+        return
+    try:
+        session._uncork()
+    except PsSendError as exc:
+        if session._open:
+            raise
+        raise _closed_error(session) from exc
+
+
 def _end(session: PsSession[Any], *, has_eof: bool) -> None:
     if has_eof:
-        if session._framed is not None:
-            session._framed.end()
+        if session._framed is not None and not session._eof_received:
+            session._framed.end(session)
         session._eof_received = True
         if not session._host.settings.allow_half_open or session._eof_sent:
             session._request_close(PsCloseReason.PEER_CLOSE)

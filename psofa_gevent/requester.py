@@ -179,9 +179,10 @@ class PsRequester(Generic[M]):
                 raise
             raise _timed_out(session, timeout) from None
         except PsSendError as exc:
-            raise _closed(session) from exc
+            raise PsRequestClosedError(f"{exc}: no reply will come") from exc
         finally:
             limit.close()
+            del limit  # an exception and a frame that holds it would keep each other alive
             self._withdraw(session, request)
 
     async def _request_async_here(
@@ -204,7 +205,7 @@ class PsRequester(Generic[M]):
                 raise
             raise _timed_out(session, timeout) from None
         except PsSendError as exc:
-            raise _closed(session) from exc
+            raise PsRequestClosedError(f"{exc}: no reply will come") from exc
         finally:
             self._withdraw(session, request)
 

@@ -13,6 +13,8 @@ exists while someone waits, and goes with the last one:
   session lets it go on while it lingers.
 - A sender that is thrown out (killed, cancelled, a `gevent.Timeout`) after a part of its message
   left closes the session with FAILED, as the stream is broken; before that, nothing happened.
+- Nothing follows a message that broke off in its middle, whatever ended its sender: the peer would
+  take it for the rest.
 
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
 is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
@@ -185,6 +187,11 @@ class Buffers:
         self.size -= size
         return size
 
+    @property
+    def droppable_size(self) -> int:
+        """Bytes of the messages of which nothing has left."""
+        return self.size - (len(self._messages[0]) if self._begun else 0)
+
     def clear(self) -> None:
         """Drop all of them."""
         self._messages.clear()
@@ -194,14 +201,21 @@ class Buffers:
 class Batch:
     """Messages that nobody waits for, in line together: their own parking, resumed by the hub."""
 
-    __slots__ = ("_coroutine", "_ended", "_loop", "_waits", "buffers", "timeout")
+    __slots__ = ("_coroutine", "_ended", "_loop", "_waits", "buffers", "droppable", "timeout")
 
     def __init__(
-        self, loop: Any, data: bytes | memoryview, timeout: float | None, *, begun: bool
+        self,
+        loop: Any,
+        data: bytes | memoryview,
+        timeout: float | None,
+        *,
+        begun: bool,
+        droppable: bool,
     ) -> None:
         self._loop = loop
         self.buffers = Buffers(data, begun=begun)
         self.timeout = timeout
+        self.droppable = droppable
         self._coroutine: Coroutine[Any, None, None] | None = None
         self._ended: Callable[[Batch], None] | None = None
         self._waits = False
@@ -235,11 +249,12 @@ class Batch:
         self._waits = False
         try:
             self._coroutine.send(None)
-        except StopIteration:
-            self._end()
-        except PsSendError:
+        except (StopIteration, PsSendError):
             # Whatever was wrong has closed the session, which has the reason.
             self._end()
+        except BaseException:
+            self._end()
+            raise
 
     def _end(self) -> None:
         self._coroutine = None
@@ -340,9 +355,12 @@ class SendLine:
                     self._watcher.start(self._wake_first)
                 await parking
         except PsSendError:
+            if sender.begun:
+                self._session._break_stream()
             raise
         except BaseException as exc:
             if sender.begun:
+                self._session._break_stream()
                 self._session._request_close(PsCloseReason.FAILED, exc)
             raise
         finally:
@@ -391,6 +409,7 @@ class SendLine:
         # Its asyncio loop was closed under it: it must not stand in the way of the others.
         self._leave(sender)
         if sender.begun:
+            self._session._break_stream()
             error = PsSendError(f"{self._session!r}: the asyncio loop of a sender was closed")
             self._session._request_close(PsCloseReason.FAILED, error)
 

@@ -31,7 +31,7 @@ from psofa_gevent.send_line import (
     run_in_greenlet,
 )
 from psofa_gevent.settings import DEFAULT, Default, check_seconds
-from psofa_gevent.worker import in_callback, may_wait
+from psofa_gevent.worker import may_wait, sends_to_the_end
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Host
@@ -55,6 +55,7 @@ class SendingHalf(Generic[M]):
         "_eof_requested",
         "_eof_sent",
         "_host",
+        "_is_broken",
         "_line",
         "_loop",
         "_open",
@@ -77,6 +78,8 @@ class SendingHalf(Generic[M]):
         self._eof_sent = False
         self._eof_received = False
         self._bytes_sent = 0
+        self._is_broken = False
+        """A message broke off in its middle: nothing may follow it."""
         self._line: SendLine | None = None
         self._cork: list[bytes] | None = None
         """What was sent while corked; None: the session is not."""
@@ -88,6 +91,9 @@ class SendingHalf(Generic[M]):
         framing = host.settings.framing
         self._encode: Callable[[Any], bytes] | None = None if framing is None else framing.encode
 
+    _abort_asked: bool
+    """Whether another thread has asked for an abort, which is on its way."""
+
     def _request_close(
         self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
     ) -> None:
@@ -96,7 +102,7 @@ class SendingHalf(Generic[M]):
     def _wake(self) -> None:
         raise NotImplementedError
 
-    def send(
+    def send(  # noqa: C901 - each call more would be felt
         self,
         message: M | Message,
         timeout: float | Default | None = DEFAULT,
@@ -137,12 +143,14 @@ class SendingHalf(Generic[M]):
         if not self._open or self._eof_requested:
             self._check_new_send()
         if self._cork is not None:
-            # As in `_collect`: a read may have thousands of messages.
-            self._cork.append(data if type(data) is bytes else bytes(data))
-            self._corked_size += len(data)
-            if self._corked_size >= CORK_SIZE or self._line is not None:
-                self._send_collected(self._take_collected(), timeout)
-            return
+            if self._line is None:
+                # As in `_collect`: a read may have thousands of messages.
+                self._cork.append(data if type(data) is bytes else bytes(data))
+                self._corked_size += len(data)
+                if self._corked_size >= CORK_SIZE:
+                    self._send_collected(self._take_collected(), timeout)
+                return
+            self._keep_collected()  # no more than that: this one waits
         sent = 0
         if self._line is None:
             sent = self._send_now(data)
@@ -176,11 +184,15 @@ class SendingHalf(Generic[M]):
         if not self._open or self._eof_requested:
             self._check_new_send()
         sent = 0
-        begun = self._cork is not None
-        if begun:
-            if not self._collect(data) and self._line is None:
+        begun = False
+        if self._cork is not None:
+            if self._line is not None:
+                self._keep_collected()
+            elif self._collect(data):
+                data = self._take_collected()
+                begun = True
+            else:
                 return
-            data = self._take_collected()
         if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
@@ -195,6 +207,7 @@ class SendingHalf(Generic[M]):
         nothing else waits; the setting ``overflow`` says what happens beyond that. However long the
         peer takes nothing, what waits stays, until it reads again or the session closes; then
         ``linger_timeout`` is what it has. Sends and posts leave in the order of their calls.
+        Posts of other threads are counted when the hub comes to them.
 
         From any greenlet, the hub and coroutines included, and any OS thread.
 
@@ -220,7 +233,10 @@ class SendingHalf(Generic[M]):
 
     def _post_here(self, data: bytes) -> bool:
         """Post in the hub's thread what the framing has made of a message."""
-        if (not self._open or self._eof_requested) and self._is_refused():
+        # While another thread's close is on its way there is no reason yet: what that thread posted
+        # before comes before it.
+        has_ended = self._reason is not PsCloseReason.NONE or self._abort_asked
+        if (has_ended or self._eof_requested) and self._is_refused():
             return False
         if self._cork is not None:
             if self._line is None and self._corked_size + len(data) < CORK_SIZE:
@@ -228,7 +244,7 @@ class SendingHalf(Generic[M]):
                 self._corked_size += len(data)
                 self._cork_has_posts = True
                 return True
-            self._keep(self._take_collected())
+            self._keep_collected()
         sent = 0
         if self._line is None:
             try:
@@ -266,8 +282,9 @@ class SendingHalf(Generic[M]):
 
         A send in the block returns when its message is collected. It leaves at the end of the
         block, which may wait for that as a send does; and before, when there is much, and when a
-        callback of this session waits for anything in the block, which then ends the collecting.
-        If it can't be sent, the session closes with FAILED.
+        callback of this session waits for anything in the block, which then ends the collecting
+        (not if a plain ``greenlet`` that the callback runs waits). If it can't be sent, the session
+        closes with FAILED.
 
         With a framing a session is corked while its sync callbacks handle the messages of one read.
 
@@ -333,17 +350,19 @@ class SendingHalf(Generic[M]):
     def _uncork_without_waiting(self) -> None:
         """Send what was collected, now and, what the kernel does not take, later."""
         if self._cork is not None:
-            has_posts = self._cork_has_posts
-            data = self._take_collected()
+            self._keep_collected()
             self._cork = None
-            self._keep(data, waits=has_posts)
+
+    def _keep_collected(self) -> None:
+        waits = self._cork_has_posts
+        self._keep(self._take_collected(), waits=waits)
 
     def _keep(self, data: bytes, *, waits: bool = False) -> None:
         """Send what others were told that it is sent, without waiting, and before a FIN.
 
         `waits`: for as long as the peer takes nothing, as posts do.
         """
-        if not data or self._released or self._eof_sent:
+        if not data or self._released or self._eof_sent or self._is_broken:
             return
         sent = 0
         if self._line is None:
@@ -386,7 +405,7 @@ class SendingHalf(Generic[M]):
 
     def _check_new_send(self) -> None:
         """Raise `PsSendError` where no send may begin."""
-        self._check_sending(in_callback=in_callback())
+        self._check_sending(in_callback=sends_to_the_end())
         if self._eof_requested:
             raise PsSendError(f"{self!r}: send after send_eof")
 
@@ -395,8 +414,15 @@ class SendingHalf(Generic[M]):
         if self._open:
             return
         goes_on = is_batch or (in_callback and self._reason is PsCloseReason.SHUTDOWN)
-        if self._released or self._eof_sent or not goes_on:
+        if self._released or self._eof_sent or self._is_broken or not goes_on:
             raise PsSendError(f"{self!r}: the session is closed")
+
+    def _break_stream(self) -> None:
+        """A message broke off in its middle: let nothing follow it, until the session has ended."""
+        if not self._is_broken:
+            self._is_broken = True
+            if self._line is not None:
+                self._line.interrupt()
 
     def _refuse_to_wait(self, *, begun: bool) -> None:
         error = PsSendError(
@@ -424,7 +450,7 @@ class SendingHalf(Generic[M]):
             self._host.settings.send_timeout if timeout is DEFAULT else timeout,
             parking,
             begun=begun,
-            in_callback=in_callback(),
+            in_callback=sends_to_the_end(),
         )
 
     def _send_bytes(self, data: bytes | memoryview, timeout: float | Default | None) -> None:

@@ -54,7 +54,7 @@ from psofa_gevent.settings import (
     check_seconds,
 )
 from psofa_gevent.tcp import Endpoint, endpoint, reset
-from psofa_gevent.work import end_work, kill_work, spawn_work
+from psofa_gevent.work import Killer, kill_work, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class PsSession(SendingHalf[M]):
         self._abort_asked = False
         self._bytes_received = 0
         self._messages_received = 0
-        self._framed = None if settings.framing is None else FramedReceiver(self, settings.framing)
+        self._framed = None if settings.framing is None else FramedReceiver(settings.framing)
         self._frame_deadline = NEVER
         self._values: dict[str, Any] | None = None
         self._memberships: dict[Membership, Any] | None = None
@@ -323,7 +323,7 @@ class PsSession(SendingHalf[M]):
             raise RuntimeError(f"{self!r}: set_framing must be called in a callback of the session")
         if self._framed is None:
             check_framing("framing", framing)
-            self._framed = FramedReceiver(self, Raw())
+            self._framed = FramedReceiver(Raw())
             self._framed.framing = None
         self._framed.set_framing(framing)
         self._encode = None if self.framing is None else self.framing.encode
@@ -336,8 +336,8 @@ class PsSession(SendingHalf[M]):
         """Run `function` beside the callbacks, as work of this session, which ends with it.
 
         When the session's callbacks are through it is killed (`gevent.GreenletExit` where it waits,
-        which cancels a coroutine), again each second if it swallows that, and ``on_close`` comes
-        when it has ended. What it raises is logged and closes the session with FAILED, as in a
+        which cancels a coroutine), again each second until it has ended, and then ``on_close``
+        comes. What it raises is logged and closes the session with FAILED, as in a
         callback. ``callback_timeout`` does not count it.
 
         In the hub's thread, in any greenlet or coroutine. Returns at once.
@@ -475,18 +475,19 @@ class PsSession(SendingHalf[M]):
 
     def _live(self) -> None:
         self._started = True
+        killer: Killer | None = None
         try:
             try:
                 logger.debug("%r: opened", self)
                 self._host.dispatch.on_open(self)
                 if self._framed is not None:  # on_open may have received some messages itself
-                    self._framed.hand_over()
+                    self._framed.hand_over(self)
                 self._read()
             except BaseException as exc:
                 self._uncork_without_waiting()
                 self._fail(exc)
             if self._work:
-                kill_work(self)
+                killer = Killer(self)
             linger(self)
         except BaseException as exc:
             # Killed while it lingered; the rest does not wait.
@@ -496,8 +497,8 @@ class PsSession(SendingHalf[M]):
         finally:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
-            if self._work:
-                end_work(self)
+            if killer is not None:
+                killer.wait()
             self._host.session_ended(self)
             self._greenlet = None
 
@@ -560,7 +561,6 @@ class PsSession(SendingHalf[M]):
                     # Woken by the idle timer, or by nothing at all: no bytes are there.
                     self._look_at_clock()
                     if pulled_until and monotonic() >= pulled_until:
-                        self._waited = (monotonic() - self._waiting_since, self._bytes_received)
                         return None
                     continue
                 except OSError as exc:
@@ -579,10 +579,13 @@ class PsSession(SendingHalf[M]):
                     self._messages_received += 1
                     on_message(self, message)
                 else:
-                    self._framed.feed(message)
-                    self._framed.hand_over()
+                    self._framed.feed(self, message)
+                if self._framed is not None:  # or since just now
+                    self._framed.hand_over(self)
                 del message  # a session that waits owns no buffer
         finally:
+            if pulled_until and self._waiting_since:
+                self._waited = (monotonic() - self._waiting_since, self._bytes_received)
             self._waiting_since = 0.0
             self._stop_watching()
         return None
@@ -632,13 +635,15 @@ class PsSession(SendingHalf[M]):
             self._watcher.stop()
 
     def _receive_eof(self) -> None:
-        if self._framed is not None:
-            self._framed.end()
+        if self._framed is not None and not self._eof_received:
+            self._framed.end(self)
         if not self._host.settings.allow_half_open:
             self._request_close(PsCloseReason.PEER_CLOSE)
             return
         self._eof_received = True
         self._host.dispatch.on_eof(self)
+        if self._framed is not None:
+            self._framed.hand_over(self)
         if self._eof_sent:
             self._request_close(PsCloseReason.PEER_CLOSE)
         self._wait_half_open()
@@ -669,7 +674,7 @@ class PsSession(SendingHalf[M]):
         if self._is_idle():
             self._request_close(PsCloseReason.TIMEOUT)
         elif self._framed is not None and monotonic() >= self._frame_deadline:
-            self._framed.time_out()
+            self._framed.time_out(self)
 
     def _is_idle(self) -> bool:
         return monotonic() - self._waiting_since >= self._idle

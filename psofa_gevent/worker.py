@@ -15,7 +15,15 @@ from gevent._hub_local import get_hub_if_exists  # a thread without one must not
 
 from psofa_gevent.aio import in_coroutine
 
-__all__ = ["LibraryGreenlet", "Worker", "in_callback", "may_wait", "may_wait_for_callbacks"]
+__all__ = [
+    "LibraryGreenlet",
+    "WorkGreenlet",
+    "Worker",
+    "in_callback",
+    "may_wait",
+    "may_wait_for_callbacks",
+    "sends_to_the_end",
+]
 
 
 if TYPE_CHECKING:
@@ -32,6 +40,19 @@ class LibraryGreenlet(_Greenlet):
 
     # gevent notes for each greenlet where it was made, ten frames deep: here always the same place.
     spawning_stack_limit = 0
+
+
+class WorkGreenlet(LibraryGreenlet):
+    """One that a session has beside its own: no callback that a shutdown would let finish."""
+
+    __slots__ = ()
+
+
+def sends_to_the_end() -> bool:
+    """Whether the caller is a callback, whose sends SHUTDOWN lets go on."""
+    current = getcurrent()
+    is_callback = isinstance(current, LibraryGreenlet) and not isinstance(current, WorkGreenlet)
+    return is_callback or in_coroutine()
 
 
 def in_callback() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -233,13 +235,12 @@ def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
             session.send("collected")
 
     def act(session: PsSession[Any], _message: bytes) -> None:
-        in_front = gevent.spawn(session.send, bytes(BIG), timeout=None)
-        eventually(lambda: session._line is not None)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                session._sock.send(bytes(BIG))  # now it takes nothing, and nobody waits in line
         with pytest.raises(gevent.Timeout):
             send_collected(session)
         open_afterwards.append(session.is_open)
-        with pytest.raises(PsSendError):
-            in_front.get(timeout=5)
 
     callback = Acting(act)
     client = ps_client(ps_server(callback))
@@ -302,6 +303,98 @@ def test_what_does_not_fit_is_dropped_when_the_peer_takes_nothing_for_linger_tim
     callback.wait_for("on_close")
     assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
     client.close()
+
+
+# Async callbacks
+
+
+class AsyncReplies(PsCallback):
+    """Replies, and does what a message says besides."""
+
+    use_async_callback = True
+
+    def __init__(self) -> None:
+        self.handled: list[bytes] = []
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await session.send_async(message)
+        self.handled.append(message)
+        if message == b"suspend":
+            await asyncio.sleep(0.2)
+        if message == b"hold":
+            gevent.sleep(0.2)  # a step that waits in gevent's way holds the loop
+
+
+def test_the_replies_of_coroutines_to_the_messages_of_one_read_leave_together(
+    ps_server: ServerFactory, ps_client: ClientFactory, writes: list[int]
+) -> None:
+    client = ps_client(ps_server(AsyncReplies(), framing=Line()))
+    lines = b"".join(b"%d\n" % number for number in range(1_000))
+    client.send(lines)
+    client.expect(lines)
+    assert len(writes) <= 3
+
+
+@pytest.mark.parametrize("wait", ["suspend", "hold"])
+def test_replies_leave_before_a_coroutine_waits(
+    wait: str, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = AsyncReplies()
+    client = ps_client(ps_server(callback, framing=Line()))
+    client.send(f"1\n{wait}\n3\n")
+    client.expect(f"1\n{wait}\n")
+    assert callback.handled == [b"1", wait.encode()]
+    client.expect("3\n")
+
+
+def test_replies_leave_before_they_wait_for_a_coroutine_of_another_session(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = AsyncReplies()
+    server = ps_server(callback, framing=Line())
+    clients = [ps_client(server), ps_client(server)]
+    eventually(lambda: len(server.sessions) == 2)
+    for _ in range(2):  # in either order
+        clients.reverse()
+        callback.handled.clear()
+        holding, other = clients
+        for client, data in ((holding, b"a\nhold\n"), (other, b"1\n2\n3\n")):
+            os.write(client.socket.fileno(), data)  # both in one round of the loop
+        other.expect("1\n")
+        if callback.handled.index(b"1") < callback.handled.index(b"hold"):
+            assert b"3" not in callback.handled
+        other.expect("2\n3\n")
+        holding.expect("a\nhold\n")
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("framing", [None, Line()], ids=["raw", "lines"])
+def test_a_sync_send_in_a_coroutine_is_refused_where_it_would_have_to_wait(
+    framing: Line | None, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    reasons: list[PsCloseReason] = []
+    most = 0
+
+    class Careless(PsCallback):
+        use_async_callback = True
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            nonlocal most
+            session.send(bytes(500_000), raw=True)
+            most = max(most, session.pending_bytes)
+
+        async def on_close_async(self, session: PsSession, reason: PsCloseReason) -> None:
+            assert "send_async" in str(session.close_cause)
+            reasons.append(reason)
+
+    client = ps_client(ps_server(Careless(), framing=framing))
+    with contextlib.suppress(OSError):
+        while not reasons:
+            client.send("x\n")
+            gevent.sleep(0.001)
+    eventually(lambda: reasons)
+    assert reasons == [PsCloseReason.FAILED]
+    assert most < 2_000_000
 
 
 # By hand

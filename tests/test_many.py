@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import uuid
 import weakref
 from collections.abc import Callable
@@ -375,9 +376,11 @@ def test_of_sessions_with_the_same_chosen_id_the_last_is_found(ps_server: Server
         assert bundle.get_session(chosen) is first
         second = bundle.connect("127.0.0.1", port, connection_id=chosen).session
         assert bundle.get_session(chosen) is second
-        first.close()
+        second.close()
+        assert bundle.get_session(chosen) is first
         eventually(lambda: bundle.get_session_count() == 1)
-        assert bundle.get_session(chosen) is second
+        assert bundle.get_session(chosen) is first
+        assert NativeThread(bundle.get_session, chosen).wait() is first
 
 
 def test_an_id_must_be_one() -> None:
@@ -445,6 +448,31 @@ def test_threads_that_bind_one_key_leave_one_session_with_it(room: MakeRoom) -> 
         thread.wait()
     eventually(lambda: len(here.server.sessions) == 1)
     assert here.server.find("key") is here.server.sessions[0]
+
+
+class SlowKey(tuple[int, ...]):
+    """Whose hash is Python code, in which threads take turns."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return sum(self)
+
+
+def test_a_key_that_its_session_loses_stays_with_the_one_that_has_got_it(room: MakeRoom) -> None:
+    here = room(30)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for old, new in itertools.pairwise(here.sessions):
+            key = SlowKey((1, 2, 3))
+            here.server.bind(old, key, replace=True)
+            binding = NativeThread(here.server.bind, new, key, replace=True)
+            old.close()
+            binding.wait()
+            assert here.server.find(key) is new
+    finally:
+        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("turn", range(4))

@@ -22,6 +22,7 @@ import pytest
 from acting import STALLING, wait_until_stalled
 from helpers import NativeThread, stalled_peer
 from psofa_gevent import PsCallback, PsCloseReason, PsMultiClient, PsSendError, PsServer, PsSession
+from psofa_gevent.framing import LengthPrefix
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -188,14 +189,21 @@ CALLBACKS = [
 
 @pytest.mark.parametrize("how", ENDINGS)
 @pytest.mark.parametrize("lingers", [False, True])
+@pytest.mark.parametrize("framing", [None, LengthPrefix(1)], ids=["raw", "framed"])
 def test_a_closed_session_goes_at_once(
-    ps_server: ServerFactory, ps_client: ClientFactory, how: str, lingers: bool
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+    how: str,
+    lingers: bool,
+    framing: LengthPrefix | None,
 ) -> None:
     reason, end = ENDINGS[how]
-    callback = Forgetful(on_message=lambda session: session.send(STALLING[: lingers * 1_000_000]))
-    server = ps_server(callback, linger_timeout=0.05)
+    callback = Forgetful(
+        on_message=lambda session: session.send(STALLING[: lingers * 1_000_000], raw=True)
+    )
+    server = ps_server(callback, linger_timeout=0.05, framing=framing)
     with stalled_peer(server.address) as client:
-        client.send("x")
+        client.send(b"\1x\2half"[: 7 if framing else 2])
         eventually(lambda: callback.session.messages_received)
         end(server, callback.session, client)
         callback.assert_freed()

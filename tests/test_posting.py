@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -573,3 +574,210 @@ def test_posts_wake_nobody_in_the_wrong_place(
     assert not went_on.is_set()
     gate.set()
     client.expect("end")
+
+
+# What breaks off, and what follows
+
+
+@pytest.mark.hub_errors
+@pytest.mark.parametrize("end", ["close", "kill", "shutdown", "work killed"])
+def test_nothing_follows_a_message_that_broke_off(
+    end: str, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(
+        PsCallback(), framing=LengthPrefix(max_size=2**30), high_water=PLENTY, linger_timeout=2.0
+    )
+    client = ps_client(server)
+    session = the_session(server)
+    big = b"A" * (MANY * PIECE)
+    send = session.spawn if end == "work killed" else gevent.spawn
+    sender = send(session.send, big, None)
+    eventually(lambda: session._line is not None)
+    for _ in range(MANY):
+        session.post(b"B" * PIECE)
+    if end == "kill":
+        sender.kill(block=False)
+    elif end == "shutdown":
+        gevent.spawn(server.shutdown)
+    else:
+        session.close()
+    received = client.receive_until_eof()
+    assert received == LengthPrefix(max_size=2**30).encode(big)[: len(received)]
+    assert len(received) < len(big)
+
+
+def test_posts_after_an_overflow_in_a_shutdown_are_refused(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    taken: list[bool] = []
+
+    class Late(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message)
+            eventually(lambda: not session.is_open)
+            taken.extend(session.post(each * 8 * PIECE * MANY) for each in (b"A", b"B", b"C"))
+
+    callback = Late()
+    server = ps_server(callback, high_water=PIECE)
+    client = ps_client(server)
+    client.send("x")
+    callback.wait_for("on_message")
+    stopping = gevent.spawn(server.shutdown)
+    assert set(client.receive_until_eof()) == set(b"A")
+    stopping.get(timeout=5)
+    assert taken == [True, False, False]
+
+
+def test_what_a_thread_posts_before_it_closes_arrives(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback())
+
+    def say_goodbye(session: PsSession[Any]) -> None:
+        assert session.post("last ")
+        server.broadcast("words")
+        session.close()
+
+    for _ in range(10):
+        client = ps_client(server)
+        NativeThread(say_goodbye, the_session(server)).wait()
+        client.expect("last words")
+        client.expect_eof()
+        eventually(lambda: not server.get_session_count())
+
+
+def test_posts_arrive_at_a_peer_that_has_closed_its_half(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Reply(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            for each in PIECES:
+                session.post(each)
+
+    callback = Reply()
+    client = ps_client(ps_server(callback, high_water=PLENTY, linger_timeout=5.0))
+    client.send("x")
+    client.eof()
+    assert client.receive_until_eof() == b"".join(PIECES)
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
+
+
+def test_a_callback_of_another_session_finishes_its_send_behind_posts_at_shutdown(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    sent: list[bool] = []
+
+    class Other(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message)
+            eventually(lambda: not first.is_open)
+            first.send(b"S" * MANY * PIECE, None)
+            sent.append(True)
+
+    callback = Other()
+    server = ps_server(callback, high_water=PLENTY, linger_timeout=5.0, send_timeout=None)
+    slow = ps_client(server)
+    first = the_session(server)
+    other = ps_client(server)
+    other.send("x")
+    callback.wait_for("on_message")
+    for _ in range(MANY):
+        first.post(b"P" * PIECE)
+    stopping = gevent.spawn(server.shutdown, 10)
+    eventually(lambda: first._line is not None and len(first._line._senders) == 2)
+    received = slow.receive_until_eof()
+    assert received == b"P" * MANY * PIECE + b"S" * MANY * PIECE
+    stopping.get(timeout=5)
+    assert sent == [True]
+
+
+# Collected, and posted
+
+
+def test_what_is_collected_in_another_greenlet_leaves_before_the_fin(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback())
+    client = ps_client(server)
+    session = the_session(server)
+
+    def collect() -> None:
+        with session.corked():
+            session.send("sent ")
+            session.post("posted")
+            gevent.sleep(600)
+
+    collecting = gevent.spawn(collect)
+    eventually(lambda: session.pending_bytes)
+    session.close()
+    client.expect("sent posted")
+    client.expect_eof()
+    collecting.kill()
+
+
+def test_a_framed_callback_that_only_posts_is_not_ended_by_send_timeout(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Posting(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message)
+            session.post(bytes(PIECE - 100))
+            session.post(bytes(PIECE - 100))
+
+    callback = Posting()
+    server = ps_server(callback, framing=Line(), high_water=PLENTY, send_timeout=0.1)
+    client = ps_client(server)
+    client.send("\n" * MANY)
+    callback.wait_for("on_message", MANY)
+    (session,) = server.sessions
+    assert session.pending_bytes
+    gevent.sleep(0.4)
+    assert session.is_open
+
+
+def test_what_was_sent_is_never_dropped_to_make_room(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(
+        PsCallback(),
+        framing=Line(max_size=2**20),
+        high_water=PIECE,
+        overflow=PsOverflow.DROP_OLDEST,
+        send_timeout=None,
+    )
+    client = ps_client(server)
+    session = the_session(server)
+    sock: Any = session._sock
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += sock.send(bytes(PIECE))
+    with session.corked():
+        session.post("posted with it")
+        session.send("sent")
+        session._uncork_without_waiting()
+    for _ in range(5):
+        session.post("x" * (PIECE // 2))
+    assert session.messages_dropped > 0
+    client.receive(filled)
+    client.expect("posted with it\nsent\n")
+
+
+def test_nothing_is_dropped_where_it_would_make_no_room(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback(), high_water=20 * PIECE, overflow=PsOverflow.DROP_OLDEST)
+    ps_client(server)
+    session = the_session(server)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            session._sock.send(bytes(PIECE))
+    with session.corked():
+        session.send(bytes(PIECE // 2))
+        session._uncork_without_waiting()
+    for _ in range(30):
+        assert session.post(b"x" * 100)
+    assert session.post(bytes(20 * PIECE - 100)) is False
+    assert session.messages_dropped == 1
+    assert session.pending_bytes == PIECE // 2 + 3_000

@@ -26,7 +26,7 @@ from psofa_gevent import (
     PsSession,
     run_coroutine,
 )
-from psofa_gevent.framing import LengthPrefix, Line, Raw
+from psofa_gevent.framing import FixedSize, LengthPrefix, Line, Raw
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.tcp import unacknowledged
 from psofa_gevent.testing import (
@@ -65,6 +65,12 @@ class Handler(PsHandler[Any]):
 def acknowledged(client: ScriptedClient) -> None:
     """Wait until the peer's kernel has all that the client has sent."""
     eventually(lambda: unacknowledged(client.socket) == 0)
+
+
+def is_handled(session: PsSession[Any], count: int) -> bool:
+    """Whether so many messages came, and the session waits for the peer again."""
+    waits = session._waiting_since or session._line is not None
+    return session.messages_received == count and bool(waits)
 
 
 def echo(session: PsSession[Any]) -> None:
@@ -475,6 +481,97 @@ def test_callback_timeout_ends_a_handler_that_takes_too_long_for_a_message(
     assert isinstance(session.close_cause, TimeoutError)
 
 
+def test_callback_timeout_begins_anew_with_each_message_of_one_read(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def handle(session: PsSession[Any]) -> None:
+        for message in session:
+            gevent.sleep(0.1)
+            session.send(message)
+
+    handler = Handler(handle)
+    client = ps_client(ps_server(handler, framing=Line(), callback_timeout=0.5))
+    client.send("x\n" * 10)
+    client.expect("x\n" * 10)
+    assert not handler.closed
+
+
+def test_frame_timeout_does_not_count_what_a_handler_takes(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    gate = gevent.event.Event()
+
+    def handle(session: PsSession[Any]) -> None:
+        with pytest.raises(TimeoutError):
+            session.receive(0.1)
+        gate.wait()
+        session.send(session.receive())
+
+    client = ps_client(ps_server(PsHandler(handle), framing=Line(), frame_timeout=0.4))
+    client.send("half ")
+    gevent.sleep(0.2)
+    client.send("and half\n")
+    gevent.sleep(0.5)
+    gate.set()
+    client.expect("half and half\n")
+
+
+@pytest.mark.parametrize("before", ["", "one\n"])
+def test_frame_timeout_holds_for_one_who_asks_again_and_again(
+    before: str,
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def handle(session: PsSession[Any]) -> None:
+        while True:
+            try:
+                session.receive(0.05)
+            except TimeoutError:
+                continue
+
+    handler = Handler(handle)
+    client = ps_client(ps_server(handler, framing=Line(), frame_timeout=0.3))
+    client.send(f"{before}half")
+    assert handler.reason() is PsCloseReason.FAILED
+    (record,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "4 bytes of a message in frame_timeout" in record.getMessage()
+
+
+def test_a_peer_is_idle_also_for_one_who_limits_the_wait_in_gevents_way(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def handle(session: PsSession[Any]) -> None:
+        while session.is_open:
+            with contextlib.suppress(gevent.Timeout), gevent.Timeout(0.05):
+                session.receive()
+
+    handler = Handler(handle)
+    ps_client(ps_server(handler, idle_milliseconds=300))
+    assert handler.reason() is PsCloseReason.TIMEOUT
+
+
+def test_the_loop_ends_when_its_replies_cannot_leave(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def handle(session: PsSession[Any]) -> bool:
+        for _ in session:
+            session.send(bytes(60_000))  # collected, and sent before the next one
+        return True
+
+    handler = Handler(handle)
+    server = ps_server(handler, framing=Line(), send_timeout=None)
+    client = ps_client(server)
+    (session,) = eventually(lambda: server.sessions)
+    while session._line is None:  # one message a read, so one reply before the next
+        handled = session.messages_received
+        client.send("x\n")
+        eventually(partial(is_handled, session, handled + 1))
+    session.close()
+    assert handler.reason() is PsCloseReason.SELF_CLOSE
+    assert handler.returned == [True]
+
+
 # Replies leave together
 
 
@@ -649,6 +746,55 @@ def test_framing_changes_in_a_callback_that_receives(
     assert came == [b"before", b"3", b"after", b"2", b"end"]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_callback_without_a_framing_goes_on_with_one_and_receives(
+    cut: bool, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Upgrade(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message)
+            if message == b"upgrade":
+                session.set_framing(Line())
+                session.send(b"welcome " + session.receive(timeout=5))
+
+    callback = Upgrade()
+    server = ps_server(callback)
+    client = ps_client(server)
+    client.send("upgrade")
+    (session,) = eventually(lambda: server.sessions)
+    eventually(lambda: session.framing)
+    client.send("name\none\ntwo\n" if not cut else "name\none\ntwo\nth")
+    client.expect("welcome name\n")
+    callback.wait_for("on_message", 3)
+    client.send("three\n" if not cut else "ree\n")
+    callback.wait_for("on_message", 4)
+    came = [event.value for event in callback.named("on_message")]
+    assert came == [b"upgrade", b"one", b"two", b"three"]
+
+
+def test_what_on_eof_receives_and_replies_is_not_lost(
+    ps_server: ServerFactory, ps_client: ClientFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Eof(RecordingCallback):
+        def on_eof(self, session: PsSession[Any]) -> None:
+            session.set_framing(FixedSize(2))
+            session.send(session.receive())
+
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            session.send(message.upper())
+            session.close()
+
+    callback = Eof()
+    client = ps_client(ps_server(callback, framing=Line(), allow_half_open=True))
+    with caplog.at_level(logging.INFO, "psofa_gevent"):
+        client.send("abcd")
+        client.eof()
+        client.expect("abCD")
+        client.expect_eof()
+        callback.wait_for("on_close")
+    assert caplog.text.count("bytes of a message") == 1
+
+
 # Where it can't work
 
 
@@ -716,6 +862,20 @@ def generator(_session: PsSession[Any]) -> Any:
     yield
 
 
+async def async_generator(_session: PsSession[Any]) -> Any:
+    yield
+
+
+class AsyncCallable:
+    async def __call__(self, _session: PsSession[Any]) -> None:
+        pass
+
+
+class Mixin:
+    def on_message(self, _session: PsSession[Any], _message: bytes) -> None:
+        pass
+
+
 AnyHandler: Any = PsHandler
 
 
@@ -726,6 +886,9 @@ AnyHandler: Any = PsHandler
         (partial(AnyHandler, 5), "must be a function"),
         (partial(AnyHandler, coroutine), "plain function"),
         (partial(AnyHandler, generator), "plain function"),
+        (partial(AnyHandler, async_generator), "plain function"),
+        (partial(AnyHandler, AsyncCallable()), "plain function"),
+        (lambda: type("X", (Mixin, PsHandler), {}), "X.on_message would never"),
         (partial(AnyHandler, lambda: None), "does not take"),
         (partial(AnyHandler, lambda one, two: None), "does not take"),
         (lambda: type("Both", (PsHandler,), {"handle": echo})(echo), "would never be called"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -532,6 +534,31 @@ def test_a_request_that_never_left_keeps_no_place(device: MakeDevice) -> None:
     here.client.expect("?\n")
     here.client.send("!\n")
     assert asked.get(timeout=5) == b"!"
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["greenlet", "thread"])
+def test_a_request_that_timed_out_keeps_nothing(in_thread: bool, device: MakeDevice) -> None:
+    here = device()
+    session = weakref.ref(here.session)
+
+    def ask(requester: PsRequester[Any], session: PsSession[Any]) -> None:
+        with pytest.raises(PsRequestTimeoutError):
+            requester.request(session, "?", 0.02)
+
+    gc.collect()
+    gc.disable()
+    try:
+        if in_thread:
+            NativeThread(ask, here.requester, here.session).wait()
+        else:
+            gevent.spawn(ask, here.requester, here.session).join()
+        here.client.close()
+        here.callback.wait_for("on_close")
+        here.callback.events.clear()
+        here.__dict__.clear()
+        eventually(lambda: session() is None)
+    finally:
+        gc.enable()
 
 
 def test_many_sessions_share_a_requester(ps_server: ServerFactory) -> None:

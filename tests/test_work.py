@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +35,8 @@ from psofa_gevent.testing import (
     eventually,
 )
 
+BIG = 8 * 1024 * 1024
+"""Bytes: more than the buffers of a connection take."""
 Act = Callable[[PsSession[Any]], object]
 
 
@@ -404,6 +409,53 @@ def test_a_kill_of_the_session_is_passed_on_to_its_work(
             session._greenlet.kill(block=False)
         gevent.sleep(0.01)
     callback.wait_for("on_close", timeout=0.5)
+
+
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_work_that_swallows_its_end_in_a_send_holds_up_nobody(
+    end: str,
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "KILL_PERIOD", 0.1)
+
+    def send_on(session: PsSession[Any]) -> None:
+        with contextlib.suppress(GreenletExit):
+            session.send(bytes(BIG), None)
+        session.send(bytes(BIG), None)
+
+    callback = Spawning(lambda session: session.spawn(send_on, session))
+    server = ps_server(callback, send_timeout=None, linger_timeout=0.2)
+    ps_client(server)
+    session = begun(server)
+    eventually(lambda: session._line is not None)
+    with takes(most=1.0):
+        if end == "close":
+            session.close()
+            callback.wait_for("on_close")
+        else:
+            server.shutdown(timeout=20)
+
+
+def test_a_greenlet_that_is_kept_does_not_keep_its_session(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback())
+    client = ps_client(server)
+    session = opened(server)
+    gone = weakref.ref(session)
+    gc.collect()
+    gc.disable()
+    try:
+        greenlets = [session.spawn(gevent.sleep, 600), session.spawn(asyncio.sleep, 600)]
+        begun(server, 2)
+        del session
+        client.close()
+        eventually(lambda: gone() is None)
+        assert all(isinstance(greenlet.value, GreenletExit) for greenlet in greenlets)
+    finally:
+        gc.enable()
 
 
 # Where it is refused
