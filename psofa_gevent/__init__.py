@@ -25,6 +25,7 @@ from psofa_gevent.errors import (
     PsRequestTimeoutError,
     PsSendError,
     PsServerError,
+    PsTlsError,
 )
 from psofa_gevent.group import PsGroup
 from psofa_gevent.handler import PsHandler
@@ -33,6 +34,7 @@ from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import DEFAULT
+from psofa_gevent.tls import PsTlsInfo
 
 __version__: str
 
@@ -62,6 +64,8 @@ __all__ = [
     "PsServerError",
     "PsSession",
     "PsSocketAddressFamily",
+    "PsTlsError",
+    "PsTlsInfo",
     "__version__",
     "await_greenlet",
     "hub_loop",

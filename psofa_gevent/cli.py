@@ -222,6 +222,17 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="serve so many at once, further clients wait in the backlog "
         "(default: %(default)s, from the limit of file descriptors)",
     )
+    listening.add_argument(
+        "--certificate",
+        metavar="FILE",
+        help="serve TLS with this certificate, and those of its authorities behind it (PEM; "
+        "default: no TLS)",
+    )
+    listening.add_argument(
+        "--key",
+        metavar="FILE",
+        help="the certificate's private key (PEM; default: it is in the certificate's file)",
+    )
 
     reading = parser.add_argument_group("reading and writing")
     reading.add_argument(
@@ -321,6 +332,13 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="close a session whose message is not whole so long after its first byte; 'none': "
         "never (default: %(default)s)",
+    )
+    times.add_argument(
+        "--handshake-timeout",
+        type=word_or(seconds, "none"),
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a TLS handshake may take; 'none': any time (default: %(default)s)",
     )
 
     running = parser.add_argument_group("running and stopping")

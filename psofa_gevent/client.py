@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import uuid
 from types import TracebackType
 from typing import Self
@@ -13,7 +14,7 @@ from psofa_gevent.addresses import (
     format_address,
 )
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import ConnectingOwner, check_connect
+from psofa_gevent.connecting import ConnectingOwner, check_connect, check_server_hostname
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
@@ -40,6 +41,8 @@ class PsClient(ConnectingOwner[M]):
         port: int,
         *,
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
+        ssl_context: ssl.SSLContext | bool | None = None,
+        server_hostname: str | None = None,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -60,6 +63,10 @@ class PsClient(ConnectingOwner[M]):
             host: an address or a name.
             port: 1 to 65535.
             socket_address_family: IPV6 reaches IPv4 hosts too.
+            ssl_context: TLS; True: the server's certificate is verified against the system's
+                authorities, and its name; or a context of your own, made with
+                ``ssl.PROTOCOL_TLS_CLIENT``. ``None``: plain TCP.
+            server_hostname: the name that the certificate must be for; by default `host`.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -99,10 +106,13 @@ class PsClient(ConnectingOwner[M]):
                 overflow=overflow,
             ),
             PsClientError,
+            ssl_context,
         )
         self._host = check_host(host)
         self._port = check_port(port, least=1)
         self._family = check_address_family(socket_address_family)
+        check_server_hostname(ssl_context, server_hostname)
+        self._server_hostname = server_hostname
 
     def __repr__(self) -> str:
         state = "disconnected" if self.session is None else "connected"
@@ -140,12 +150,13 @@ class PsClient(ConnectingOwner[M]):
         if self._connectors or self.session is not None:
             raise PsClientError(f"{self!r} is connected, or connecting, already")
         manager = self._manager
-        target = (self._host, self._port, self._family)
+        endpoint = (self._host, self._port, self._family)
+        target = (*endpoint, connection_id, timeout, self._server_hostname)
         if manager is not None:
-            return self._connect(manager, *target, connection_id, timeout)
+            return self._connect(manager, *target)
         manager = self._start()
         try:
-            return self._connect(manager, *target, connection_id, timeout)
+            return self._connect(manager, *target)
         except BaseException:
             self._undo(manager)
             raise

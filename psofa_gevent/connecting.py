@@ -8,6 +8,7 @@ timeout for all: an address that does not answer gets its share of it.
 from __future__ import annotations
 
 import _socket
+import ssl
 import uuid
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -22,23 +23,34 @@ from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import SessionSettings, check_seconds
+from psofa_gevent.settings import (
+    SessionSettings,
+    check_instance,
+    check_seconds,
+    check_ssl_context,
+)
 from psofa_gevent.tcp import set_no_delay
+from psofa_gevent.tls import TlsSocket
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
 
-__all__ = ["ConnectingOwner", "check_connect"]
+__all__ = ["ConnectingOwner", "check_connect", "check_server_hostname"]
 
 
 class ConnectingOwner(SessionOwner[M]):
     """The base of `PsClient` and `PsMultiClient`."""
 
     def __init__(
-        self, callback: PsCallback[M], settings: SessionSettings, error: type[PsError]
+        self,
+        callback: PsCallback[M],
+        settings: SessionSettings,
+        error: type[PsError],
+        ssl_context: ssl.SSLContext | bool | None,
     ) -> None:
         super().__init__(callback, settings)
         self._error = error
+        self._ssl_context = _context(ssl_context)
         self._connectors: set[Connector] = set()
 
     def _start(self) -> SessionManager:
@@ -57,10 +69,13 @@ class ConnectingOwner(SessionOwner[M]):
         family: PsSocketAddressFamily,
         connection_id: uuid.UUID | None,
         timeout: float | None,
+        server_hostname: str | None = None,
     ) -> PsSession[Any]:
         if not manager.thread.is_current():
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
         connector = Connector(host, port, family, self._settings.no_delay, self._error)
+        if self._ssl_context is not None:
+            connector.use_tls(self._ssl_context, server_hostname or host)
         with manager.entrance():
             self._connectors.add(connector)
             where = format_address(host, port)
@@ -92,11 +107,52 @@ class ConnectingOwner(SessionOwner[M]):
             connector.abort()
 
 
+def _context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None:
+    """The context of a client; True: the system's certificates verify the server."""
+    if ssl_context is True:
+        return ssl.create_default_context()
+    if ssl_context is False:
+        raise TypeError("ssl_context must be an ssl.SSLContext, True or None, not False")
+    check_ssl_context("ssl_context", ssl_context, server_side=False)
+    return ssl_context
+
+
+def check_server_hostname(ssl_context: object, server_hostname: object) -> None:
+    """Raise for a name that is none, or that no TLS would check."""
+    if server_hostname is None:
+        return
+    check_instance("server_hostname", server_hostname, str)
+    if not server_hostname:
+        raise ValueError("server_hostname must not be empty")
+    if ssl_context is None:
+        raise ValueError(f"server_hostname={server_hostname!r} is for TLS: give an ssl_context")
+
+
 def check_connect(connection_id: object, timeout: object) -> None:
     """Raise `TypeError` or `ValueError` for what a ``connect`` cannot use."""
     if connection_id is not None and not isinstance(connection_id, uuid.UUID):
         raise TypeError(f"connection_id must be a uuid.UUID or None, not {connection_id!r}")
     check_seconds("timeout", timeout)
+
+
+def _shake_hands(
+    connected: _socket.socket, ssl_context: ssl.SSLContext, server_hostname: str
+) -> TlsSocket:
+    """Go over to TLS, or close the socket. Waits in the calling greenlet."""
+    try:
+        connected.setblocking(False)
+        tls = TlsSocket(connected, ssl_context, server_side=False, server_hostname=server_hostname)
+        while True:
+            try:
+                tls.shake_hands()
+            except BlockingIOError:
+                wait = socket.wait_write if tls.wants_write else socket.wait_read
+                wait(connected.fileno())
+            else:
+                return tls
+    except BaseException:
+        connected.close()
+        raise
 
 
 class Connector:
@@ -117,8 +173,13 @@ class Connector:
         self._error = error
         self._greenlet: Any = None
         self._aborted = Timeout(None)
+        self._tls: tuple[ssl.SSLContext, str] | None = None
 
-    def connect(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress]:
+    def use_tls(self, ssl_context: ssl.SSLContext, server_hostname: str) -> None:
+        """Shake hands when connected, with a server of that name."""
+        self._tls = ssl_context, server_hostname
+
+    def connect(self, timeout: float | None) -> tuple[_socket.socket | TlsSocket, SocketAddress]:
         """A connected socket, and the address that answered.
 
         Args:
@@ -132,7 +193,12 @@ class Connector:
         limit = Timeout(timeout)
         try:
             limit.start()
-            return self._try_all(timeout)
+            connected, address = self._try_all(timeout)
+            if self._tls is None:
+                return connected, address
+            return _shake_hands(connected, *self._tls), address
+        except ssl.SSLError as exc:
+            raise self._error(f"cannot connect to {where}: TLS: {exc}") from exc
         except OSError as exc:
             raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
         except Timeout as exc:

@@ -20,6 +20,7 @@ __all__ = [
     "PsRequestTimeoutError",
     "PsSendError",
     "PsServerError",
+    "PsTlsError",
 ]
 
 
@@ -69,3 +70,7 @@ class PsRequestTimeoutError(PsRequestError, TimeoutError):
 
 class PsRequestClosedError(PsRequestError):
     """The session is closed, or was closed before the reply came."""
+
+
+class PsTlsError(PsError):
+    """A session could not go over to TLS."""

@@ -163,6 +163,13 @@ class FramedReceiver:
         kept = self._decoder.kept
         _fail(session, TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s"))
 
+    def start_anew(self) -> bytes:
+        """Forget what was read and belongs to no message that was handed over, and return it."""
+        self._messages = None
+        left = self._decoder.unread()
+        self._decoder = _decoder(self.framing)
+        return left
+
     def end(self, session: PsSession[Any]) -> None:
         """The peer sends no more."""
         if kept := self._decoder.kept:

@@ -92,9 +92,10 @@ def _drain(session: PsSession[Any], deadline: float) -> None:
 def _read_and_drop(session: PsSession[Any]) -> bytes | None:
     """Some of what has come; empty: the peer's FIN; ``None``: nothing is there."""
     try:
-        return session._sock.recv(DRAIN_SIZE)
+        data: bytes = session._sock.recv(DRAIN_SIZE)
     except BlockingIOError:
         return None
+    return data
 
 
 def _wait(session: PsSession[Any], seconds: float | None = None, *, readable: bool = False) -> None:

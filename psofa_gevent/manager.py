@@ -14,7 +14,7 @@ import _socket
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gevent import getcurrent
@@ -31,6 +31,7 @@ from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import Endpoint
+from psofa_gevent.tls import TlsSocket
 from psofa_gevent.work import kill_work
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class SessionManager:
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
+        self.prologue: Callable[[PsSession[Any]], None] | None = None
         self.pool = Pool(max_sessions)
         self.changed = Event()
         """Set when a session ended, or the close queue ran empty: look again."""
@@ -78,7 +80,7 @@ class SessionManager:
 
     def open(
         self,
-        sock: _socket.socket,
+        sock: _socket.socket | TlsSocket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None = None,
         local_endpoint: Endpoint | None = None,
@@ -145,7 +147,9 @@ class SessionManager:
     def session_ended(self, session: PsSession[Any]) -> None:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
-            self.closing.put(session)
+            # No callback hears of one that was closed before it opened, unless that failed.
+            if not session._is_opening or session._reason is PsCloseReason.FAILED:
+                self.closing.put(session)
             log_safely(logging.DEBUG, "%r: closed", session)
 
     def forget(self, session: PsSession[Any]) -> bool:

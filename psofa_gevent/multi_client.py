@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket
+import ssl
 import uuid
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Generic, Self
 
 from psofa_gevent.addresses import check_address_family, check_host, check_port
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import ConnectingOwner, check_connect
+from psofa_gevent.connecting import ConnectingOwner, check_connect, check_server_hostname
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
@@ -44,6 +45,7 @@ class PsMultiClient(ConnectingOwner[M]):
         self,
         callback: PsCallback[M],
         *,
+        ssl_context: ssl.SSLContext | bool | None = None,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -61,6 +63,9 @@ class PsMultiClient(ConnectingOwner[M]):
 
         Args:
             callback: what is called for every session.
+            ssl_context: TLS; True: the server's certificate is verified against the system's
+                authorities, and its name; or a context of your own, made with
+                ``ssl.PROTOCOL_TLS_CLIENT``. ``None``: plain TCP.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -100,6 +105,7 @@ class PsMultiClient(ConnectingOwner[M]):
                 overflow=overflow,
             ),
             PsMultiClientError,
+            ssl_context,
         )
 
     def __repr__(self) -> str:
@@ -129,6 +135,7 @@ class PsMultiClient(ConnectingOwner[M]):
         connection_id: uuid.UUID | None = None,
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
         timeout: float | None = 10.0,
+        server_hostname: str | None = None,
     ) -> PsMultiClientConnection[M]:
         """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
 
@@ -137,8 +144,9 @@ class PsMultiClient(ConnectingOwner[M]):
             port: 1 to 65535.
             connection_id: the session's id; random by default.
             socket_address_family: IPV6 reaches IPv4 hosts too.
-            timeout: seconds for name and connection together; ``None``: as long as the system
+            timeout: seconds for name, connection and TLS together; ``None``: as long as the system
                 takes.
+            server_hostname: with TLS, the name that the certificate must be for; by default `host`.
 
         Raises:
             PsMultiClientError: it is not initialised; the name is not known; or the connection was
@@ -149,8 +157,10 @@ class PsMultiClient(ConnectingOwner[M]):
         check_port(port, least=1)
         check_address_family(socket_address_family)
         check_connect(connection_id, timeout)
+        check_server_hostname(self._ssl_context, server_hostname)
         manager = self._running_manager()
-        session = self._connect(manager, host, port, socket_address_family, connection_id, timeout)
+        where = (host, port, socket_address_family)
+        session = self._connect(manager, *where, connection_id, timeout, server_hostname)
         return PsMultiClientConnection(session, host, port)
 
     def disconnect(self, connection: PsMultiClientConnection[M]) -> None:

@@ -67,6 +67,8 @@ class Outbox:
                 last.buffers.append(data)
                 return
         batch = Batch(session._loop, data, timeout, begun=begun, droppable=droppable)
+        if line is None:
+            batch.buffers.locked = session._half_sent
         self._batches.append(batch)
         batch.start(session._line_up(batch.buffers, timeout, batch, begun=True), self._forget)
 

@@ -58,7 +58,11 @@ class SessionOwner(Generic[M]):
         manager = self._manager
         if manager is None:
             return []
-        return [session for session in list(manager.sessions) if session._open]
+        return [
+            session
+            for session in list(manager.sessions)
+            if session._open and not session._is_opening
+        ]
 
     # Many sessions
 

@@ -136,7 +136,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
 class Buffers:
     """Bytes on their way, message by message."""
 
-    __slots__ = ("_begun", "_messages", "size")
+    __slots__ = ("_begun", "_messages", "locked", "size")
 
     def __init__(self, data: bytes | memoryview, *, begun: bool = False) -> None:
         self._messages: deque[bytes | memoryview] = deque((data,))
@@ -144,6 +144,8 @@ class Buffers:
         """Whether a part of the first one has left."""
         self.size = len(data)
         """Bytes that have not left."""
+        self.locked = 0
+        """Bytes of these that are on their way already, encrypted: they must stay."""
 
     def append(self, data: bytes | memoryview) -> None:
         """One more message."""
@@ -167,6 +169,7 @@ class Buffers:
     def took(self, count: int) -> None:
         """The kernel took so many bytes."""
         self.size -= count
+        self.locked = max(self.locked - count, 0)
         while count:
             first = self._messages[0]
             if count < len(first):
@@ -179,13 +182,14 @@ class Buffers:
 
     def drop_oldest(self) -> int:
         """Drop the first message of which nothing has left: its size, or 0 if there is none."""
-        at = 1 if self._begun else 0
-        if len(self._messages) <= at:
-            return 0
-        size = len(self._messages[at])
-        del self._messages[at]
-        self.size -= size
-        return size
+        kept = 0
+        for at, message in enumerate(self._messages):
+            if kept >= self.locked and not (at == 0 and self._begun):
+                del self._messages[at]
+                self.size -= len(message)
+                return len(message)
+            kept += len(message)
+        return 0
 
     @property
     def droppable_size(self) -> int:
@@ -343,10 +347,12 @@ class SendLine:
                     while buffers.size:
                         data = buffers.first()
                         taken = self._session._send_now(data)
-                        sender.begun = sender.begun or taken > 0
                         buffers.took(taken)
                         if taken < len(data):
+                            buffers.locked = self._session._half_sent
+                            sender.begun = sender.begun or taken + buffers.locked > 0
                             break
+                        sender.begun = True
                     else:
                         return
                     del data  # a sender that waits holds no copy

@@ -31,6 +31,7 @@ from psofa_gevent.send_line import (
     run_in_greenlet,
 )
 from psofa_gevent.settings import DEFAULT, Default, check_seconds
+from psofa_gevent.tls import TlsSocket
 from psofa_gevent.worker import may_wait, sends_to_the_end
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ class SendingHalf(Generic[M]):
         "_thread_ident",
     )
 
-    def __init__(self, host: Host, sock: _socket.socket) -> None:
+    def __init__(self, host: Host, sock: _socket.socket | TlsSocket) -> None:
         self._host = host
         self._thread_ident = host.thread.ident
         self._loop = host.thread.loop
-        self._sock = sock
+        self._sock: Any = sock
         self._open = True
         self._released = False
         self._reason = PsCloseReason.NONE
@@ -156,10 +157,11 @@ class SendingHalf(Generic[M]):
             sent = self._send_now(data)
             if sent == len(data):
                 return
+        begun = sent > 0 or self._half_sent > 0
         if not may_wait():
-            self._refuse_to_wait(begun=sent > 0)
+            self._refuse_to_wait(begun=begun)
         rest = Buffers(memoryview(data)[sent:])
-        run_in_greenlet(self._line_up(rest, timeout, GreenletParking(), begun=sent > 0))
+        run_in_greenlet(self._line_up(rest, timeout, GreenletParking(), begun=begun))
 
     async def send_async(
         self,
@@ -198,7 +200,8 @@ class SendingHalf(Generic[M]):
             if sent == len(data):
                 return
         rest = Buffers(memoryview(data)[sent:])
-        await self._line_up(rest, timeout, TaskParking(), begun=begun or sent > 0)
+        begun = begun or sent > 0 or self._half_sent > 0
+        await self._line_up(rest, timeout, TaskParking(), begun=begun)
 
     def post(self, message: M | Message, *, raw: bool = False) -> bool:
         """Send a message without ever waiting: what the kernel does not take now leaves later.
@@ -394,7 +397,7 @@ class SendingHalf(Generic[M]):
     def _send_now(self, data: bytes | memoryview) -> int:
         """Give the kernel what it takes of `data` now; return how many bytes that were."""
         try:
-            sent = self._sock.send(data)
+            sent: int = self._sock.send(data)
         except BlockingIOError:
             return 0
         except OSError as exc:
@@ -402,6 +405,11 @@ class SendingHalf(Generic[M]):
             raise PsSendError(f"{self!r}: send failed: {exc}") from exc
         self._bytes_sent += sent
         return sent
+
+    @property
+    def _half_sent(self) -> int:
+        """Bytes of the message that is on its way, and counts as not sent, but can't be another."""
+        return self._sock.half_sent if type(self._sock) is TlsSocket else 0
 
     def _check_new_send(self) -> None:
         """Raise `PsSendError` where no send may begin."""

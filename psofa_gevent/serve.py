@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import socket
+import ssl
 import sys
 from types import TracebackType
 
@@ -74,6 +75,8 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         backlog=args.backlog,
         receive_buffer_size=args.receive_buffer_size,
         max_sessions=args.max_sessions,
+        ssl_context=tls_context(args.certificate, args.key),
+        handshake_timeout=args.handshake_timeout,
         read_buffer_size=args.read_buffer_size,
         divide=args.divide,
         idle_milliseconds=args.idle_milliseconds,
@@ -87,6 +90,21 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         high_water=args.high_water,
         overflow=OVERFLOWS[args.overflow],
     )
+
+
+def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    """The context that serves TLS with these files; ``None`` without them."""
+    if certificate is None:
+        if key is not None:
+            raise UsageError("--key needs a --certificate")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ValueError) as exc:  # an ssl.SSLError is an OSError
+        files = certificate if key is None else f"{certificate} and {key}"
+        raise UsageError(f"cannot serve TLS with {files}: {exc}") from exc
+    return context
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import errno
 import logging
 import resource
 import socket
+import ssl
 from types import TracebackType
 from typing import Self, cast
 
@@ -27,8 +28,15 @@ from psofa_gevent.framing import Framing
 from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listener, bind
 from psofa_gevent.messages import M
+from psofa_gevent.opening import Prologue
 from psofa_gevent.owner import SessionOwner
-from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int, check_seconds
+from psofa_gevent.settings import (
+    MAX_BUFFER,
+    SessionSettings,
+    check_int,
+    check_seconds,
+    check_ssl_context,
+)
 from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.worker import may_wait_for_callbacks
@@ -62,6 +70,8 @@ class PsServer(SessionOwner[M]):
         backlog: int = 1024,
         receive_buffer_size: int | None = None,
         max_sessions: int | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        handshake_timeout: float | None = 10.0,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -88,6 +98,9 @@ class PsServer(SessionOwner[M]):
                 which is what most want.
             max_sessions: sessions at a time. At the cap, further clients wait in the backlog.
                 ``None``: as many as the process has file descriptors, less a reserve.
+            ssl_context: TLS with this certificate (`ssl.SSLContext.load_cert_chain`), made with
+                ``ssl.PROTOCOL_TLS_SERVER``; ``None``: plain TCP.
+            handshake_timeout: seconds that the TLS handshake may take; ``None``: any time.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -138,6 +151,10 @@ class PsServer(SessionOwner[M]):
         if max_sessions is not None:
             check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
         self._max_sessions = max_sessions
+        check_ssl_context("ssl_context", ssl_context, server_side=True)
+        self._ssl_context = ssl_context
+        check_seconds("handshake_timeout", handshake_timeout, more_than_zero=True)
+        self._handshake_timeout = handshake_timeout
         self._listener: Listener | None = None
         self._bound_to: Endpoint | None = None
 
@@ -164,6 +181,8 @@ class PsServer(SessionOwner[M]):
             if manager.stop is not None:
                 listening.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
+            if self._ssl_context is not None:
+                manager.prologue = Prologue(lambda: self._ssl_context, self._handshake_timeout)
             listener = self._listener = Listener(listening, manager)
             self._bound_to = cast("Endpoint", listener.address)
             manager.dispatch.on_start(self)
@@ -257,6 +276,22 @@ class PsServer(SessionOwner[M]):
         listener = self._listener
         if listener is not None:
             listener.resume()
+
+    def reload_tls(self, ssl_context: ssl.SSLContext) -> None:
+        """Use another context, with new certificates, for the connections that come from now on.
+
+        From any greenlet and any OS thread, started or not. Open sessions go on as they are.
+
+        Raises:
+            TypeError, ValueError: as in the constructor.
+            PsServerError: the server was made without TLS.
+        """
+        if ssl_context is None:
+            raise TypeError("ssl_context must be an ssl.SSLContext, not None")
+        check_ssl_context("ssl_context", ssl_context, server_side=True)
+        if self._ssl_context is None:
+            raise PsServerError(f"{self!r} has no TLS: give the constructor an ssl_context")
+        self._ssl_context = ssl_context
 
     def shutdown(self, timeout: float | None = SHUTDOWN_TIMEOUT, *, drain: float = 0.0) -> None:
         """Stop accepting, close every session, deliver every ``on_close``, and return.

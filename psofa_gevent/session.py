@@ -26,6 +26,7 @@ from __future__ import annotations
 import _socket
 import logging
 import os
+import ssl
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
 from psofa_gevent.messages import M
+from psofa_gevent.opening import begin_tls
 from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.receiving import receive_next
 from psofa_gevent.sending import SendingHalf
@@ -52,8 +54,10 @@ from psofa_gevent.settings import (
     check_idle,
     check_instance,
     check_seconds,
+    check_ssl_context,
 )
 from psofa_gevent.tcp import Endpoint, endpoint, reset
+from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
 from psofa_gevent.work import Killer, kill_work, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
 
@@ -89,6 +93,8 @@ class Host(Protocol):
     ready: ReadySessions
     settings: SessionSettings
     dispatch: Dispatch
+    prologue: Callable[[PsSession[Any]], None] | None
+    """What comes before ``on_open``, in the session's greenlet; it may close the session."""
 
     def session_ended(self, session: PsSession[Any]) -> None:
         """The session has ended and its socket is released. Called in the session's greenlet."""
@@ -142,6 +148,8 @@ class PsSession(SendingHalf[M]):
         "_framed",
         "_greenlet",
         "_idle",
+        "_is_opening",
+        "_keeps_watching",
         "_limit",
         "_local_endpoint",
         "_may_linger",
@@ -152,6 +160,7 @@ class PsSession(SendingHalf[M]):
         "_remote_endpoint",
         "_slice",
         "_started",
+        "_tls",
         "_values",
         "_waited",
         "_waiting_since",
@@ -163,7 +172,7 @@ class PsSession(SendingHalf[M]):
     def __init__(
         self,
         host: Host,
-        sock: _socket.socket,
+        sock: _socket.socket | TlsSocket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None,
         local_endpoint: Endpoint | None = None,
@@ -173,8 +182,11 @@ class PsSession(SendingHalf[M]):
         sock.setblocking(False)
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
-        self._watcher = self._loop.io(sock.fileno(), READ)
+        self._watcher: Any = self._loop.io(sock.fileno(), READ)
         self._ready = host.ready
+        self._keeps_watching = host.ready.keeps_watching
+        self._is_opening = host.prologue is not None
+        """Whether ``on_open`` has to wait for what comes before it."""
         self._ready.register()
         self._connection_id = connection_id or random_bytes()
         self._opened_at = time()
@@ -200,6 +212,9 @@ class PsSession(SendingHalf[M]):
         self._work: set[LibraryGreenlet] | None = None
         """The greenlets that belong to it, beside its own."""
         self._slice: IdleSlice | None = None
+        self._tls: TlsSocket | None = None
+        if type(sock) is TlsSocket:
+            self._use_tls(sock)
         self._context = host.dispatch.new_context()
         self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
 
@@ -274,6 +289,19 @@ class PsSession(SendingHalf[M]):
             f"<PsSession {self.connection_id} {_format(self._local_endpoint)} - "
             f"{_format(self._remote_endpoint)} {state}>"
         )
+
+    @property
+    def tls(self) -> PsTlsInfo | None:
+        """What TLS says of the connection; ``None``: it is not encrypted. Known after the close."""
+        return None if self._tls is None else PsTlsInfo.of(self._tls)
+
+    def _use_tls(self, sock: TlsSocket) -> None:
+        """From now on all bytes go through `sock`."""
+        self._stop_watching()
+        self._tls = self._sock = sock
+        self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
+        # It must be started for each wait: there may be bytes that no event tells of.
+        self._keeps_watching = False
 
     # A user's values
 
@@ -391,6 +419,55 @@ class PsSession(SendingHalf[M]):
                 return
             membership._left(self, state)
 
+    # TLS
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+        timeout: float | None = 10.0,
+    ) -> None:
+        """Go over to TLS in the middle of the session (STARTTLS), and return when it is encrypted.
+
+        What was sent before leaves unencrypted, what comes afterwards is encrypted. Bytes that were
+        read already and belong to no message that was handed over came before the handshake: an
+        attacker may have put them there (CVE-2011-0411), so they are refused.
+
+        In a sync callback of this session, or a `PsHandler`.
+
+        Args:
+            ssl_context: for a server one with a certificate, for a client one that verifies it.
+            server_side: whether this end is the server.
+            server_hostname: at the client, the name that the certificate must be for.
+            timeout: seconds for the handshake; ``None``: any time.
+
+        Raises:
+            PsTlsError: the handshake failed, or was not complete in time; or there were bytes
+                before it. The session closes with FAILED.
+            PsSendError: what was sent before could not leave.
+            RuntimeError: called elsewhere, or the session has TLS already.
+            TypeError, ValueError: an argument is not what it should be.
+        """
+        check_ssl_context("ssl_context", ssl_context, server_side=server_side)
+        if not isinstance(ssl_context, ssl.SSLContext):
+            raise TypeError("ssl_context must be an ssl.SSLContext, not None")
+        check_seconds("timeout", timeout)
+        if getcurrent() is not self._greenlet or self._waiting_since:
+            raise RuntimeError(
+                f"{self!r}: start_tls must be called in a sync callback of the session"
+            )
+        if self._tls is not None:
+            raise RuntimeError(f"{self!r} has TLS already")
+        begin_tls(
+            self,
+            ssl_context,
+            NEVER if timeout is None else monotonic() + timeout,
+            server_side=server_side,
+            server_hostname=server_hostname,
+        )
+
     # Idle time
 
     def change_idle_milliseconds(self, idle_milliseconds: int | None) -> None:
@@ -478,11 +555,15 @@ class PsSession(SendingHalf[M]):
         killer: Killer | None = None
         try:
             try:
-                logger.debug("%r: opened", self)
-                self._host.dispatch.on_open(self)
-                if self._framed is not None:  # on_open may have received some messages itself
-                    self._framed.hand_over(self)
-                self._read()
+                if self._is_opening and self._host.prologue is not None:
+                    self._host.prologue(self)
+                    self._is_opening = not self._open
+                if not self._is_opening:
+                    logger.debug("%r: opened", self)
+                    self._host.dispatch.on_open(self)
+                    if self._framed is not None:  # on_open may have received messages itself
+                        self._framed.hand_over(self)
+                    self._read()
             except BaseException as exc:
                 self._uncork_without_waiting()
                 self._fail(exc)
@@ -526,12 +607,9 @@ class PsSession(SendingHalf[M]):
             pulled_until: not 0: hand over nothing, but return what was read; None when this moment
                 of the monotonic clock has come, and somebody woke the session.
         """
-        watcher = self._watcher
         ready: list[Any] = self._ready.sessions  # whoever waits has a greenlet
         become_ready = ready.append
-        keeps_watching = self._ready.keeps_watching
         hub = self._host.thread.hub
-        recv = self._sock.recv
         size = self._host.settings.read_buffer_size
         on_message = self._host.dispatch.on_message
         try:
@@ -540,7 +618,7 @@ class PsSession(SendingHalf[M]):
                     self._waiting_since = monotonic()
                 if not self._watches:
                     self._watches = True
-                    watcher.start(become_ready, self)
+                    self._watcher.start(become_ready, self)
                 while ready:
                     other = ready.pop()
                     if other._waiting_since:
@@ -553,10 +631,10 @@ class PsSession(SendingHalf[M]):
                     switch(hub)
                 if not self._open:
                     return None  # type: ignore[unreachable]  # others ran since the last look
-                if not keeps_watching:
+                if not self._keeps_watching:
                     self._stop_watching()
                 try:
-                    message = recv(size)
+                    message: bytes = self._sock.recv(size)
                 except BlockingIOError:
                     # Woken by the idle timer, or by nothing at all: no bytes are there.
                     self._look_at_clock()
@@ -707,8 +785,10 @@ class PsSession(SendingHalf[M]):
             self._line.close()
         if with_reset:
             reset(self._sock)
-        else:
-            self._sock.close()
+            return
+        if self._tls is not None and self._reason is not PsCloseReason.FAILED:
+            self._tls.close_notify()  # unless that was done: the stream is not cut off
+        self._sock.close()
 
     def _drop(self) -> None:
         """End a session whose greenlet has not started: no callback ever hears of it."""

@@ -7,6 +7,7 @@ Nothing here touches a socket. A value of the wrong type raises `TypeError`, one
 from __future__ import annotations
 
 import enum
+import ssl
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_instance",
     "check_int",
     "check_seconds",
+    "check_ssl_context",
 ]
 
 T = TypeVar("T")
@@ -128,6 +130,23 @@ def check_framing(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an instance of a Framing, not the class {value!r}")
     if value is not None and not isinstance(value, Framing):
         raise TypeError(f"{name} must be a Framing or None, not {value!r}")
+
+
+def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:
+    """Raise unless `value` is ``None`` or an `ssl.SSLContext` for that side.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is for the other side.
+    """
+    if value is None:
+        return
+    if not isinstance(value, ssl.SSLContext):
+        raise TypeError(f"{name} must be an ssl.SSLContext or None, not {value!r}")
+    wrong = ssl.PROTOCOL_TLS_CLIENT if server_side else ssl.PROTOCOL_TLS_SERVER
+    if value.protocol == wrong:
+        side = "PROTOCOL_TLS_SERVER" if server_side else "PROTOCOL_TLS_CLIENT"
+        raise ValueError(f"{name} must be made with ssl.{side}, not {value.protocol!r}")
 
 
 def check_seconds(

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import ssl
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -771,8 +772,8 @@ def test_version_names_the_package_and_what_it_runs_on(tmp_path: Path) -> None:
 
 def test_help_of_serve_names_every_option_with_its_default(tmp_path: Path) -> None:
     text = " ".join(run(tmp_path, "serve", "--help").stdout.split())
-    for name in server_settings():
-        if name != "socket_address_family":
+    for name in [*server_settings(), "certificate", "key"]:
+        if name not in ("socket_address_family", "ssl_context"):
             assert f"--{name.replace('_', '-')} " in text
     for default in ("8710", "1024", "65536", "60000", "1.5", "5.0"):
         assert f"(default: {default}" in text
@@ -810,7 +811,13 @@ def test_the_defaults_are_those_of_the_server_on_loopback(monkeypatch: pytest.Mo
     assert parsed("serve").drain == shutdown["drain"].default
 
 
-def test_every_setting_of_the_server_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_of_the_server_has_an_option(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trustme = pytest.importorskip("trustme")
+    certificate = trustme.CA().issue_cert("localhost")
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
     expected = {
         "host": "::1",
         "port": 1,
@@ -830,19 +837,39 @@ def test_every_setting_of_the_server_has_an_option(monkeypatch: pytest.MonkeyPat
         "frame_timeout": 11.5,
         "high_water": 12,
         "overflow": PsOverflow.DROP_OLDEST,
+        "handshake_timeout": 13.5,
+        "ssl_context": None,
     }
     assert expected.keys() == server_settings().keys()  # none is forgotten
     words = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
-    arguments = [*words, "--overflow", "drop-oldest"]
+    files = ["--certificate", str(tmp_path / "cert.pem"), "--key", str(tmp_path / "key.pem")]
+    arguments = [*words, "--overflow", "drop-oldest", *files]
     for name, value in expected.items():
         if type(value) in (int, float):
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-    assert settings_from(monkeypatch, *arguments) == expected
+    settings = settings_from(monkeypatch, *arguments)
+    assert isinstance(settings["ssl_context"], ssl.SSLContext)
+    assert {**settings, "ssl_context": None} == expected
+
+
+@pytest.mark.parametrize(
+    "files", [["--certificate", "/nowhere/cert.pem"], ["--key", "key"], ["--certificate", __file__]]
+)
+def test_a_certificate_that_cannot_be_used_is_told_in_one_line(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "--port", "0", *files]) == 2
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert files[1] in output or "--certificate" in output
 
 
 @pytest.mark.parametrize("word", ["none", "None"])
 def test_a_word_switches_a_limit_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    names = ("idle_milliseconds", "send_timeout", "callback_timeout", "frame_timeout")
+    names = (
+        *("idle_milliseconds", "send_timeout", "callback_timeout", "frame_timeout"),
+        "handshake_timeout",
+    )
     arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", word)]
     settings = settings_from(monkeypatch, *arguments)
     assert [settings[name] for name in names] == [None] * len(names)

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import gevent
 import gevent.socket
@@ -197,6 +198,27 @@ def test_guessing_game_ends_when_its_time_is_over() -> None:
         silent.expect("What is your name?\nNo name? Bye!\n")
         silent.expect_eof()
         assert slow.receive_until_eof().endswith(b"Your time is over.\n")
+
+
+def test_tls_echo_is_trusted_by_who_has_its_certificate(tmp_path: Path) -> None:
+    trustme = pytest.importorskip("trustme")
+    paths = {name: str(tmp_path / name) for name in ("cert.pem", "key.pem", "ca.pem", "other.pem")}
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(paths["ca.pem"])
+    trustme.CA().cert_pem.write_to_path(paths["other.pem"])
+    certificate = authority.issue_cert("localhost")
+    certificate.cert_chain_pems[0].write_to_path(paths["cert.pem"])
+    certificate.private_key_pem.write_to_path(paths["key.pem"])
+    files = (paths["cert.pem"], paths["key.pem"])
+    with serving_example("tls_echo.py", "serve", *files, "--port", "0") as (server, address):
+        port = ("--port", str(address[1]))
+        server.send_signal(signal.SIGHUP)
+        with example("tls_echo.py", "ask", paths["ca.pem"], *port) as process:
+            ended_well(process)
+        assert process.lines == ["hello TLSv1.3"]
+        with example("tls_echo.py", "ask", paths["other.pem"], *port) as process:
+            assert process.wait() == 1
+        assert "certificate verify failed" in process.lines[-1]
 
 
 def test_chat_members_hear_each_other() -> None:

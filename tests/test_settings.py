@@ -318,6 +318,8 @@ def test_server_defaults_are_those_of_the_original_where_it_has_them() -> None:
         "backlog": 1024,
         "receive_buffer_size": None,
         "max_sessions": None,
+        "ssl_context": None,
+        "handshake_timeout": 10.0,
     }
 
 

@@ -1,0 +1,268 @@
+"""TLS on a connection: a `TlsSocket` is used like the non-blocking socket below it.
+
+It encrypts and decrypts in memory (`ssl.MemoryBIO`), and does the system calls itself, so it knows
+what has left and what has not. Its promises are those that a session needs of a socket:
+
+- `TlsSocket.send` returns how many bytes the kernel took with all that they became. What was
+  encrypted and not taken is kept, and `TlsSocket.half_sent` says so: then the next `send` must be
+  of the same bytes, and gives the kernel the rest before it returns their number.
+- `TlsSocket.recv` returns what was decrypted, at most as much as was asked for. If more may be left
+  that no event of the socket tells of, `TlsSocket.has_more` says so.
+- The peer's close_notify is the end of its stream (`recv` returns nothing). A FIN without one is a
+  stream that was cut off: `ssl.SSLEOFError` (RFC 8446, section 6.1).
+- `TlsSocket.shutdown` sends close_notify, then FIN.
+
+Nothing here waits or switches: where it can't go on it raises `BlockingIOError`, as a socket does.
+All errors are `OSError`s, as `ssl.SSLError` is one.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from psofa_gevent.ready import ReadySessions
+
+__all__ = ["PsTlsInfo", "TlsSocket", "TlsWatcher"]
+
+ENCRYPTED_AT_A_TIME = 262_144
+"""Bytes of a message that are encrypted for one system call."""
+RECORD = 16_384
+"""Bytes of a TLS record, at most (RFC 8446, section 5.1)."""
+
+
+class TlsSocket:
+    """A TLS connection, with the methods of a socket that a session uses."""
+
+    __slots__ = (
+        "_encrypted",
+        "_incoming",
+        "_outgoing",
+        "_sock",
+        "_taken",
+        "has_more",
+        "ssl_object",
+    )
+
+    def __init__(
+        self,
+        sock: _socket.socket,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+    ) -> None:
+        self._sock = sock
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.ssl_object = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=server_side,
+            server_hostname=server_hostname,
+        )
+        self._encrypted: bytes | memoryview = b""
+        """What the kernel has not taken yet."""
+        self._taken = 0
+        """Bytes of a message that are in there, and that no `send` has returned."""
+        self.has_more = False
+        """Whether `recv` may return more without anything coming from the socket."""
+
+    @property
+    def half_sent(self) -> int:
+        """Bytes of a message that are encrypted, and of which no `send` has told."""
+        return self._taken
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake; it is complete when this returns.
+
+        Raises:
+            BlockingIOError: it waits for the peer, or, when `wants_write`, for the kernel.
+            ssl.SSLError: it failed. The peer has been told, if the kernel took that.
+            ConnectionError: the peer closed the connection.
+        """
+        while True:
+            try:
+                self.ssl_object.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush()
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    self._flush()
+                raise
+            else:
+                self._flush()
+                self.has_more = self._incoming.pending > 0
+                return
+            data = self._sock.recv(RECORD)
+            if not data:
+                raise ConnectionResetError("the peer closed the connection in the TLS handshake")
+            self._incoming.write(data)
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something encrypted waits for the kernel."""
+        return len(self._encrypted) > 0
+
+    def recv(self, size: int) -> bytes:
+        """Decrypted bytes, at most `size`; nothing: the peer has closed its stream."""
+        received: list[bytes] = []
+        left = size
+        self.has_more = False
+        while left:
+            try:
+                data = self.ssl_object.read(min(left, RECORD))
+            except ssl.SSLWantReadError:
+                if received:
+                    break
+                self._read_from_socket(size)
+                continue
+            except ssl.SSLZeroReturnError:
+                data = b""
+            if not data:  # close_notify
+                self.has_more = True
+                break
+            received.append(data)
+            left -= len(data)
+            if not self._incoming.pending and not self.ssl_object.pending():
+                break
+        else:
+            self.has_more = True
+        if self._outgoing.pending:  # a key update, say
+            with contextlib.suppress(BlockingIOError):
+                self._flush()
+        return received[0] if len(received) == 1 else b"".join(received)
+
+    def _read_from_socket(self, size: int) -> None:
+        data = self._sock.recv(max(size, RECORD))
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Encrypt and send some of `data`: how many bytes of it the kernel took all of."""
+        if not self._taken:
+            self._flush()
+            with memoryview(data) as view:
+                while self._taken < min(len(view), ENCRYPTED_AT_A_TIME):
+                    self._taken += self.ssl_object.write(view[self._taken :][:RECORD])
+        self._flush()
+        taken, self._taken = self._taken, 0
+        return taken
+
+    def _flush(self) -> None:
+        """Give the kernel all that is encrypted. Raises `BlockingIOError` if that can't be now."""
+        if self._outgoing.pending:
+            fresh = self._outgoing.read()
+            self._encrypted = bytes(self._encrypted) + fresh if self._encrypted else fresh
+        while self._encrypted:
+            sent = self._sock.send(self._encrypted)
+            self._encrypted = memoryview(self._encrypted)[sent:]
+        self._encrypted = b""
+
+    def close_notify(self) -> None:
+        """Tell the peer that this is the end of the stream, if the kernel takes that now."""
+        # It raises where the peer has not sent its own yet.
+        with contextlib.suppress(OSError, ValueError):
+            self.ssl_object.unwrap()
+        with contextlib.suppress(OSError):
+            self._flush()
+
+    def shutdown(self, how: int) -> None:
+        """Send close_notify and shut down writing."""
+        self.close_notify()
+        self._sock.shutdown(how)
+
+    # What is the socket's own
+
+    def fileno(self) -> int:
+        """The descriptor; -1 when closed."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the socket, as it is."""
+        self._sock.close()
+
+    def getsockopt(self, *args: int) -> Any:
+        """An option of the socket."""
+        return self._sock.getsockopt(*args)
+
+    def setsockopt(self, *args: Any) -> None:
+        """Set an option of the socket."""
+        self._sock.setsockopt(*args)
+
+    def getsockname(self) -> Any:
+        """The socket's own address."""
+        return self._sock.getsockname()
+
+    def setblocking(self, flag: bool) -> None:
+        """The socket's mode; it must not block."""
+        self._sock.setblocking(flag)
+
+
+class TlsWatcher:
+    """The read watcher of a TLS connection: it tells of what is decrypted already, too."""
+
+    __slots__ = ("_loop", "_ready", "_tls", "_watcher")
+
+    def __init__(self, loop: Any, ready: ReadySessions, watcher: Any, tls: TlsSocket) -> None:
+        self._loop = loop
+        self._ready = ready
+        self._watcher = watcher
+        self._tls = tls
+
+    def start(self, callback: Callable[..., object], *args: object) -> None:
+        """Call `callback` when there is, or may be, something to receive."""
+        self._watcher.start(callback, *args)
+        if self._tls.has_more:
+            self._loop.run_callback(self._tell, callback, args)
+
+    def _tell(self, callback: Callable[..., object], args: tuple[object, ...]) -> None:
+        callback(*args)
+        self._ready.run_soon()  # no event of a socket does that
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._watcher.stop()
+
+    def close(self) -> None:
+        """Release the watcher."""
+        self._watcher.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PsTlsInfo:
+    """What TLS says of a connection.
+
+    Attributes:
+        version: of the protocol: "TLSv1.3".
+        cipher: the cipher's name.
+        alpn_protocol: what was agreed on (RFC 7301); ``None``: nothing.
+        peer_certificate: the peer's certificate, DER; ``None``: it has shown none.
+        peer: the verified certificate as a dictionary (`ssl.SSLSocket.getpeercert`); empty where it
+            was not verified.
+    """
+
+    version: str | None
+    cipher: str | None
+    alpn_protocol: str | None
+    peer_certificate: bytes | None
+    peer: dict[str, Any]
+
+    @classmethod
+    def of(cls, tls: TlsSocket) -> PsTlsInfo:
+        """What `tls` says."""
+        ssl_object = tls.ssl_object
+        cipher = ssl_object.cipher()
+        return cls(
+            version=ssl_object.version(),
+            cipher=None if cipher is None else cipher[0],
+            alpn_protocol=ssl_object.selected_alpn_protocol(),
+            peer_certificate=ssl_object.getpeercert(binary_form=True),
+            peer=dict(ssl_object.getpeercert() or {}),
+        )

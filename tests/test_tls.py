@@ -1,0 +1,733 @@
+"""TLS: everything holds as on plain connections, and what goes wrong is told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.event
+import gevent.subprocess
+import pytest
+
+from helpers import NativeThread, close_reasons, takes
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsClientError,
+    PsCloseReason,
+    PsHandler,
+    PsMultiClient,
+    PsMultiClientError,
+    PsOverflow,
+    PsSendError,
+    PsServer,
+    PsServerError,
+    PsSession,
+    PsTlsError,
+)
+from psofa_gevent.framing import LengthPrefix, Line
+from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
+
+trustme = pytest.importorskip("trustme")
+
+BIG = 8 * 1024 * 1024
+"""Bytes: more than the buffers of a connection take."""
+CA = trustme.CA()
+CERTIFICATE = CA.issue_cert("localhost", "127.0.0.1")
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+
+
+def server_context(certificate: Any = CERTIFICATE) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    return context
+
+
+def client_context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    CA.configure_trust(context)
+    if version is not None:
+        context.minimum_version = context.maximum_version = version
+    return context
+
+
+class TlsPeer(ScriptedClient):
+    """A scripted client over TLS, by the standard library, whose wire can be cut."""
+
+    def __init__(self, address: tuple[Any, ...], context: ssl.SSLContext, **kwargs: Any) -> None:
+        super().__init__(address, **kwargs)
+        self.plain = self.socket
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+        self._until_done(self.tls.do_handshake)
+
+    def _until_done(self, step: Callable[..., Any], *args: Any) -> Any:
+        while True:
+            try:
+                result = step(*args)
+            except ssl.SSLWantReadError:
+                self._flush()
+                data = self.plain.recv(65536)
+                if data:
+                    self.incoming.write(data)
+                else:
+                    self.incoming.write_eof()
+            else:
+                self._flush()
+                return result
+
+    def _flush(self) -> None:
+        if self.outgoing.pending:
+            self.plain.sendall(self.outgoing.read())
+
+    def say(self, data: bytes) -> None:
+        """Send as many records as it takes."""
+        view = memoryview(data)
+        while view:
+            view = view[self._until_done(self.tls.write, view) :]
+
+    def hear(self, count: int) -> bytes:
+        """Read so many bytes, or less: up to the clean end."""
+        received = b""
+        while len(received) < count:
+            try:
+                data = self._until_done(self.tls.read, count - len(received))
+            except ssl.SSLZeroReturnError:  # it has said close_notify itself
+                break
+            if not data:
+                break
+            received += data
+        return received
+
+    def close_notify(self) -> None:
+        """Say that this is the end."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.tls.unwrap()
+        self._flush()
+
+
+class Echo(RecordingCallback):
+    def on_message(self, session: PsSession[Any], message: Any) -> None:
+        super().on_message(session, message)
+        session.send(message)
+
+
+@pytest.fixture
+def peer() -> Iterator[Callable[..., TlsPeer]]:
+    """Makes TLS peers of a server, and closes them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(
+            server: PsServer[Any], context: ssl.SSLContext | None = None, **kwargs: Any
+        ) -> TlsPeer:
+            made = TlsPeer(server.address, context or client_context(), **kwargs)
+            return stack.enter_context(made)
+
+        yield make
+
+
+MakePeer = Callable[..., TlsPeer]
+
+
+# As on a plain connection
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_server_echoes_over_tls(
+    version: ssl.TLSVersion, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = Echo()
+    client = peer(ps_server(callback, ssl_context=server_context()), client_context(version))
+    for size in (1, 5_000, 16_384, 16_385, 300_000):
+        data = bytes(range(256)) * (size // 256 + 1)
+        client.say(data)
+        assert client.hear(len(data)) == data
+    client.close_notify()
+    client.close()
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("framing", [None, LengthPrefix(max_size=2**30)], ids=["raw", "framed"])
+def test_our_clients_and_servers_talk(
+    version: ssl.TLSVersion, framing: LengthPrefix | None, ps_server: ServerFactory
+) -> None:
+    server = ps_server(Echo(), ssl_context=server_context(), framing=framing)
+    host, port = server.address[:2]
+    callback = RecordingCallback()
+    context = client_context(version)
+    with PsClient(callback, host, port, ssl_context=context, framing=framing) as client:
+        assert client.session is not None
+        client.session.send(bytes(BIG))
+        eventually(lambda: len(callback.received()) == BIG, 20)
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+    callback = RecordingCallback()
+    with PsMultiClient(callback, ssl_context=context, framing=framing) as bundle:
+        for _ in range(3):
+            bundle.connect("localhost", port).session.send("x")
+        callback.wait_for("on_message", 3)
+
+
+def test_async_callbacks_handlers_and_threads_work_over_tls(ps_server: ServerFactory) -> None:
+    class Async(PsCallback):
+        use_async_callback = True
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            await session.send_async(message * 1_000)
+
+    server = ps_server(Async(), ssl_context=server_context(), framing=Line())
+    came: list[int] = []
+
+    def talk(session: PsSession[bytes]) -> None:
+        NativeThread(session.send, b"y" * 1_000).wait()
+        came.append(len(session.receive(timeout=5)))
+        session.post(b"z" * 1_000)
+        came.append(len(session.receive(timeout=5)))
+
+    with PsMultiClient(PsHandler(talk), ssl_context=client_context(), framing=Line()) as bundle:
+        bundle.connect(*server.address[:2])
+        eventually(lambda: came == [1_000_000, 1_000_000], 10)
+
+
+@pytest.mark.parametrize("size", [1, 100, 16_384])
+def test_a_record_larger_than_read_buffer_size_is_handed_over_in_pieces(
+    size: int, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=server_context(), read_buffer_size=size)
+    client = peer(server)
+    data = bytes(range(256)) * (8 if size == 1 else 256)
+    client.say(data)
+    eventually(lambda: callback.received() == data, 10)
+    assert max(len(event.value) for event in callback.named("on_message")) <= size  # type: ignore[arg-type]
+    client.say(b"and on")
+    eventually(lambda: callback.received() == data + b"and on")
+
+
+def test_a_callback_that_waits_loses_none_of_what_is_decrypted(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Slow(Echo):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            gevent.sleep(0.001)
+            super().on_message(session, message)
+
+    client = peer(ps_server(Slow(), ssl_context=server_context(), read_buffer_size=500))
+    client.say(bytes(50_000))
+    assert client.hear(50_000) == bytes(50_000)
+
+
+def test_1000_sessions_talk_over_tls(ps_server: ServerFactory) -> None:
+    server = ps_server(Echo(), ssl_context=server_context())
+    callback = RecordingCallback()
+    with PsMultiClient(callback, ssl_context=client_context()) as bundle:
+        for _ in range(1_000):
+            bundle.connect(*server.address[:2], timeout=30)
+        bundle.broadcast("hello")
+        callback.wait_for("on_message", 1_000, timeout=30)
+    assert {event.value for event in callback.named("on_message")} == {b"hello"}
+
+
+# Sending
+
+
+def test_what_was_sent_before_a_close_arrives_and_the_end_is_a_clean_one(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Bye(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            session.send(bytes(BIG), timeout=20)
+            session.close()
+
+    client = peer(ps_server(Bye(), ssl_context=server_context(), linger_timeout=5.0))
+    client.say(b"x")
+    gevent.sleep(0.1)
+    assert client.hear(BIG + 1) == bytes(BIG)  # and then close_notify
+
+
+def test_posts_to_a_slow_peer_leave_in_order_whatever_is_dropped(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    server = ps_server(
+        PsCallback(),
+        ssl_context=server_context(),
+        framing=LengthPrefix(),
+        high_water=500_000,
+        overflow=PsOverflow.DROP_OLDEST,
+        linger_timeout=5.0,
+    )
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    for number in range(4_000):
+        session.post(b"%07d|" % number * 500)
+        if number % 100 == 0:
+            gevent.sleep(0)
+    assert session.messages_dropped > 0
+    session.close()
+    decoder = LengthPrefix().decoder()
+    numbers = []
+    for message in decoder.feed(client.hear(BIG * 4)):
+        numbers.append(int(message[:7]))
+        assert message == message[:8] * 500
+    assert decoder.kept == 0
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 3_999
+    assert len(numbers) == 4_000 - session.messages_dropped
+
+
+def test_a_send_that_is_killed_half_way_fails_the_session(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=server_context(), linger_timeout=0.1)
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    sender = gevent.spawn(session.send, bytes(BIG), timeout=None)
+    eventually(lambda: session._line is not None)
+    sender.kill()
+    session.post("must not follow")
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+    with contextlib.suppress(ssl.SSLError):
+        assert set(client.hear(BIG)) == {0}
+
+
+def test_senders_wait_their_turn_and_mix_nothing(ps_server: ServerFactory, peer: MakePeer) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context(), framing=LengthPrefix())
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+
+    def send_some(letter: bytes) -> None:
+        for _ in range(20):
+            session.send(letter * 100_000, timeout=None)
+
+    senders = [gevent.spawn(send_some, letter) for letter in (b"a", b"b")]
+    threads = [NativeThread(send_some, letter) for letter in (b"c", b"d")]
+    count = 80 * 100_004
+    messages = list(LengthPrefix().decoder().feed(client.hear(count)))
+    assert sorted(message[:1] for message in messages) == sorted([b"a", b"b", b"c", b"d"] * 20)
+    assert all(len(set(message)) == 1 and len(message) == 100_000 for message in messages)
+    gevent.joinall(senders, timeout=5, raise_error=True)
+    for thread in threads:
+        thread.wait()
+
+
+def test_a_peer_that_takes_nothing_fails_a_send_after_its_timeout(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=server_context())
+    peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    with takes(0.3, most=2.0), pytest.raises(PsSendError, match="took nothing"):
+        session.send(bytes(BIG * 2), timeout=0.3)
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_direction_closes_by_itself(
+    version: ssl.TLSVersion, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Reply(PsCallback):
+        def on_eof(self, session: PsSession) -> None:
+            session.send("you have closed")
+            session.send_eof()
+
+    callback = Reply()
+    server = ps_server(callback, ssl_context=server_context(), allow_half_open=True)
+    client = peer(server, client_context(version))
+    client.close_notify()
+    client.eof()
+    assert client.hear(100) == b"you have closed"
+
+
+# The end of the stream
+
+
+def test_a_stream_that_is_cut_off_is_no_clean_end(
+    ps_server: ServerFactory, peer: MakePeer, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = RecordingCallback()
+    client = peer(ps_server(callback, ssl_context=server_context()))
+    client.say(b"all of")
+    client.close()  # without close_notify
+    (closed,) = callback.wait_for("on_close")
+    assert callback.received() == b"all of"
+    assert closed.value is PsCloseReason.FAILED
+    assert closed.session is not None
+    assert isinstance(closed.session.close_cause, ssl.SSLEOFError)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_failed_session_does_not_end_cleanly(ps_server: ServerFactory, peer: MakePeer) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context(), linger_timeout=0.0)
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    with pytest.raises(PsSendError):
+        session.send(bytes(BIG * 2), timeout=0.1)
+    with pytest.raises(OSError):  # noqa: PT011 - cut off, or reset
+        client.hear(BIG * 2)
+
+
+def test_abort_resets(ps_server: ServerFactory, peer: MakePeer) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context())
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    session.abort()
+    with pytest.raises(ConnectionResetError):
+        client.hear(1)
+
+
+# A handshake that fails
+
+
+def one_warning(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = eventually(
+        lambda: [each for each in caplog.records if each.levelno >= logging.WARNING]
+    )
+    assert record.exc_info is None
+    return record.getMessage()
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03", b"x" * 70_000])
+def test_plain_bytes_fail_the_handshake(
+    data: bytes, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=server_context())
+    with ScriptedClient(server.address) as client:
+        client.send(data)
+        client.eof()
+        (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert not callback.named("on_open")
+    assert "the TLS handshake failed" in one_warning(caplog)
+
+
+def test_a_silent_client_holds_up_nobody_and_is_closed_in_time(
+    ps_server: ServerFactory, peer: MakePeer, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = Echo()
+    server = ps_server(callback, ssl_context=server_context(), handshake_timeout=0.5)
+    with ScriptedClient(server.address) as silent:
+        client = peer(server)
+        client.say(b"x")
+        assert client.hear(1) == b"x"
+        assert len(server.sessions) == 1  # one that has not opened is none yet
+        server.broadcast("hello")
+        assert client.hear(5) == b"hello"
+        silent.expect_eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert closed.session is not None
+    assert isinstance(closed.session.close_cause, TimeoutError)
+    assert "not complete in time" in one_warning(caplog)
+
+
+@pytest.mark.parametrize("end", ["FIN", "RST"])
+def test_a_client_that_goes_in_the_handshake(
+    end: str, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=server_context())
+    with ScriptedClient(server.address) as client:
+        eventually(lambda: server.get_session_count() == 1)
+        client.eof() if end == "FIN" else client.reset()
+        (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    one_warning(caplog)
+
+
+def test_a_shutdown_ends_handshakes_at_once_and_no_callback_hears_of_them(
+    ps_server: ServerFactory,
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=server_context(), handshake_timeout=None)
+    with ScriptedClient(server.address), ScriptedClient(server.address) as other:
+        other.send(b"\x16")
+        eventually(lambda: server.get_session_count() == 2)
+        with takes(most=0.5):
+            server.shutdown()
+    assert [event.name for event in callback.events] == ["on_start", "on_stop"]
+
+
+def test_the_client_verifies_the_server(ps_server: ServerFactory) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context())
+    host, port = server.address[:2]
+    with pytest.raises(PsClientError, match=r"TLS: .*certificate verify failed"):
+        PsClient(PsCallback(), host, port, ssl_context=True).connect()
+    trusting = client_context()
+    with pytest.raises(PsClientError, match="Hostname mismatch"):
+        PsClient(
+            PsCallback(), host, port, ssl_context=trusting, server_hostname="example.org"
+        ).connect()
+    with PsMultiClient(PsCallback(), ssl_context=client_context()) as bundle:
+        bundle.connect(host, port, server_hostname="localhost")
+        with pytest.raises(PsMultiClientError, match="Hostname mismatch"):
+            bundle.connect(host, port, server_hostname="example.org")
+
+
+def test_a_client_tells_when_the_server_speaks_no_tls(ps_server: ServerFactory) -> None:
+    talking = ps_server(PsHandler(lambda session: session.send("220 ready\r\n" * 100)))
+    with pytest.raises(PsClientError, match=r"cannot connect to .*: TLS:"):
+        PsClient(PsCallback(), *talking.address[:2], ssl_context=client_context()).connect()
+    silent = ps_server(PsCallback())
+    client = PsClient(PsCallback(), *silent.address[:2], ssl_context=client_context())
+    with takes(0.3, most=1.0), pytest.raises(PsClientError, match="timed out"):
+        client.connect(timeout=0.3)
+    eventually(lambda: not silent.get_session_count())
+
+
+# What TLS says, and what it is told
+
+
+def test_certificates_and_protocols_are_on_the_session(
+    ps_server: ServerFactory,
+) -> None:
+    server_side, client_side = server_context(), client_context()
+    server_side.verify_mode = ssl.CERT_REQUIRED
+    CA.configure_trust(server_side)
+    CA.issue_cert("device@example.org").configure_cert(client_side)
+    for context in (server_side, client_side):
+        context.set_alpn_protocols(["psofa/1"])
+    server = ps_server(RecordingCallback(), ssl_context=server_side)
+    with PsClient(PsCallback(), "localhost", server.address[1], ssl_context=client_side) as client:
+        (session,) = eventually(lambda: server.sessions)
+        seen = session.tls
+        assert seen is not None
+        assert seen.version == "TLSv1.3"
+        assert seen.alpn_protocol == "psofa/1"
+        assert seen.cipher is not None
+        assert ("email", "device@example.org") in seen.peer["subjectAltName"]
+        assert seen.peer_certificate is not None
+        assert client.session is not None
+        assert client.session.tls is not None
+        assert client.session.tls.peer["subjectAltName"]
+    eventually(lambda: not server.get_session_count())
+    assert session.tls is not None  # also after the close
+
+
+def test_a_plain_session_has_no_tls(ps_server: ServerFactory) -> None:
+    server = ps_server(PsCallback())
+    with ScriptedClient(server.address):
+        (session,) = eventually(lambda: server.sessions)
+        assert session.tls is None
+
+
+def test_a_client_without_the_certificate_that_is_asked_for_is_refused(
+    ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = server_context()
+    context.verify_mode = ssl.CERT_REQUIRED
+    callback = RecordingCallback()
+    server = ps_server(callback, ssl_context=context)
+    address = server.address[:2]
+    tls12 = client_context(ssl.TLSVersion.TLSv1_2)
+    with pytest.raises(PsClientError):
+        PsClient(PsCallback(), *address, ssl_context=tls12).connect()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert "peer did not return a certificate" in one_warning(caplog)
+
+
+def test_new_certificates_serve_new_connections(ps_server: ServerFactory, peer: MakePeer) -> None:
+    server = ps_server(Echo(), ssl_context=server_context())
+    old = peer(server)
+    other = CA.issue_cert("localhost")
+    server.reload_tls(server_context(other))
+    new = peer(server)
+    for client, certificate in ((old, CERTIFICATE), (new, other)):
+        client.say(b"x")
+        assert client.hear(1) == b"x"
+        shown = client.tls.getpeercert(binary_form=True)
+        assert shown is not None
+        pem = ssl.DER_cert_to_PEM_cert(shown)
+        assert pem.encode().split() == certificate.cert_chain_pems[0].bytes().split()
+
+
+# STARTTLS
+
+
+class StartTls(RecordingCallback):
+    """A server that goes over to TLS when asked."""
+
+    def on_message(self, session: PsSession[Any], message: bytes) -> None:
+        super().on_message(session, message)
+        if message == b"STARTTLS":
+            session.send("go ahead")
+            session.start_tls(server_context(), server_side=True, timeout=2.0)
+        else:
+            session.send(message)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_session_goes_over_to_tls(version: ssl.TLSVersion, ps_server: ServerFactory) -> None:
+    callback = StartTls()
+    server = ps_server(callback, framing=Line())
+    came: list[bytes] = []
+
+    def talk(session: PsSession[bytes]) -> None:
+        session.send("plain")
+        came.append(session.receive(timeout=5))
+        session.send("STARTTLS")
+        came.append(session.receive(timeout=5))
+        context = client_context(version)
+        session.start_tls(context, server_side=False, server_hostname="localhost")
+        assert session.tls is not None
+        session.send("secret")
+        came.append(session.receive(timeout=5))
+
+    with PsMultiClient(PsHandler(talk), framing=Line()) as bundle:
+        bundle.connect(*server.address[:2])
+        eventually(lambda: len(came) == 3)
+    assert came == [b"plain", b"go ahead", b"secret"]
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("framing", [Line(), None], ids=["lines", "raw"])
+def test_plaintext_before_the_handshake_is_refused(
+    framing: Line | None, ps_server: ServerFactory
+) -> None:
+    class Raw(StartTls):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message.rstrip())
+
+    callback = Raw()
+    server = ps_server(callback, framing=framing)
+    with ScriptedClient(server.address) as client:
+        client.send(b"STARTTLS\nINJECTED\n" if framing else b"STARTTLS")
+        client.receive(len("go ahead"))
+        if framing is None:
+            client.send(b"INJECTED\n")
+        (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert closed.session is not None
+    assert isinstance(closed.session.close_cause, PsTlsError)
+    assert callback.received() == b"STARTTLS"
+
+
+def test_starttls_is_for_callbacks_and_for_once(ps_server: ServerFactory, peer: MakePeer) -> None:
+    errors: list[str] = []
+
+    class Twice(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            with pytest.raises(RuntimeError, match="has TLS already") as caught:
+                session.start_tls(server_context(), server_side=True)
+            errors.append(str(caught.value))
+
+    server = ps_server(Twice(), ssl_context=server_context())
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    with pytest.raises(RuntimeError, match="sync callback"):
+        session.start_tls(server_context(), server_side=True)
+    client.say(b"x")
+    eventually(lambda: errors)
+
+
+# What makes no sense
+
+
+def test_a_context_for_the_other_side_is_refused() -> None:
+    with pytest.raises(ValueError, match="ssl_context must be made with"):
+        PsServer(PsCallback(), ssl_context=client_context())
+    with pytest.raises(ValueError, match="ssl_context must be made with"):
+        PsClient(PsCallback(), "localhost", 1, ssl_context=server_context())
+    with pytest.raises(TypeError, match="ssl_context must be an"):
+        PsServer(PsCallback(), ssl_context=True)  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match="ssl_context must be an"):
+        PsMultiClient(PsCallback(), ssl_context=False)
+    with pytest.raises(ValueError, match="server_hostname='x' is for TLS"):
+        PsClient(PsCallback(), "localhost", 1, server_hostname="x")
+    with pytest.raises(PsServerError, match="has no TLS"):
+        PsServer(PsCallback()).reload_tls(server_context())
+
+
+# OpenSSL's own
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    path = tmp_path / "server.pem"
+    CERTIFICATE.private_key_and_cert_chain_pem.write_to_path(str(path))
+    CA.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    return path
+
+
+def openssl(*arguments: str, **kwargs: Any) -> gevent.subprocess.Popen[bytes]:
+    try:
+        return gevent.subprocess.Popen(["openssl", *arguments], **kwargs)
+    except FileNotFoundError:
+        pytest.skip("there is no openssl")
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_s_client_talks_to_us(version: str, ps_server: ServerFactory, pem: Path) -> None:
+    callback = Echo()
+    server = ps_server(callback, ssl_context=server_context())
+    where = f"127.0.0.1:{server.address[1]}"
+    ca = str(pem.parent / "ca.pem")
+    process = openssl(
+        *("s_client", "-connect", where, version, "-quiet", "-verify_return_error", "-CAfile", ca),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"hello\n"
+        server.sessions[0].close()
+        assert process.stdout.read() == b""
+        assert process.wait(timeout=5) == 0  # it takes a stream that is cut off for an error
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_we_talk_to_s_server(version: str, pem: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    process = openssl(
+        *("s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(pem), "-rev", version),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        callback = RecordingCallback()
+        client = PsClient(callback, "127.0.0.1", port, ssl_context=client_context(), framing=Line())
+
+        def connected() -> bool:
+            with contextlib.suppress(PsClientError):
+                client.connect()
+            return client.session is not None
+
+        eventually(connected, 10)
+        assert client.session is not None
+        client.session.send("hello")
+        (message,) = callback.wait_for("on_message")
+        assert message.value == b"olleh"
+        client.disconnect()
+    finally:
+        process.kill()
+        process.wait()
