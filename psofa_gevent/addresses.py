@@ -14,6 +14,7 @@ from gevent import socket
 
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.settings import MAX_PORT, check_instance, check_int
+from psofa_gevent.unix_sockets import unix_path
 
 __all__ = [
     "SocketAddress",
@@ -36,6 +37,7 @@ def check_host(host: object) -> str:
         raise ValueError("host must be an address or a name, not ''; 0.0.0.0 is every address")
     if "\0" in text:
         raise ValueError(f"host must not contain a null character: {text!r}")
+    unix_path(text)
     return text
 
 
@@ -79,5 +81,10 @@ def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketA
 
 
 def format_address(host: object, port: object) -> str:
-    """``host:port``, with brackets round an IPv6 address (RFC 3986, section 3.2.2)."""
+    """``host:port``, with brackets round an IPv6 address (RFC 3986, section 3.2.2).
+
+    A Unix socket has no port.
+    """
+    if isinstance(host, str) and unix_path(host) is not None:
+        return host
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

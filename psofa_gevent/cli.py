@@ -195,7 +195,8 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
     listening = parser.add_argument_group("where to listen")
     listening.add_argument(
         "--host",
-        help="an address or name of this machine; 0.0.0.0 (or :: with --ipv6) for all of them. "
+        help="an address or name of this machine; 0.0.0.0 (or :: with --ipv6) for all of them; "
+        "or a Unix socket: unix:PATH. "
         "(default: loopback, 127.0.0.1 or ::1, which only this machine reaches)",
     )
     listening.add_argument(
@@ -221,6 +222,12 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         metavar="SESSIONS",
         help="serve so many at once, further clients wait in the backlog "
         "(default: %(default)s, from the limit of file descriptors)",
+    )
+    listening.add_argument(
+        "--unix-mode",
+        type=lambda text: int(text, 8),
+        metavar="MODE",
+        help="the permissions of a Unix socket's file: 660 (default: what the umask leaves)",
     )
     listening.add_argument(
         "--certificate",

@@ -7,14 +7,14 @@ import uuid
 from types import TracebackType
 from typing import Self
 
-from psofa_gevent.addresses import (
-    check_address_family,
-    check_host,
-    check_port,
-    format_address,
-)
+from psofa_gevent.addresses import check_address_family, check_host, format_address
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import ConnectingOwner, check_connect, check_server_hostname
+from psofa_gevent.connecting import (
+    ConnectingOwner,
+    check_client_port,
+    check_connect,
+    check_server_hostname,
+)
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
@@ -60,8 +60,8 @@ class PsClient(ConnectingOwner[M]):
 
         Args:
             callback: what is called for the session.
-            host: an address or a name.
-            port: 1 to 65535.
+            host: an address or a name; or a Unix domain socket, ``unix:`` and its path.
+            port: 1 to 65535; 0 for a Unix socket.
             socket_address_family: IPV6 reaches IPv4 hosts too.
             ssl_context: TLS; True: the server's certificate is verified against the system's
                 authorities, and its name; or a context of your own, made with
@@ -109,9 +109,9 @@ class PsClient(ConnectingOwner[M]):
             ssl_context,
         )
         self._host = check_host(host)
-        self._port = check_port(port, least=1)
+        self._port = check_client_port(host, port)
         self._family = check_address_family(socket_address_family)
-        check_server_hostname(ssl_context, server_hostname)
+        check_server_hostname(ssl_context, server_hostname, host)
         self._server_hostname = server_hostname
 
     def __repr__(self) -> str:

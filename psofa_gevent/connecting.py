@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gevent import Timeout, get_hub, getcurrent, socket
 
-from psofa_gevent.addresses import SocketAddress, format_address, resolve, socket_family
+from psofa_gevent.addresses import (
+    SocketAddress,
+    check_port,
+    format_address,
+    resolve,
+    socket_family,
+)
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
@@ -31,11 +37,12 @@ from psofa_gevent.settings import (
 )
 from psofa_gevent.tcp import set_no_delay
 from psofa_gevent.tls import TlsSocket
+from psofa_gevent.unix_sockets import unix_path
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
 
-__all__ = ["ConnectingOwner", "check_connect", "check_server_hostname"]
+__all__ = ["ConnectingOwner", "check_client_port", "check_connect", "check_server_hostname"]
 
 
 class ConnectingOwner(SessionOwner[M]):
@@ -117,9 +124,16 @@ def _context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None
     return ssl_context
 
 
-def check_server_hostname(ssl_context: object, server_hostname: object) -> None:
-    """Raise for a name that is none, or that no TLS would check."""
+def check_client_port(host: str, port: object) -> int:
+    """Return `port`; with a Unix socket it does not matter, and may be 0."""
+    return check_port(port, least=1 if unix_path(host) is None else 0)
+
+
+def check_server_hostname(ssl_context: object, server_hostname: object, host: str) -> None:
+    """Raise for a name that is none, that no TLS would check, or that is missing."""
     if server_hostname is None:
+        if ssl_context is not None and unix_path(host) is not None:
+            raise ValueError(f"server_hostname must be given for TLS over {host!r}")
         return
     check_instance("server_hostname", server_hostname, str)
     if not server_hostname:
@@ -179,7 +193,9 @@ class Connector:
         """Shake hands when connected, with a server of that name."""
         self._tls = ssl_context, server_hostname
 
-    def connect(self, timeout: float | None) -> tuple[_socket.socket | TlsSocket, SocketAddress]:
+    def connect(
+        self, timeout: float | None
+    ) -> tuple[_socket.socket | TlsSocket, SocketAddress | str]:
         """A connected socket, and the address that answered.
 
         Args:
@@ -223,8 +239,10 @@ class Connector:
         if self._greenlet is not None:
             self._greenlet.throw(self._aborted)
 
-    def _try_all(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress]:
+    def _try_all(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress | str]:
         began = monotonic()
+        if (path := unix_path(self._host)) is not None:
+            return self._try_unix(path, timeout), path
         addresses = resolve(self._host, self._port, self._family)
         for untried in range(len(addresses), 0, -1):
             address = addresses[-untried]
@@ -235,6 +253,15 @@ class Connector:
                 if untried == 1:
                     raise
         raise OSError("the name has no address")
+
+    def _try_unix(self, path: str, timeout: float | None) -> _socket.socket:
+        connecting = socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            connecting.settimeout(None if timeout is None else max(timeout, 0.001))
+            connecting.connect(path)
+            return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, connecting.detach())
+        finally:
+            connecting.close()
 
     def _try(self, address: SocketAddress, timeout: float | None) -> _socket.socket:
         family = socket_family(self._family)

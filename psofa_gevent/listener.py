@@ -18,6 +18,7 @@ from __future__ import annotations
 import _socket
 import errno
 import logging
+import os
 import socket
 from time import monotonic
 from typing import Any
@@ -29,9 +30,10 @@ from psofa_gevent.addresses import SocketAddress, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
-from psofa_gevent.tcp import NO_DELAY_IS_INHERITED, Endpoint, set_no_delay
+from psofa_gevent.tcp import NO_DELAY_IS_INHERITED, endpoint, set_no_delay
+from psofa_gevent.unix_sockets import UnixFile, make_room
 
-__all__ = ["Listener", "bind"]
+__all__ = ["Listener", "bind", "bind_unix"]
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
@@ -78,6 +80,26 @@ def bind(
     return listening
 
 
+def bind_unix(path: str, *, backlog: int, mode: int | None) -> socket.socket:
+    """A socket that listens on the file `path`, which it makes.
+
+    Raises:
+        OSError: a server listens there, or another file is there, or it can't be made.
+    """
+    make_room(path)
+    listening = _SystemSocket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        listening.bind(path)
+        if mode is not None:
+            os.chmod(path, mode)  # nobody can connect before the next line
+        listening.listen(backlog)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
 class Listener(StreamServer):
     """Accepts connections and hands them to a manager, while its pool has room."""
 
@@ -89,10 +111,20 @@ class Listener(StreamServer):
         # As plain numbers, which a socket's own properties are not.
         self._kind = int(listening.family), int(listening.type), listening.proto
         self._sets_no_delay = manager.settings.no_delay and not NO_DELAY_IS_INHERITED
-        bound_to: Endpoint = listening.getsockname()
-        self._local_endpoint = None if bound_to[0] in EVERY_ADDRESS else bound_to
+        name = listening.getsockname()
+        self.endpoint = endpoint(name)
+        """What it is bound to."""
+        knows = self.endpoint is not None and self.endpoint[0] not in EVERY_ADDRESS
+        self._local_endpoint = self.endpoint if knows else None
         """That of all accepted sockets, if the server listens on one address only."""
+        self._file = UnixFile.of(name) if listening.family == _socket.AF_UNIX else None
         super().__init__(listening, handle=_never_called, spawn=manager.pool)
+
+    def close(self) -> None:
+        """Close the socket, and remove the file of one that has one."""
+        if self._file is not None:
+            self._file.remove()
+        super().close()
 
     def pause(self) -> None:
         """Accept nothing more. From any OS thread: a flag that is looked at before each accept."""

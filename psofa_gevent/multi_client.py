@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self
 
-from psofa_gevent.addresses import check_address_family, check_host, check_port
+from psofa_gevent.addresses import check_address_family, check_host
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import ConnectingOwner, check_connect, check_server_hostname
+from psofa_gevent.connecting import (
+    ConnectingOwner,
+    check_client_port,
+    check_connect,
+    check_server_hostname,
+)
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
@@ -140,8 +145,8 @@ class PsMultiClient(ConnectingOwner[M]):
         """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
 
         Args:
-            host: an address or a name.
-            port: 1 to 65535.
+            host: an address or a name; or a Unix domain socket, ``unix:`` and its path.
+            port: 1 to 65535; 0 for a Unix socket.
             connection_id: the session's id; random by default.
             socket_address_family: IPV6 reaches IPv4 hosts too.
             timeout: seconds for name, connection and TLS together; ``None``: as long as the system
@@ -154,10 +159,10 @@ class PsMultiClient(ConnectingOwner[M]):
             TypeError, ValueError: an argument is not what it should be.
         """
         check_host(host)
-        check_port(port, least=1)
+        check_client_port(host, port)
         check_address_family(socket_address_family)
         check_connect(connection_id, timeout)
-        check_server_hostname(self._ssl_context, server_hostname)
+        check_server_hostname(self._ssl_context, server_hostname, host)
         manager = self._running_manager()
         where = (host, port, socket_address_family)
         session = self._connect(manager, *where, connection_id, timeout, server_hostname)

@@ -28,6 +28,7 @@ from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
 from psofa_gevent.network import local_addresses
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
+from psofa_gevent.unix_sockets import unix_path
 
 __all__ = ["ModuleFailedError", "UsageError", "run"]
 
@@ -66,7 +67,8 @@ class EchoCallback(PsCallback):
 
 def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
     """The server that the command line describes; raises as `PsServer` does."""
-    ipv6 = args.ipv6 or ":" in (args.host or "")
+    host = args.host or ""
+    ipv6 = args.ipv6 or (":" in host and not host.startswith("unix:"))
     return PsServer(
         callback,
         host=args.host or ("::1" if ipv6 else "127.0.0.1"),
@@ -74,6 +76,7 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         socket_address_family=PsSocketAddressFamily.IPV6 if ipv6 else PsSocketAddressFamily.IPV4,
         backlog=args.backlog,
         receive_buffer_size=args.receive_buffer_size,
+        unix_mode=args.unix_mode,
         max_sessions=args.max_sessions,
         ssl_context=tls_context(args.certificate, args.key),
         handshake_timeout=args.handshake_timeout,
@@ -271,6 +274,10 @@ def raise_descriptor_limit() -> None:
 
 def where_to_reach(address: tuple[object, ...], serving: str) -> str:
     """What ``serve`` prints when it listens on `address`; its first line is for scripts too."""
+    path = unix_path(str(address[0]))
+    if path is not None:
+        rows = [("serving", serving), ("try", f"nc -U {path}"), ("stop", "Ctrl-C")]
+        return "\n".join([f"Listening on {address[0]}", *(_row(*row) for row in rows)])
     host, port = _host_with_zone(address), address[1]
     lines = [f"Listening on {format_address(host, port)}", _row("serving", serving)]
     nearest = host

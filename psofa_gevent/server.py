@@ -26,7 +26,7 @@ from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
 from psofa_gevent.hub_thread import log_safely
-from psofa_gevent.listener import Listener, bind
+from psofa_gevent.listener import Listener, bind, bind_unix
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Prologue
 from psofa_gevent.owner import SessionOwner
@@ -39,6 +39,7 @@ from psofa_gevent.settings import (
 )
 from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
+from psofa_gevent.unix_sockets import check_mode, unix_path
 from psofa_gevent.worker import may_wait_for_callbacks
 
 __all__ = ["PsServer"]
@@ -69,6 +70,7 @@ class PsServer(SessionOwner[M]):
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
         backlog: int = 1024,
         receive_buffer_size: int | None = None,
+        unix_mode: int | None = None,
         max_sessions: int | None = None,
         ssl_context: ssl.SSLContext | None = None,
         handshake_timeout: float | None = 10.0,
@@ -89,13 +91,16 @@ class PsServer(SessionOwner[M]):
 
         Args:
             callback: what is called for every session.
-            host: the address or name to listen on; 0.0.0.0 (on IPv6 ``::``): every address.
+            host: the address or name to listen on; 0.0.0.0 (on IPv6 ``::``): every address; or a
+                Unix domain socket, ``unix:`` and its path.
             port: 0 asks for a free port, which `address` then tells.
             socket_address_family: IPV6 is dual-stack: IPv4 clients reach the server too.
             backlog: connections that the kernel keeps waiting until they are accepted; Linux takes
                 no more than net.core.somaxconn.
             receive_buffer_size: SO_RCVBUF in bytes; ``None`` leaves it to the kernel's own tuning,
                 which is what most want.
+            unix_mode: the permissions of a Unix socket's file, such as ``0o660``; ``None``: what
+                the process's umask leaves.
             max_sessions: sessions at a time. At the cap, further clients wait in the backlog.
                 ``None``: as many as the process has file descriptors, less a reserve.
             ssl_context: TLS with this certificate (`ssl.SSLContext.load_cert_chain`), made with
@@ -148,6 +153,8 @@ class PsServer(SessionOwner[M]):
         if receive_buffer_size is not None:
             check_int("receive_buffer_size", receive_buffer_size, 1, MAX_BUFFER)
         self._receive_buffer_size = receive_buffer_size
+        check_mode("unix_mode", unix_mode)
+        self._unix_mode = unix_mode
         if max_sessions is not None:
             check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
         self._max_sessions = max_sessions
@@ -184,7 +191,7 @@ class PsServer(SessionOwner[M]):
             if self._ssl_context is not None:
                 manager.prologue = Prologue(lambda: self._ssl_context, self._handshake_timeout)
             listener = self._listener = Listener(listening, manager)
-            self._bound_to = cast("Endpoint", listener.address)
+            self._bound_to = cast("Endpoint", listener.endpoint)
             manager.dispatch.on_start(self)
             manager.has_started = True
             if self._manager is not manager or not self.started:
@@ -316,6 +323,8 @@ class PsServer(SessionOwner[M]):
     def address(self) -> Endpoint:
         """What the server is bound to: (host, port), or (host, port, flow info, scope id).
 
+        A Unix socket is a host as it was given, and the port 0.
+
         While it is stopped: the host and port that were asked for.
         """
         return self._bound_to or (self._host, self._port)
@@ -339,6 +348,8 @@ class PsServer(SessionOwner[M]):
             host = "::"
         where = format_address(host, self._port)
         try:
+            if (path := unix_path(host)) is not None:
+                return bind_unix(path, backlog=self._backlog, mode=self._unix_mode)
             address = resolve(host, self._port, self._family)[0]
             return bind(
                 address,

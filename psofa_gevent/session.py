@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 
 from gevent import GreenletExit, getcurrent
 
+from psofa_gevent.addresses import format_address
 from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError
@@ -804,5 +805,4 @@ class PsSession(SendingHalf[M]):
 def _format(address: Endpoint | None) -> str:
     if address is None:
         return "?"
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return format_address(*address[:2])

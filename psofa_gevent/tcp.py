@@ -13,6 +13,8 @@ import struct
 import sys
 from typing import Any
 
+from psofa_gevent.unix_sockets import unix_endpoint
+
 __all__ = [
     "NO_DELAY_IS_INHERITED",
     "Endpoint",
@@ -34,7 +36,7 @@ _SO_NWRITE = 0x1024
 
 def endpoint(address: object) -> Endpoint | None:
     """`address` as a tuple; ``None`` for a socket that has none (an unnamed Unix socket)."""
-    return address if isinstance(address, tuple) else None
+    return address if isinstance(address, tuple) else unix_endpoint(address)
 
 
 def set_no_delay(sock: _socket.socket) -> None:

@@ -838,14 +838,15 @@ def test_every_setting_of_the_server_has_an_option(
         "high_water": 12,
         "overflow": PsOverflow.DROP_OLDEST,
         "handshake_timeout": 13.5,
+        "unix_mode": 0o660,
         "ssl_context": None,
     }
     assert expected.keys() == server_settings().keys()  # none is forgotten
     words = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
     files = ["--certificate", str(tmp_path / "cert.pem"), "--key", str(tmp_path / "key.pem")]
-    arguments = [*words, "--overflow", "drop-oldest", *files]
+    arguments = [*words, "--overflow", "drop-oldest", "--unix-mode", "660", *files]
     for name, value in expected.items():
-        if type(value) in (int, float):
+        if type(value) in (int, float) and name != "unix_mode":
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     settings = settings_from(monkeypatch, *arguments)
     assert isinstance(settings["ssl_context"], ssl.SSLContext)

@@ -93,6 +93,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "high_water": [0, -1, 2**63, TOO_LARGE_FOR_A_FLOAT],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
+    "unix_mode": ["660", 0.5, True, object],
     "host": [None, b"127.0.0.1", 127, ("127.0.0.1", 80), True],
     "port": [*NOT_WHOLE_NUMBERS, None],
     "socket_address_family": [None, "IPV4", 4, True, socket.AF_INET, PsSocketAddressFamily],
@@ -318,6 +319,7 @@ def test_server_defaults_are_those_of_the_original_where_it_has_them() -> None:
         "backlog": 1024,
         "receive_buffer_size": None,
         "max_sessions": None,
+        "unix_mode": None,
         "ssl_context": None,
         "handshake_timeout": 10.0,
     }

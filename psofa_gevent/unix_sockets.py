@@ -1,0 +1,105 @@
+"""Unix domain sockets: a server that listens on a path, and clients that connect to it (unix(7)).
+
+They are hosts that begin with ``unix:``, as in ``unix:/run/app.sock``; the port does not matter.
+
+Resource handling: the file belongs to the server that made it, which removes it when it stops. A
+file that is left of a server that ended without a word is replaced; one on which a server listens,
+or that is no socket, is refused.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from psofa_gevent.settings import check_int
+
+__all__ = ["UnixFile", "check_mode", "make_room", "unix_endpoint", "unix_path"]
+
+PREFIX = "unix:"
+LONGEST_PATH = 107
+"""Bytes (unix(7): sun_path has 108, with a null byte). macOS has 104."""
+
+
+def unix_path(host: str) -> str | None:
+    """The path in a host that is one; ``None``: it is the name or address of a machine.
+
+    Raises:
+        ValueError: it is too long, or none.
+    """
+    if not host.startswith(PREFIX):
+        return None
+    path = host.removeprefix(PREFIX)
+    size = len(os.fsencode(path))
+    if not 1 <= size <= LONGEST_PATH:
+        raise ValueError(
+            f"host must have a path of 1 to {LONGEST_PATH} bytes after 'unix:', not {host!r}"
+        )
+    return path
+
+
+def unix_endpoint(name: object) -> tuple[str, int] | None:
+    """What the socket module says of a Unix socket, as a host and a port; unnamed: ``None``."""
+    if isinstance(name, bytes):  # in Linux's abstract namespace
+        name = os.fsdecode(name.replace(b"\0", b"@"))
+    return (PREFIX + name, 0) if isinstance(name, str) and name else None
+
+
+def check_mode(name: str, value: object) -> None:
+    """Raise unless `value` is ``None`` or a file's permissions."""
+    if value is not None:
+        check_int(name, value, 0, 0o777)
+
+
+class UnixFile(NamedTuple):
+    """The file of a listening socket, as it was when it was made."""
+
+    path: str
+    device: int
+    inode: int
+    process: int
+
+    @classmethod
+    def of(cls, path: str) -> UnixFile:
+        """The file that is there now."""
+        found = os.stat(path)
+        return cls(os.path.abspath(path), found.st_dev, found.st_ino, os.getpid())
+
+    def remove(self) -> None:
+        """Remove it, unless another one is in its place. Not in a process that was forked since."""
+        if os.getpid() != self.process:
+            return
+        with contextlib.suppress(OSError):
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+                os.unlink(self.path)
+
+
+def make_room(path: str) -> None:
+    """Remove the file of a server that is gone.
+
+    Raises:
+        OSError: a server listens there (EADDRINUSE), or it is no socket (EEXIST).
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "there is a file that is no socket")
+    with contextlib.closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)) as asking:
+        asking.setblocking(False)
+        try:
+            asking.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except BlockingIOError as exc:  # its backlog is full
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from exc
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
