@@ -20,7 +20,7 @@ from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import SessionSettings
+from psofa_gevent.settings import SessionSettings, check_hostname
 
 __all__ = ["PsClient"]
 
@@ -113,6 +113,8 @@ class PsClient(ConnectingOwner[M]):
         self._family = check_address_family(socket_address_family)
         check_server_hostname(ssl_context, server_hostname, host)
         self._server_hostname = server_hostname
+        if self._ssl_context is not None:
+            check_hostname("server_hostname", server_hostname or host, self._ssl_context)
 
     def __repr__(self) -> str:
         state = "disconnected" if self.session is None else "connected"

@@ -31,6 +31,7 @@ from psofa_gevent.owner import SessionOwner
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import (
     SessionSettings,
+    check_hostname,
     check_instance,
     check_seconds,
     check_ssl_context,
@@ -82,7 +83,9 @@ class ConnectingOwner(SessionOwner[M]):
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
         connector = Connector(host, port, family, self._settings.no_delay, self._error)
         if self._ssl_context is not None:
-            connector.use_tls(self._ssl_context, server_hostname or host)
+            name = server_hostname or host
+            check_hostname("server_hostname", name, self._ssl_context)
+            connector.use_tls(self._ssl_context, name)
         with manager.entrance():
             self._connectors.add(connector)
             where = format_address(host, port)

@@ -12,7 +12,6 @@ is raised.
 
 from __future__ import annotations
 
-import _socket
 import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -75,9 +74,15 @@ def _sends_on(session: PsSession[Any], deadline: float) -> bool:
 def _drain(session: PsSession[Any], deadline: float) -> None:
     """Shut down writing, then read and drop, until the peer has taken all that was sent."""
     look = FIRST_LOOK
-    if not session._eof_sent:
-        session._eof_sent = True
-        session._sock.shutdown(_socket.SHUT_WR)
+    while not session._eof_sent:
+        try:
+            session._shut_socket()
+        except BlockingIOError:  # with TLS
+            _read_and_drop(session)
+            left = deadline - monotonic()
+            if left <= 0:
+                return
+            _wait(session, min(LONGEST_LOOK, left))
     while True:
         read = _read_and_drop(session)
         if read == b"" or (read is None and unacknowledged(session._sock) == 0):

@@ -114,7 +114,7 @@ class SessionManager:
             for session in self.sessions:
                 self._add_by_id(self._by_id, session)
         found = self._by_id.get(connection_id)
-        if found is not None and found._open:
+        if found is not None and found._open and not found._is_opening:
             return found
         if self._has_duplicates:
             for session in reversed(self.sessions):

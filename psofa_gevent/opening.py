@@ -7,14 +7,16 @@ What fails closes the session with FAILED and one record in the log; ``on_close`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
+from psofa_gevent.send_line import SendLine
 from psofa_gevent.tls import TlsSocket
 
 if TYPE_CHECKING:
@@ -63,14 +65,15 @@ def begin_tls(
 ) -> None:
     """Go over to TLS in the middle of a session: see `PsSession.start_tls`."""
     session._uncork()
-    while session._line is not None and session._open:
-        _wait(session, deadline, writes=True)  # what was posted, or sent by others, leaves before
+    session._stop_watching()  # it is watched for the handshake now
     try:
+        while session._line is not None and session._open:
+            _wait(session, deadline, writes=True)  # what was sent before leaves before
         if session._framed is not None and session._framed.start_anew():
             raise PsTlsError(f"{session!r}: bytes came before the TLS handshake, unencrypted")
         if not session._open:
             raise PsTlsError(f"{session!r}: the session is closed")
-        try:
+        with _holding_senders(session):
             shake_hands(
                 session,
                 context,
@@ -78,13 +81,25 @@ def begin_tls(
                 server_side=server_side,
                 server_hostname=server_hostname,
             )
-        except OSError as exc:
-            raise PsTlsError(f"{session!r}: the TLS handshake failed: {exc}") from exc
-    except PsTlsError as exc:
+    except (OSError, PsTlsError) as exc:
+        error = exc
+        if isinstance(exc, OSError):
+            error = PsTlsError(f"{session!r}: the TLS handshake failed: {exc}")
         if session._open:
-            session._request_close(PsCloseReason.FAILED, exc)
-            logger.warning("%s", exc)
-        raise
+            session._request_close(PsCloseReason.FAILED, error)
+            logger.warning("%s", error)
+        raise error from (None if error is exc else exc)
+
+
+@contextlib.contextmanager
+def _holding_senders(session: PsSession[Any]) -> Iterator[None]:
+    """What others send in the block waits for its end: it must not leave unencrypted."""
+    line = session._line = SendLine(session)
+    release = line.hold()
+    try:
+        yield
+    finally:
+        release()
 
 
 def shake_hands(

@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -194,7 +195,13 @@ class Buffers:
     @property
     def droppable_size(self) -> int:
         """Bytes of the messages of which nothing has left."""
-        return self.size - (len(self._messages[0]) if self._begun else 0)
+        kept = droppable = 0
+        for at, message in enumerate(self._messages):
+            if kept >= self.locked and not (at == 0 and self._begun):
+                droppable += len(message)
+            else:
+                kept += len(message)
+        return droppable
 
     def clear(self) -> None:
         """Drop all of them."""
@@ -277,6 +284,17 @@ def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
     finally:
         coroutine.close()
     raise RuntimeError("the coroutine suspended outside its parking")
+
+
+class _Nowhere:
+    """The parking of one who does not wait."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield
+
+    def wake(self) -> bool:
+        """There is nobody."""
+        return True
 
 
 class _Sender:
@@ -458,4 +476,10 @@ class SendLine:
             outstanding = unacknowledged(self._session._sock)
         except OSError:
             return 0  # released: the next look at the session raises
-        return self._session._bytes_sent - (outstanding or 0)
+        return self._session._wire_sent - (outstanding or 0)
+
+    def hold(self) -> Callable[[], None]:
+        """Stand in front of all others, and send nothing, until what is returned is called."""
+        holder = _Sender(_Nowhere(), begun=False, in_callback=False)
+        self._senders.appendleft(holder)
+        return partial(self._leave, holder)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SendingHalf"]
 
+SHUT_AGAIN = 0.02
+"""Seconds after which a full kernel is asked again to take the end of a TLS stream."""
 CORK_SIZE = 65_536
 """Bytes that are collected at most. More would fill buffers, and let the peer wait."""
 
@@ -407,6 +409,25 @@ class SendingHalf(Generic[M]):
         return sent
 
     @property
+    def _wire_sent(self) -> int:
+        """Bytes that the kernel took, as they are on the wire."""
+        return self._sock.wire_sent if type(self._sock) is TlsSocket else self._bytes_sent
+
+    def _shut_socket(self) -> None:
+        """Send no more: with TLS the peer is told that it got all, if it did.
+
+        Raises:
+            BlockingIOError: the kernel does not take that now.
+            OSError: the connection is gone.
+        """
+        is_complete = not (self._is_broken or self._half_sent or self._line is not None)
+        has_failed = self._reason is PsCloseReason.FAILED
+        if type(self._sock) is TlsSocket and is_complete and not has_failed:
+            self._sock.close_notify()
+        self._eof_sent = True
+        self._sock.shutdown(_socket.SHUT_WR)
+
+    @property
     def _half_sent(self) -> int:
         """Bytes of the message that is on its way, and counts as not sent, but can't be another."""
         return self._sock.half_sent if type(self._sock) is TlsSocket else 0
@@ -438,6 +459,7 @@ class SendingHalf(Generic[M]):
             "use 'await session.send_async(...)'"
         )
         if begun:
+            self._break_stream()
             self._request_close(PsCloseReason.FAILED, error)
             log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
@@ -492,11 +514,21 @@ class SendingHalf(Generic[M]):
     def _shut_writing(self) -> None:
         if self._line is not None or self._eof_sent or self._released:
             return
-        self._eof_sent = True
         try:
-            self._sock.shutdown(_socket.SHUT_WR)
+            self._shut_socket()
+        except BlockingIOError:
+            self._shut_later()
+            return
         except OSError as exc:
             self._request_close(PsCloseReason.FAILED, exc, linger=False)
             return
         if self._eof_received:
             self._request_close(PsCloseReason.PEER_CLOSE)
+
+    def _shut_later(self) -> None:
+        def shut() -> None:
+            timer.close()
+            self._shut_writing()
+
+        timer = self._loop.timer(SHUT_AGAIN, ref=False)
+        timer.start(shut)

@@ -24,6 +24,7 @@ once that they were asked (`_open`, `_abort_asked`).
 from __future__ import annotations
 
 import _socket
+import contextlib
 import logging
 import os
 import ssl
@@ -39,7 +40,7 @@ from gevent import GreenletExit, getcurrent
 from psofa_gevent.addresses import format_address
 from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.errors import PsClosedError, PsSendError
+from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
 from psofa_gevent.framed import NEVER, FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
@@ -52,6 +53,7 @@ from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import (
     SessionSettings,
     check_framing,
+    check_hostname,
     check_idle,
     check_instance,
     check_seconds,
@@ -454,6 +456,7 @@ class PsSession(SendingHalf[M]):
         check_ssl_context("ssl_context", ssl_context, server_side=server_side)
         if not isinstance(ssl_context, ssl.SSLContext):
             raise TypeError("ssl_context must be an ssl.SSLContext, not None")
+        check_hostname("server_hostname", server_hostname, ssl_context)
         check_seconds("timeout", timeout)
         if getcurrent() is not self._greenlet or self._waiting_since:
             raise RuntimeError(
@@ -638,6 +641,9 @@ class PsSession(SendingHalf[M]):
                     message: bytes = self._sock.recv(size)
                 except BlockingIOError:
                     # Woken by the idle timer, or by nothing at all: no bytes are there.
+                    if self._tls is not None and self._tls.has_progress:  # but a part of a record
+                        self._tls.has_progress = False
+                        self._waiting_since = monotonic()
                     self._look_at_clock()
                     if pulled_until and monotonic() >= pulled_until:
                         return None
@@ -765,7 +771,7 @@ class PsSession(SendingHalf[M]):
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._host.thread.raise_in_main(exc)
         # Last, as a log handler may switch.
-        if isinstance(exc, (PsSendError, PsClosedError)) and not was_open:
+        if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
             logger.debug("%r: a callback ended with its session", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
@@ -787,8 +793,9 @@ class PsSession(SendingHalf[M]):
         if with_reset:
             reset(self._sock)
             return
-        if self._tls is not None and self._reason is not PsCloseReason.FAILED:
-            self._tls.close_notify()  # unless that was done: the stream is not cut off
+        if self._tls is not None and not self._eof_sent:
+            with contextlib.suppress(OSError):
+                self._shut_socket()
         self._sock.close()
 
     def _drop(self) -> None:

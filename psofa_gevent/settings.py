@@ -20,6 +20,7 @@ __all__ = [
     "SessionSettings",
     "check_bool",
     "check_framing",
+    "check_hostname",
     "check_instance",
     "check_int",
     "check_seconds",
@@ -147,6 +148,20 @@ def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:
     if value.protocol == wrong:
         side = "PROTOCOL_TLS_SERVER" if server_side else "PROTOCOL_TLS_CLIENT"
         raise ValueError(f"{name} must be made with ssl.{side}, not {value.protocol!r}")
+
+
+def check_hostname(name: str, value: object, ssl_context: ssl.SSLContext) -> None:
+    """Raise for a name that no certificate can have; for ``None`` only where one is needed."""
+    if value is not None:
+        check_instance(name, value, str)
+    try:
+        is_server = ssl_context.protocol == ssl.PROTOCOL_TLS_SERVER
+        asked: Any = None if is_server else value
+        ssl_context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), is_server, asked)
+    except (ValueError, TypeError) as exc:  # a UnicodeError is a ValueError
+        raise ValueError(
+            f"{name} must be a name that a certificate can have, not {value!r}: {exc}"
+        ) from exc
 
 
 def check_seconds(

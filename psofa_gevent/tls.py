@@ -10,7 +10,7 @@ what has left and what has not. Its promises are those that a session needs of a
   that no event of the socket tells of, `TlsSocket.has_more` says so.
 - The peer's close_notify is the end of its stream (`recv` returns nothing). A FIN without one is a
   stream that was cut off: `ssl.SSLEOFError` (RFC 8446, section 6.1).
-- `TlsSocket.shutdown` sends close_notify, then FIN.
+- `TlsSocket.close_notify` says that the stream is complete; `TlsSocket.shutdown` does not.
 
 Nothing here waits or switches: where it can't go on it raises `BlockingIOError`, as a socket does.
 All errors are `OSError`s, as `ssl.SSLError` is one.
@@ -39,13 +39,18 @@ class TlsSocket:
     """A TLS connection, with the methods of a socket that a session uses."""
 
     __slots__ = (
+        "_at_end",
+        "_decrypted",
         "_encrypted",
+        "_error",
         "_incoming",
         "_outgoing",
         "_sock",
         "_taken",
         "has_more",
+        "has_progress",
         "ssl_object",
+        "wire_sent",
     )
 
     def __init__(
@@ -69,8 +74,18 @@ class TlsSocket:
         """What the kernel has not taken yet."""
         self._taken = 0
         """Bytes of a message that are in there, and that no `send` has returned."""
+        self._decrypted = b""
+        """What `recv` has not returned yet."""
+        self._at_end = False
+        """Whether the peer's close_notify comes after that."""
+        self._error: OSError | None = None
+        """What comes after that instead."""
         self.has_more = False
         """Whether `recv` may return more without anything coming from the socket."""
+        self.has_progress = False
+        """Whether bytes have come, since the last look, that made no whole record yet."""
+        self.wire_sent = 0
+        """Bytes that the kernel took, as they are on the wire."""
 
     @property
     def half_sent(self) -> int:
@@ -110,36 +125,62 @@ class TlsSocket:
 
     def recv(self, size: int) -> bytes:
         """Decrypted bytes, at most `size`; nothing: the peer has closed its stream."""
-        received: list[bytes] = []
-        left = size
         self.has_more = False
-        while left:
-            try:
-                data = self.ssl_object.read(min(left, RECORD))
-            except ssl.SSLWantReadError:
-                if received:
+        is_full = False
+        if not self._decrypted:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self._at_end:
+                return b""
+            is_full = self._decrypt(size)
+        data, self._decrypted = self._decrypted[:size], self._decrypted[size:]
+        self.has_more = (
+            is_full or self._at_end or self._error is not None or len(self._decrypted) > 0
+        )
+        return data
+
+    def _decrypt(self, size: int, *, reads: bool = True) -> bool:
+        """Decrypt what has come, about `size` bytes of it; whether there may be more.
+
+        `reads`: with what the socket has, if nothing is there.
+        """
+        parts = [self._decrypted]
+        left = size
+        try:
+            while left > 0:
+                try:
+                    data = self.ssl_object.read(min(left, RECORD))
+                except ssl.SSLWantReadError:
+                    if left < size or not reads:
+                        break
+                    self._read_from_socket(size)
+                    continue
+                except ssl.SSLZeroReturnError:
+                    data = b""
+                if not data:  # close_notify
+                    self._at_end = True
                     break
-                self._read_from_socket(size)
-                continue
-            except ssl.SSLZeroReturnError:
-                data = b""
-            if not data:  # close_notify
-                self.has_more = True
-                break
-            received.append(data)
-            left -= len(data)
-            if not self._incoming.pending and not self.ssl_object.pending():
-                break
-        else:
-            self.has_more = True
-        if self._outgoing.pending:  # a key update, say
-            with contextlib.suppress(BlockingIOError):
+                parts.append(data)
+                left -= len(data)
+                if not self._incoming.pending and not self.ssl_object.pending():
+                    break
+        except OSError as exc:
+            if left == size and reads:
+                raise
+            if not isinstance(exc, BlockingIOError):
+                self._error = exc  # after what came before it
+        finally:
+            # A key update, an alert: what can't leave now leaves with what is sent next.
+            with contextlib.suppress(OSError):
                 self._flush()
-        return received[0] if len(received) == 1 else b"".join(received)
+            self._decrypted = b"".join(parts)
+        return left <= 0
 
     def _read_from_socket(self, size: int) -> None:
         data = self._sock.recv(max(size, RECORD))
         if data:
+            self.has_progress = True
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
@@ -148,9 +189,14 @@ class TlsSocket:
         """Encrypt and send some of `data`: how many bytes of it the kernel took all of."""
         if not self._taken:
             self._flush()
-            with memoryview(data) as view:
-                while self._taken < min(len(view), ENCRYPTED_AT_A_TIME):
-                    self._taken += self.ssl_object.write(view[self._taken :][:RECORD])
+            try:
+                with memoryview(data) as view:
+                    while self._taken < min(len(view), ENCRYPTED_AT_A_TIME):
+                        self._taken += self.ssl_object.write(view[self._taken :][:RECORD])
+            except ssl.SSLWantReadError as exc:
+                raise ssl.SSLError("the peer wants to renegotiate, which is not supported") from exc
+        elif len(data) < self._taken:
+            raise ssl.SSLError("another message was half sent")
         self._flush()
         taken, self._taken = self._taken, 0
         return taken
@@ -162,20 +208,32 @@ class TlsSocket:
             self._encrypted = bytes(self._encrypted) + fresh if self._encrypted else fresh
         while self._encrypted:
             sent = self._sock.send(self._encrypted)
+            self.wire_sent += sent
             self._encrypted = memoryview(self._encrypted)[sent:]
         self._encrypted = b""
 
     def close_notify(self) -> None:
-        """Tell the peer that this is the end of the stream, if the kernel takes that now."""
-        # It raises where the peer has not sent its own yet.
+        """Tell the peer that this is the end of the stream.
+
+        Raises:
+            BlockingIOError: the kernel does not take that now: call again.
+        """
+        # OpenSSL's second look for the peer's own takes data for a fatal error: all out, before.
+        while self._decrypt(RECORD, reads=False):
+            pass
+        # It raises where the peer has not sent its own yet, and where something is wrong.
         with contextlib.suppress(OSError, ValueError):
             self.ssl_object.unwrap()
-        with contextlib.suppress(OSError):
+        self.has_more = self.has_more or len(self._decrypted) > 0 or self._at_end
+        try:
             self._flush()
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # the peer is gone
 
     def shutdown(self, how: int) -> None:
-        """Send close_notify and shut down writing."""
-        self.close_notify()
+        """Shut down writing, without close_notify."""
         self._sock.shutdown(how)
 
     # What is the socket's own

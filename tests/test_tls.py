@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -63,6 +64,10 @@ class TlsPeer(ScriptedClient):
 
     def __init__(self, address: tuple[Any, ...], context: ssl.SSLContext, **kwargs: Any) -> None:
         super().__init__(address, **kwargs)
+        self.go_over(context)
+
+    def go_over(self, context: ssl.SSLContext) -> None:
+        """Shake hands."""
         self.plain = self.socket
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
@@ -350,7 +355,128 @@ def test_each_direction_closes_by_itself(
     assert client.hear(100) == b"you have closed"
 
 
+@pytest.mark.parametrize("end", ["close", "send_eof"])
+def test_what_has_come_and_is_not_read_yet_does_not_disturb_the_end(
+    end: str, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Ending(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message)
+            if session.messages_received == 1:
+                session.send(bytes(400_000))
+                getattr(session, end)()
+
+    callback = Ending()
+    settings: dict[str, Any] = {"read_buffer_size": 1_000, "linger_timeout": 5.0}
+    client = peer(ps_server(callback, ssl_context=server_context(), **settings))
+    client.say(bytes(100_000))
+    assert client.hear(400_001) == bytes(400_000)
+    client.close_notify()
+    callback.wait_for("on_close")
+    if end == "send_eof":
+        assert callback.received() == bytes(100_000)
+        assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
+
+
+def test_a_slow_peer_that_takes_something_all_the_time_is_not_failed(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context(), linger_timeout=0.0)
+    client = peer(server, receive_buffer_size=32_768)
+    (session,) = eventually(lambda: server.sessions)
+    sender = gevent.spawn(session.send, bytes(BIG), 0.5)
+    for _ in range(40):
+        client.hear(7_500)
+        gevent.sleep(0.05)
+        assert session.is_open
+    sender.kill()
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("ssl_context", [None, server_context()], ids=["plain", "tls"])
+def test_nothing_follows_a_send_that_was_refused_half_way(
+    ssl_context: ssl.SSLContext | None, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    refused: list[str] = []
+
+    class Careless(PsCallback):
+        use_async_callback = True
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            while session.is_open:
+                await asyncio.sleep(0.01)
+            for data in (b"A" * BIG * 2, b"B" * 1_000):
+                try:
+                    await session.send_async(data, 2.0) if refused else session.send(data)
+                except PsSendError as error:
+                    refused.append(str(error))
+
+    server = ps_server(Careless(), ssl_context=ssl_context)
+    client: Any = peer(server) if ssl_context else ScriptedClient(server.address)
+    (client.say if ssl_context else client.send)(b"x")
+    (session,) = eventually(lambda: server.sessions)
+    eventually(lambda: session.messages_received)
+    stopping = gevent.spawn(server.shutdown)
+    eventually(lambda: len(refused) == 2)
+    received = b""
+    with contextlib.suppress(OSError):
+        while data := client.hear(65_536) if ssl_context else client.socket.recv(65_536):
+            received += data
+    assert set(received) <= {ord("A")}
+    stopping.get(timeout=5)
+    client.close()
+
+
 # The end of the stream
+
+
+@pytest.mark.hub_errors
+def test_a_message_that_broke_off_is_no_clean_end(ps_server: ServerFactory, peer: MakePeer) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context(), linger_timeout=2.0)
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    sender = gevent.spawn(session.send, bytes(BIG * 2), None)
+    eventually(lambda: session._line is not None)
+    reading = gevent.spawn(read_all, client)
+    session.close()
+    with pytest.raises(PsSendError):
+        sender.get(timeout=5)
+    assert isinstance(reading.get(timeout=5), ssl.SSLEOFError)
+
+
+def read_all(client: TlsPeer) -> BaseException | None:
+    try:
+        while client.hear(65_536):
+            pass
+    except OSError as error:
+        return error
+    return None
+
+
+def test_what_came_before_a_bad_record_is_handed_over(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = RecordingCallback()
+    client = peer(ps_server(callback, ssl_context=server_context()))
+    client.tls.write(b"hello")
+    client.plain.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+    (closed,) = callback.wait_for("on_close")
+    assert callback.received() == b"hello"
+    assert closed.value is PsCloseReason.FAILED
+
+
+def test_bytes_of_a_record_that_is_not_whole_are_no_idleness(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = RecordingCallback()
+    client = peer(ps_server(callback, ssl_context=server_context(), idle_milliseconds=1_100))
+    client.tls.write(bytes(16_000))
+    record = client.outgoing.read()
+    for at in range(0, len(record), 2_000):
+        client.plain.sendall(record[at : at + 2_000])
+        gevent.sleep(0.3)
+    eventually(lambda: callback.received() == bytes(16_000))
+    assert not callback.named("on_close")
 
 
 def test_a_stream_that_is_cut_off_is_no_clean_end(
@@ -617,6 +743,54 @@ def test_plaintext_before_the_handshake_is_refused(
     assert callback.received() == b"STARTTLS"
 
 
+def test_what_others_send_in_the_handshake_leaves_encrypted_after_it(
+    ps_server: ServerFactory,
+) -> None:
+    server = ps_server(StartTls(), framing=Line())
+    client = TlsPeer.__new__(TlsPeer)
+    ScriptedClient.__init__(client, server.address)
+    with client:
+        client.send("STARTTLS\n")
+        client.expect("go ahead\n")
+        (session,) = server.sessions
+        server.broadcast("posted")
+        sender = gevent.spawn(session.send, "sent")
+        client.expect_nothing()
+        client.go_over(client_context())
+        assert client.hear(12) == b"posted\nsent\n"
+        sender.get(timeout=5)
+
+
+@pytest.mark.parametrize("end", ["timeout", "close", "shutdown", "FIN", "RST"])
+def test_a_session_that_does_not_get_over_to_tls_fails_without_noise(
+    end: str, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Short(StartTls):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            with pytest.raises(PsTlsError) as caught:
+                session.start_tls(server_context(), server_side=True, timeout=0.3)
+            errors.append(caught.value)
+            raise caught.value
+
+    errors: list[PsTlsError] = []
+    callback = Short()
+    server = ps_server(callback, framing=Line())
+    with ScriptedClient(server.address) as client:
+        client.send("STARTTLS\n")
+        (session,) = eventually(lambda: server.sessions)
+        eventually(lambda: session.messages_received)
+        if end == "FIN":
+            client.close()
+        elif end == "RST":
+            client.reset()
+        elif end != "timeout":
+            server.shutdown() if end == "shutdown" else session.close()
+        callback.wait_for("on_close")
+    assert len(errors) == 1
+    levels = [record.levelno for record in caplog.records if record.levelno >= logging.WARNING]
+    assert levels == ([] if end in ("close", "shutdown") else [logging.WARNING])
+
+
 def test_starttls_is_for_callbacks_and_for_once(ps_server: ServerFactory, peer: MakePeer) -> None:
     errors: list[str] = []
 
@@ -649,6 +823,9 @@ def test_a_context_for_the_other_side_is_refused() -> None:
         PsMultiClient(PsCallback(), ssl_context=False)
     with pytest.raises(ValueError, match="server_hostname='x' is for TLS"):
         PsClient(PsCallback(), "localhost", 1, server_hostname="x")
+    for name in (".example", "x" * 300, "a\0b"):
+        with pytest.raises(ValueError, match="server_hostname must be a name"):
+            PsClient(PsCallback(), "localhost", 1, ssl_context=True, server_hostname=name)
     with pytest.raises(PsServerError, match="has no TLS"):
         PsServer(PsCallback()).reload_tls(server_context())
 
