@@ -341,6 +341,22 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         "never (default: %(default)s)",
     )
     times.add_argument(
+        "--keep-alive",
+        type=word_or(seconds, "none"),
+        default="none",
+        metavar="SECONDS",
+        help="have the kernel probe a client that has been silent for so long; 'none': never "
+        "(default: %(default)s)",
+    )
+    times.add_argument(
+        "--user-timeout",
+        type=word_or(seconds, "none"),
+        default="none",
+        metavar="SECONDS",
+        help="give a client up that does not acknowledge what was sent for so long (not on every "
+        "system); 'none': the kernel's own time (default: %(default)s)",
+    )
+    times.add_argument(
         "--handshake-timeout",
         type=word_or(seconds, "none"),
         default=10.0,

@@ -14,6 +14,7 @@ from psofa_gevent.connecting import (
     check_client_port,
     check_connect,
     check_server_hostname,
+    check_source_address,
 )
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
@@ -43,6 +44,7 @@ class PsClient(ConnectingOwner[M]):
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
         ssl_context: ssl.SSLContext | bool | None = None,
         server_hostname: str | None = None,
+        source_address: tuple[str, int] | None = None,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -55,6 +57,8 @@ class PsClient(ConnectingOwner[M]):
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        keep_alive: float | None = None,
+        user_timeout: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -67,6 +71,8 @@ class PsClient(ConnectingOwner[M]):
                 authorities, and its name; or a context of your own, made with
                 ``ssl.PROTOCOL_TLS_CLIENT``. ``None``: plain TCP.
             server_hostname: the name that the certificate must be for; by default `host`.
+            source_address: the host and port to connect from, such as ``("192.0.2.7", 0)``;
+                ``None``: whatever the system chooses.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -83,6 +89,10 @@ class PsClient(ConnectingOwner[M]):
                 which the session closes with FAILED; ``None``: any time.
             high_water: bytes of `PsSession.post` that wait for the peer, at most.
             overflow: what happens to a post beyond that.
+            keep_alive: seconds of silence after which the kernel probes whether the peer is there
+                (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
+            user_timeout: seconds that what was sent may stay unacknowledged, after which the
+                session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -104,6 +114,8 @@ class PsClient(ConnectingOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                keep_alive=keep_alive,
+                user_timeout=user_timeout,
             ),
             PsClientError,
             ssl_context,
@@ -113,6 +125,8 @@ class PsClient(ConnectingOwner[M]):
         self._family = check_address_family(socket_address_family)
         check_server_hostname(ssl_context, server_hostname, host)
         self._server_hostname = server_hostname
+        check_source_address(source_address, host)
+        self._source_address = source_address
         if self._ssl_context is not None:
             check_hostname("server_hostname", server_hostname or host, self._ssl_context)
 
@@ -153,7 +167,7 @@ class PsClient(ConnectingOwner[M]):
             raise PsClientError(f"{self!r} is connected, or connecting, already")
         manager = self._manager
         endpoint = (self._host, self._port, self._family)
-        target = (*endpoint, connection_id, timeout, self._server_hostname)
+        target = (*endpoint, connection_id, timeout, self._server_hostname, self._source_address)
         if manager is not None:
             return self._connect(manager, *target)
         manager = self._start()

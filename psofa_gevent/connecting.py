@@ -17,6 +17,7 @@ from gevent import Timeout, get_hub, getcurrent, socket
 
 from psofa_gevent.addresses import (
     SocketAddress,
+    check_host,
     check_port,
     format_address,
     resolve,
@@ -36,14 +37,20 @@ from psofa_gevent.settings import (
     check_seconds,
     check_ssl_context,
 )
-from psofa_gevent.tcp import set_no_delay
+from psofa_gevent.tcp import set_options
 from psofa_gevent.tls import TlsSocket
 from psofa_gevent.unix_sockets import unix_path
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
 
-__all__ = ["ConnectingOwner", "check_client_port", "check_connect", "check_server_hostname"]
+__all__ = [
+    "ConnectingOwner",
+    "check_client_port",
+    "check_connect",
+    "check_server_hostname",
+    "check_source_address",
+]
 
 
 class ConnectingOwner(SessionOwner[M]):
@@ -78,10 +85,12 @@ class ConnectingOwner(SessionOwner[M]):
         connection_id: uuid.UUID | None,
         timeout: float | None,
         server_hostname: str | None = None,
+        source_address: tuple[str, int] | None = None,
     ) -> PsSession[Any]:
         if not manager.thread.is_current():
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
-        connector = Connector(host, port, family, self._settings.no_delay, self._error)
+        connector = Connector(host, port, family, self._settings, self._error)
+        connector.source_address = source_address
         if self._ssl_context is not None:
             name = server_hostname or host
             check_hostname("server_hostname", name, self._ssl_context)
@@ -132,6 +141,17 @@ def check_client_port(host: str, port: object) -> int:
     return check_port(port, least=1 if unix_path(host) is None else 0)
 
 
+def check_source_address(source_address: object, host: str) -> None:
+    """Raise unless it is ``None`` or a host and a port, and there is a use for it."""
+    if source_address is None:
+        return
+    if not isinstance(source_address, tuple) or len(source_address) != 2:
+        raise TypeError(f"source_address must be a host and a port, not {source_address!r}")
+    if unix_path(host) is not None or unix_path(check_host(source_address[0])) is not None:
+        raise ValueError(f"source_address={source_address!r} is for TCP")
+    check_port(source_address[1], least=0)
+
+
 def check_server_hostname(ssl_context: object, server_hostname: object, host: str) -> None:
     """Raise for a name that is none, that no TLS would check, or that is missing."""
     if server_hostname is None:
@@ -180,17 +200,19 @@ class Connector:
         host: str,
         port: int,
         family: PsSocketAddressFamily,
-        no_delay: bool,
+        settings: SessionSettings,
         error: type[PsError],
     ) -> None:
         self._host = host
         self._port = port
         self._family = family
-        self._no_delay = no_delay
+        self._settings = settings
         self._error = error
         self._greenlet: Any = None
         self._aborted = Timeout(None)
         self._tls: tuple[ssl.SSLContext, str] | None = None
+        self.source_address: tuple[str, int] | None = None
+        """What to bind to before; None: whatever the system chooses."""
 
     def use_tls(self, ssl_context: ssl.SSLContext, server_hostname: str) -> None:
         """Shake hands when connected, with a server of that name."""
@@ -272,8 +294,10 @@ class Connector:
         try:
             if self._family is PsSocketAddressFamily.IPV6:
                 connecting.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
-            if self._no_delay:
-                set_no_delay(connecting)
+            set_options(connecting, self._settings)
+            if self.source_address is not None:
+                connecting.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+                connecting.bind(resolve(*self.source_address, self._family)[0])
             connecting.settimeout(None if timeout is None else max(timeout, 0.001))
             connecting.connect(address)
             return _socket.socket(family, _socket.SOCK_STREAM, 0, connecting.detach())

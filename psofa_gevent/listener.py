@@ -30,7 +30,8 @@ from psofa_gevent.addresses import SocketAddress, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
-from psofa_gevent.tcp import NO_DELAY_IS_INHERITED, endpoint, set_no_delay
+from psofa_gevent.settings import SessionSettings
+from psofa_gevent.tcp import ARE_INHERITED, endpoint, set_options
 from psofa_gevent.unix_sockets import UnixFile, make_room
 
 __all__ = ["Listener", "bind", "bind_unix"]
@@ -51,7 +52,7 @@ def bind(
     *,
     backlog: int,
     receive_buffer_size: int | None,
-    no_delay: bool,
+    settings: SessionSettings,
 ) -> socket.socket:
     """A socket that listens on `address`.
 
@@ -69,8 +70,7 @@ def bind(
         if receive_buffer_size is not None:
             # Before listen: the window scale is fixed in the handshake (tcp(7)).
             listening.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVBUF, receive_buffer_size)
-        if no_delay:
-            set_no_delay(listening)
+        set_options(listening, settings)
         listening.bind(address)
         listening.listen(backlog)
         listening.setblocking(False)
@@ -110,7 +110,6 @@ class Listener(StreamServer):
         self._next_warning = monotonic()
         # As plain numbers, which a socket's own properties are not.
         self._kind = int(listening.family), int(listening.type), listening.proto
-        self._sets_no_delay = manager.settings.no_delay and not NO_DELAY_IS_INHERITED
         name = listening.getsockname()
         self.endpoint = endpoint(name)
         """What it is bound to."""
@@ -165,8 +164,8 @@ class Listener(StreamServer):
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager."""
         try:
-            if self._sets_no_delay:
-                set_no_delay(accepted)
+            if not ARE_INHERITED:
+                set_options(accepted, self._manager.settings)
             self._manager.open(accepted, address, None, self._local_endpoint)
         except OSError as exc:
             # Reset before it could be looked at.

@@ -16,6 +16,7 @@ from psofa_gevent.connecting import (
     check_client_port,
     check_connect,
     check_server_hostname,
+    check_source_address,
 )
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
@@ -24,7 +25,7 @@ from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_instance
-from psofa_gevent.tcp import set_no_delay
+from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 
@@ -63,6 +64,8 @@ class PsMultiClient(ConnectingOwner[M]):
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        keep_alive: float | None = None,
+        user_timeout: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -87,6 +90,10 @@ class PsMultiClient(ConnectingOwner[M]):
                 which the session closes with FAILED; ``None``: any time.
             high_water: bytes of `PsSession.post` that wait for the peer, at most.
             overflow: what happens to a post beyond that.
+            keep_alive: seconds of silence after which the kernel probes whether the peer is there
+                (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
+            user_timeout: seconds that what was sent may stay unacknowledged, after which the
+                session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -108,6 +115,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                keep_alive=keep_alive,
+                user_timeout=user_timeout,
             ),
             PsMultiClientError,
             ssl_context,
@@ -141,6 +150,7 @@ class PsMultiClient(ConnectingOwner[M]):
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
         timeout: float | None = 10.0,
         server_hostname: str | None = None,
+        source_address: tuple[str, int] | None = None,
     ) -> PsMultiClientConnection[M]:
         """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
 
@@ -152,6 +162,8 @@ class PsMultiClient(ConnectingOwner[M]):
             timeout: seconds for name, connection and TLS together; ``None``: as long as the system
                 takes.
             server_hostname: with TLS, the name that the certificate must be for; by default `host`.
+            source_address: the host and port to connect from; ``None``: whatever the system
+                chooses.
 
         Raises:
             PsMultiClientError: it is not initialised; the name is not known; or the connection was
@@ -163,9 +175,12 @@ class PsMultiClient(ConnectingOwner[M]):
         check_address_family(socket_address_family)
         check_connect(connection_id, timeout)
         check_server_hostname(self._ssl_context, server_hostname, host)
+        check_source_address(source_address, host)
         manager = self._running_manager()
         where = (host, port, socket_address_family)
-        session = self._connect(manager, *where, connection_id, timeout, server_hostname)
+        session = self._connect(
+            manager, *where, connection_id, timeout, server_hostname, source_address
+        )
         return PsMultiClientConnection(session, host, port)
 
     def disconnect(self, connection: PsMultiClientConnection[M]) -> None:
@@ -208,8 +223,7 @@ class PsMultiClient(ConnectingOwner[M]):
     def _adopt(self, connected: _socket.socket) -> PsSession:
         """Take over a connected stream socket of any kind: for `psofa_gevent.testing`."""
         sock = _socket.socket(connected.family, connected.type, connected.proto, connected.detach())
-        if self._settings.no_delay:
-            set_no_delay(sock)
+        set_options(sock, self._settings)
         return self._running_manager().open(sock, sock.getpeername())
 
     def _running_manager(self) -> SessionManager:

@@ -92,6 +92,8 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         frame_timeout=args.frame_timeout,
         high_water=args.high_water,
         overflow=OVERFLOWS[args.overflow],
+        keep_alive=args.keep_alive,
+        user_timeout=args.user_timeout,
     )
 
 
@@ -134,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
     except (TypeError, ValueError) as exc:  # a PsCallbackError is a TypeError
         raise UsageError(_as_typed(str(exc), args)) from exc
     server.start()
-    text = where_to_reach(server.address, args.target or "an echo")
+    serving = args.target or "an echo"
+    text = where_to_reach(server.address, serving, has_tls=args.certificate is not None)
     # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
     # script may send a signal as soon as it has read the first line.
     gevent.spawn(announce, text)
@@ -272,7 +275,7 @@ def raise_descriptor_limit() -> None:
             return
 
 
-def where_to_reach(address: tuple[object, ...], serving: str) -> str:
+def where_to_reach(address: tuple[object, ...], serving: str, *, has_tls: bool = False) -> str:
     """What ``serve`` prints when it listens on `address`; its first line is for scripts too."""
     path = unix_path(str(address[0]))
     if path is not None:
@@ -284,7 +287,10 @@ def where_to_reach(address: tuple[object, ...], serving: str) -> str:
     if ipaddress.ip_address(host).is_unspecified:
         nearest = "::1" if ":" in host else "127.0.0.1"
         lines += _reached_at(host, port)
-    lines += [_row("try", f"nc {nearest} {port}"), _row("stop", "Ctrl-C")]
+    attempt = f"nc {nearest} {port}"
+    if has_tls:
+        attempt = f"openssl s_client -quiet -connect {format_address(nearest, port)}"
+    lines += [_row("try", attempt), _row("stop", "Ctrl-C")]
     return "\n".join(lines)
 
 

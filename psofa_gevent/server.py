@@ -39,7 +39,7 @@ from psofa_gevent.settings import (
 )
 from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
-from psofa_gevent.unix_sockets import check_mode, unix_path
+from psofa_gevent.unix_sockets import unix_path
 from psofa_gevent.worker import may_wait_for_callbacks
 
 __all__ = ["PsServer"]
@@ -86,6 +86,8 @@ class PsServer(SessionOwner[M]):
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        keep_alive: float | None = None,
+        user_timeout: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `start`.
 
@@ -122,6 +124,10 @@ class PsServer(SessionOwner[M]):
                 which the session closes with FAILED; ``None``: any time.
             high_water: bytes of `PsSession.post` that wait for the peer, at most.
             overflow: what happens to a post beyond that.
+            keep_alive: seconds of silence after which the kernel probes whether the peer is there
+                (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
+            user_timeout: seconds that what was sent may stay unacknowledged, after which the
+                session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -143,6 +149,8 @@ class PsServer(SessionOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                keep_alive=keep_alive,
+                user_timeout=user_timeout,
             ),
         )
         self._host = check_host(host)
@@ -153,7 +161,8 @@ class PsServer(SessionOwner[M]):
         if receive_buffer_size is not None:
             check_int("receive_buffer_size", receive_buffer_size, 1, MAX_BUFFER)
         self._receive_buffer_size = receive_buffer_size
-        check_mode("unix_mode", unix_mode)
+        if unix_mode is not None:
+            check_int("unix_mode", unix_mode, 0, 0o777)
         self._unix_mode = unix_mode
         if max_sessions is not None:
             check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
@@ -356,7 +365,7 @@ class PsServer(SessionOwner[M]):
                 self._family,
                 backlog=self._backlog,
                 receive_buffer_size=self._receive_buffer_size,
-                no_delay=self._settings.no_delay,
+                settings=self._settings,
             )
         except OSError as exc:
             raise PsServerError(f"cannot listen on {where}: {self._explain(exc)}") from exc

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
+from psofa_gevent.tcp import USER_TIMEOUT
 
 __all__ = [
     "DEFAULT",
@@ -32,6 +33,10 @@ T = TypeVar("T")
 MAX_PORT = 65_535
 LONGEST_TIME = 1e9
 """Seconds: 31 years. The event loop's timers take no infinity."""
+LONGEST_KEEP_ALIVE = 32_767
+"""Seconds (Linux, net/tcp.h: MAX_TCP_KEEPIDLE)."""
+LONGEST_IDLE = 2_000_000
+"""Seconds: TCP_USER_TIMEOUT is a C int of milliseconds."""
 MAX_BUFFER = 2**31 - 1
 """SO_RCVBUF and recv take a C int."""
 
@@ -68,6 +73,8 @@ class SessionSettings:
             any time.
         high_water: bytes of posts that wait for the peer, at most.
         overflow: what happens to a post beyond that.
+        keep_alive: seconds of silence after which the kernel probes the peer; ``None``: never.
+        user_timeout: seconds that sent data may stay unacknowledged; ``None``: the kernel's own.
     """
 
     read_buffer_size: int
@@ -82,6 +89,8 @@ class SessionSettings:
     frame_timeout: float | None
     high_water: int
     overflow: PsOverflow
+    keep_alive: float | None
+    user_timeout: float | None
 
     def __post_init__(self) -> None:
         check_int("read_buffer_size", self.read_buffer_size, 1, MAX_BUFFER)
@@ -96,6 +105,10 @@ class SessionSettings:
         check_seconds("frame_timeout", self.frame_timeout, more_than_zero=True)
         check_int("high_water", self.high_water, 1, 2**53)
         check_instance("overflow", self.overflow, PsOverflow)
+        check_seconds("keep_alive", self.keep_alive, more_than_zero=True, most=LONGEST_KEEP_ALIVE)
+        check_seconds("user_timeout", self.user_timeout, more_than_zero=True, most=LONGEST_IDLE)
+        if self.user_timeout is not None and USER_TIMEOUT is None:
+            raise ValueError("user_timeout must be None: this system has no TCP_USER_TIMEOUT")
 
 
 def check_instance(name: str, value: object, kind: type[T]) -> T:
@@ -165,7 +178,12 @@ def check_hostname(name: str, value: object, ssl_context: ssl.SSLContext) -> Non
 
 
 def check_seconds(
-    name: str, value: object, *, optional: bool = True, more_than_zero: bool = False
+    name: str,
+    value: object,
+    *,
+    optional: bool = True,
+    more_than_zero: bool = False,
+    most: float = LONGEST_TIME,
 ) -> None:
     """Raise unless `value` is a number of seconds, or ``None`` where that is `optional`."""
     if value is None and optional:
@@ -173,11 +191,9 @@ def check_seconds(
     wanted = "a number of seconds" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    if not 0 <= value <= LONGEST_TIME or (more_than_zero and value == 0):
+    if not 0 <= value <= most or (more_than_zero and value == 0):
         least = "more than 0" if more_than_zero else "0 or more"
-        raise ValueError(
-            f"{name} must be {wanted}, {least} and at most {LONGEST_TIME:.0f}, not {value!r}"
-        )
+        raise ValueError(f"{name} must be {wanted}, {least} and at most {most:.0f}, not {value!r}")
 
 
 def _a(name: str) -> str:

@@ -11,24 +11,32 @@ import errno
 import os
 import struct
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.unix_sockets import unix_endpoint
 
+if TYPE_CHECKING:
+    from psofa_gevent.settings import SessionSettings
+
 __all__ = [
-    "NO_DELAY_IS_INHERITED",
+    "ARE_INHERITED",
     "Endpoint",
     "endpoint",
     "reset",
-    "set_no_delay",
+    "set_options",
     "unacknowledged",
 ]
 
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
 
-NO_DELAY_IS_INHERITED = sys.platform == "linux"
-"""Whether an accepted socket has the TCP_NODELAY of its listener."""
+ARE_INHERITED = sys.platform == "linux"
+"""Whether an accepted socket has the options of its listener."""
+KEEP_IDLE: int = getattr(_socket, "TCP_KEEPIDLE", None) or _socket.TCP_KEEPALIVE  # type: ignore[attr-defined, unused-ignore]
+"""macOS has it by another name."""
+KEEP_PROBES = 3
+USER_TIMEOUT: int | None = getattr(_socket, "TCP_USER_TIMEOUT", None)
+"""None where there is no such option."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _SO_NWRITE = 0x1024
 """macOS, sys/socket.h: bytes in the send buffer; Python has no name for it."""
@@ -43,6 +51,40 @@ def set_no_delay(sock: _socket.socket) -> None:
     """Set TCP_NODELAY; without effect on a socket that is not TCP."""
     with contextlib.suppress(OSError):
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+
+
+def set_keep_alive(sock: _socket.socket, seconds: float) -> None:
+    """Have the kernel probe a peer that has been silent for so long (SO_KEEPALIVE, tcp(7)).
+
+    Three probes, a third of that time apart, each at least a second; without effect on a socket
+    that is not TCP.
+    """
+    idle = max(1, round(seconds))
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_socket.IPPROTO_TCP, KEEP_IDLE, idle)
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_KEEPINTVL, max(1, round(seconds / 3)))
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_KEEPCNT, KEEP_PROBES)
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
+
+
+def set_user_timeout(sock: _socket.socket, seconds: float) -> None:
+    """Have the kernel give a connection up when sent data is not acknowledged for so long.
+
+    TCP_USER_TIMEOUT (RFC 5482, tcp(7)); without effect on a socket that is not TCP.
+    """
+    assert USER_TIMEOUT is not None
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, max(1, round(seconds * 1_000)))
+
+
+def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
+    """Set what the settings say of a session's connection."""
+    if settings.no_delay:
+        set_no_delay(sock)
+    if settings.keep_alive is not None:
+        set_keep_alive(sock, settings.keep_alive)
+    if settings.user_timeout is not None:
+        set_user_timeout(sock, settings.user_timeout)
 
 
 def reset(sock: _socket.socket) -> None:

@@ -16,9 +16,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from psofa_gevent.settings import check_int
-
-__all__ = ["UnixFile", "check_mode", "make_room", "unix_endpoint", "unix_path"]
+__all__ = ["UnixFile", "make_room", "unix_endpoint", "unix_path"]
 
 PREFIX = "unix:"
 LONGEST_PATH = 107
@@ -47,12 +45,6 @@ def unix_endpoint(name: object) -> tuple[str, int] | None:
     if isinstance(name, bytes):  # in Linux's abstract namespace
         name = os.fsdecode(name.replace(b"\0", b"@"))
     return (PREFIX + name, 0) if isinstance(name, str) and name else None
-
-
-def check_mode(name: str, value: object) -> None:
-    """Raise unless `value` is ``None`` or a file's permissions."""
-    if value is not None:
-        check_int(name, value, 0, 0o777)
 
 
 class UnixFile(NamedTuple):

@@ -838,6 +838,8 @@ def test_every_setting_of_the_server_has_an_option(
         "high_water": 12,
         "overflow": PsOverflow.DROP_OLDEST,
         "handshake_timeout": 13.5,
+        "keep_alive": 14.5,
+        "user_timeout": 15.5,
         "unix_mode": 0o660,
         "ssl_context": None,
     }
@@ -869,7 +871,7 @@ def test_a_certificate_that_cannot_be_used_is_told_in_one_line(
 def test_a_word_switches_a_limit_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     names = (
         *("idle_milliseconds", "send_timeout", "callback_timeout", "frame_timeout"),
-        "handshake_timeout",
+        *("handshake_timeout", "keep_alive", "user_timeout"),
     )
     arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", word)]
     settings = settings_from(monkeypatch, *arguments)

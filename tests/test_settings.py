@@ -58,6 +58,8 @@ SESSION_SETTINGS = {
     "frame_timeout": None,
     "high_water": 1_048_576,
     "overflow": PsOverflow.CLOSE,
+    "keep_alive": None,
+    "user_timeout": None,
 }
 
 NOT_WHOLE_NUMBERS: list[Any] = ["10", b"10", 10.0, NAN, INFINITY, True, False, [10], object]
@@ -81,6 +83,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "frame_timeout": NOT_SECONDS,
     "high_water": [*NOT_WHOLE_NUMBERS, None],
     "overflow": ["CLOSE", 1, None, PsOverflow],
+    "keep_alive": NOT_SECONDS,
+    "user_timeout": NOT_SECONDS,
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
@@ -91,6 +95,8 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "linger_timeout": SECONDS_OUT_OF_RANGE,
     "frame_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
     "high_water": [0, -1, 2**63, TOO_LARGE_FOR_A_FLOAT],
+    "keep_alive": [*SECONDS_OUT_OF_RANGE, 0, 32_768],
+    "user_timeout": [*SECONDS_OUT_OF_RANGE, 0, 2_000_001],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
@@ -288,6 +294,8 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "frame_timeout": [0.001, 3, 1e6, None],
     "high_water": [1, 2**40],
     "overflow": list(PsOverflow),
+    "keep_alive": [0.1, 60, 32_767, None],
+    "user_timeout": [0.1, 30, None] if hasattr(socket, "TCP_USER_TIMEOUT") else [None],
 }
 
 
