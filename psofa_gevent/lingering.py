@@ -41,12 +41,13 @@ def linger(session: PsSession[Any]) -> None:
     deadline = monotonic() + session._host.settings.linger_timeout
     try:
         while session._line is not None and not session._released:
-            if session._line.holds_callbacks:
-                # On SHUTDOWN, other sessions' callbacks finish their sends to this one.
-                _wait(session)
+            if _lets_callbacks_finish(session):
+                _wait(session, LONGEST_LOOK)
                 deadline = monotonic() + session._host.settings.linger_timeout
             elif not (session._may_linger and _sends_on(session, deadline)):
                 break
+        if session._line is not None and session._may_linger:
+            _wait(session, FIRST_LOOK)  # who was interrupted by the close has yet to leave the line
         if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
     except OSError as exc:
@@ -68,7 +69,13 @@ def _sends_on(session: PsSession[Any], deadline: float) -> bool:
             return False
         _wait(session, min(look, left))
         look = min(look * 2, LONGEST_LOOK)
-    return session._line is not None and session._line.holds_callbacks
+    return _lets_callbacks_finish(session)
+
+
+def _lets_callbacks_finish(session: PsSession[Any]) -> bool:
+    """Whether callbacks of other sessions send to this one, and SHUTDOWN lets them finish."""
+    is_let = session._may_linger and session._reason is PsCloseReason.SHUTDOWN
+    return is_let and session._line is not None and session._line.holds_callbacks
 
 
 def _drain(session: PsSession[Any], deadline: float) -> None:
@@ -103,7 +110,7 @@ def _read_and_drop(session: PsSession[Any]) -> bytes | None:
     return data
 
 
-def _wait(session: PsSession[Any], seconds: float | None = None, *, readable: bool = False) -> None:
+def _wait(session: PsSession[Any], seconds: float, *, readable: bool = False) -> None:
     """Wait, at most so long; ends early when the session is woken, or (`readable`) bytes come.
 
     Raises:
@@ -114,7 +121,7 @@ def _wait(session: PsSession[Any], seconds: float | None = None, *, readable: bo
     if readable:
         session._watcher.start(session._resume)
     try:
-        session._wait_until_woken(None if seconds is None else max(seconds, FIRST_LOOK))
+        session._wait_until_woken(max(seconds, FIRST_LOOK))
     finally:
         if readable and not session._released:
             session._watcher.stop()

@@ -32,7 +32,6 @@ from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
-from psofa_gevent.work import kill_work
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner
@@ -118,7 +117,8 @@ class SessionManager:
             return found
         if self._has_duplicates:
             for session in reversed(self.sessions):
-                if session._open and session.connection_id == connection_id:
+                is_open = session._open and not session._is_opening
+                if is_open and session.connection_id == connection_id:
                     return session
         return None
 
@@ -191,7 +191,8 @@ class SessionManager:
         for session in stuck:
             self.forget(session)
             session._release()
-            kill_work(session)
+            if session._killer is not None:
+                session._killer.stop()
             log_safely(
                 logging.ERROR,
                 "%r: its callback does not end: left behind, without on_close",

@@ -195,13 +195,12 @@ class Buffers:
     @property
     def droppable_size(self) -> int:
         """Bytes of the messages of which nothing has left."""
-        kept = droppable = 0
+        kept = 0
         for at, message in enumerate(self._messages):
             if kept >= self.locked and not (at == 0 and self._begun):
-                droppable += len(message)
-            else:
-                kept += len(message)
-        return droppable
+                break
+            kept += len(message)
+        return self.size - kept
 
     def clear(self) -> None:
         """Drop all of them."""
@@ -448,8 +447,11 @@ class SendLine:
         if not self._senders:
             self.close()
             self._session._line_is_empty(self)
-        elif was_first:
+            return
+        if was_first:
             self._wake(self._senders[0])
+        if not self._session._open:
+            self._session._wake()  # it may linger for this one
 
     def _start_ticking(self, sender: _Sender, timeout: float | None) -> None:
         if timeout is not None:

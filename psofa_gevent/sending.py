@@ -65,6 +65,7 @@ class SendingHalf(Generic[M]):
         "_outbox",
         "_reason",
         "_released",
+        "_shuts_later",
         "_sock",
         "_thread_ident",
     )
@@ -79,6 +80,7 @@ class SendingHalf(Generic[M]):
         self._reason = PsCloseReason.NONE
         self._eof_requested = False
         self._eof_sent = False
+        self._shuts_later = False
         self._eof_received = False
         self._bytes_sent = 0
         self._is_broken = False
@@ -155,11 +157,12 @@ class SendingHalf(Generic[M]):
                 return
             self._keep_collected()  # no more than that: this one waits
         sent = 0
+        begun = False
         if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-        begun = sent > 0 or self._half_sent > 0
+            begun = sent > 0 or self._half_sent > 0
         if not may_wait():
             self._refuse_to_wait(begun=begun)
         rest = Buffers(memoryview(data)[sent:])
@@ -201,8 +204,8 @@ class SendingHalf(Generic[M]):
             sent = self._send_now(data)
             if sent == len(data):
                 return
+            begun = begun or sent > 0 or self._half_sent > 0
         rest = Buffers(memoryview(data)[sent:])
-        begun = begun or sent > 0 or self._half_sent > 0
         await self._line_up(rest, timeout, TaskParking(), begun=begun)
 
     def post(self, message: M | Message, *, raw: bool = False) -> bool:
@@ -528,7 +531,10 @@ class SendingHalf(Generic[M]):
     def _shut_later(self) -> None:
         def shut() -> None:
             timer.close()
+            self._shuts_later = False
             self._shut_writing()
 
-        timer = self._loop.timer(SHUT_AGAIN, ref=False)
-        timer.start(shut)
+        if not self._shuts_later:
+            self._shuts_later = True
+            timer = self._loop.timer(SHUT_AGAIN, ref=False)
+            timer.start(shut)

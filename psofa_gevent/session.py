@@ -153,6 +153,7 @@ class PsSession(SendingHalf[M]):
         "_idle",
         "_is_opening",
         "_keeps_watching",
+        "_killer",
         "_limit",
         "_local_endpoint",
         "_may_linger",
@@ -214,6 +215,7 @@ class PsSession(SendingHalf[M]):
         """What it belongs to, each with what that keeps for it."""
         self._work: set[LibraryGreenlet] | None = None
         """The greenlets that belong to it, beside its own."""
+        self._killer: Killer | None = None
         self._slice: IdleSlice | None = None
         self._tls: TlsSocket | None = None
         if type(sock) is TlsSocket:
@@ -556,7 +558,6 @@ class PsSession(SendingHalf[M]):
 
     def _live(self) -> None:
         self._started = True
-        killer: Killer | None = None
         try:
             try:
                 if self._is_opening and self._host.prologue is not None:
@@ -572,7 +573,7 @@ class PsSession(SendingHalf[M]):
                 self._uncork_without_waiting()
                 self._fail(exc)
             if self._work:
-                killer = Killer(self)
+                self._killer = Killer(self)
             linger(self)
         except BaseException as exc:
             # Killed while it lingered; the rest does not wait.
@@ -582,8 +583,9 @@ class PsSession(SendingHalf[M]):
         finally:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
-            if killer is not None:
-                killer.wait()
+            if self._killer is not None:
+                self._killer.wait()
+                self._killer = None
             self._host.session_ended(self)
             self._greenlet = None
 

@@ -65,6 +65,11 @@ class Killer:
         self._timer.start(self._kill)
         self._kill()
 
+    def stop(self) -> None:
+        """Kill no more."""
+        self._timer.stop()
+        self._timer.close()
+
     def _kill(self) -> None:
         session = self._session
         kill_work(session)
@@ -83,9 +88,8 @@ class Killer:
                 # Killed, in the end of a shutdown: so are they.
                 if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                     session._host.thread.raise_in_main(exc)
-                self._kill()
-        self._timer.stop()
-        self._timer.close()
+                kill_work(session)
+        self.stop()
 
 
 def _run(session: PsSession[Any], function: Callable[[], object]) -> Any:

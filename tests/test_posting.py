@@ -707,6 +707,48 @@ def test_a_callback_of_another_session_finishes_its_send_behind_posts_at_shutdow
     assert sent == [True]
 
 
+def shut_down(session: PsSession[Any]) -> None:
+    assert isinstance(session.owner, PsServer)
+    gevent.spawn(session.owner.shutdown)
+
+
+ENDS: dict[str, tuple[Callable[[PsSession[Any], ScriptedClient], object], PsCloseReason]] = {
+    "FIN": (lambda _, client: client.eof(), PsCloseReason.PEER_CLOSE),
+    "close": (lambda session, _: session.close(), PsCloseReason.SELF_CLOSE),
+    "idle": (lambda session, _: session.change_idle_milliseconds(1), PsCloseReason.TIMEOUT),
+    "shutdown": (lambda session, _: shut_down(session), PsCloseReason.SHUTDOWN),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_callback_that_waits_behind_posts_keeps_no_session_from_ending(
+    end: str, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Other(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: bytes) -> None:
+            super().on_message(session, message)
+            with contextlib.suppress(PsSendError):
+                stalled.send(b"behind the posts", timeout=0.6 if end == "shutdown" else 10)
+            gate.wait()
+
+    gate = gevent.event.Event()
+    callback = Other()
+    server = ps_server(callback, high_water=PLENTY, linger_timeout=0.3, divide=100)
+    slow = ps_client(server)
+    stalled = the_session(server)
+    other = ps_client(server)
+    fill(stalled)
+    waiting = stalled._line
+    assert waiting is not None
+    other.send("x")
+    eventually(lambda: len(waiting._senders) == 2)
+    act, reason = ENDS[end]
+    act(stalled, slow)
+    closed = callback.wait_for("on_close", timeout=2.5, session=stalled)
+    assert [event.value for event in closed] == [reason]
+    gate.set()
+
+
 # Collected, and posted
 
 

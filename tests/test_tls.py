@@ -27,11 +27,14 @@ from psofa_gevent import (
     PsMultiClient,
     PsMultiClientError,
     PsOverflow,
+    PsRequester,
+    PsRequestTimeoutError,
     PsSendError,
     PsServer,
     PsServerError,
     PsSession,
     PsTlsError,
+    run_coroutine,
 )
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
@@ -303,6 +306,36 @@ def test_a_send_that_is_killed_half_way_fails_the_session(
     assert close_reasons(callback) == [PsCloseReason.FAILED]
     with contextlib.suppress(ssl.SSLError):
         assert set(client.hear(BIG)) == {0}
+
+
+@pytest.mark.parametrize("how", ["timeout", "request", "coroutine"])
+def test_one_who_waits_behind_a_half_sent_message_has_not_begun(
+    how: str, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    server = ps_server(PsCallback(), ssl_context=server_context(), send_timeout=None)
+    client = peer(server)
+    (session,) = eventually(lambda: server.sessions)
+    session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+    in_front = gevent.spawn(session.send, bytes(BIG))
+    eventually(lambda: session._half_sent)
+
+    async def send() -> None:
+        session.send(b"x")
+
+    if how == "timeout":
+        with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
+            session.send(b"x")
+    elif how == "request":
+        with pytest.raises(PsRequestTimeoutError):
+            PsRequester[bytes]().request(session, b"x", timeout=0.05)
+    else:
+        with pytest.raises(PsSendError, match="send_async"):
+            run_coroutine(send())
+    assert session.is_open
+    assert client.hear(BIG) == bytes(BIG)
+    in_front.get(timeout=5)
+    session.send("and on")
+    assert client.hear(6) == b"and on"
 
 
 def test_senders_wait_their_turn_and_mix_nothing(ps_server: ServerFactory, peer: MakePeer) -> None:
