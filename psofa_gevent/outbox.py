@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.enums import PsCloseReason, PsOverflow
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import log_from_hub
-from psofa_gevent.send_line import Batch
+from psofa_gevent.send_line import Batch, Parking
 
 if TYPE_CHECKING:
     from psofa_gevent.sending import SendingHalf
@@ -29,10 +29,13 @@ __all__ = ["Outbox"]
 class Outbox:
     """The batches of one session."""
 
-    __slots__ = ("_batches", "dropped")
+    __slots__ = ("_batches", "_kept", "_waiting", "dropped")
 
     def __init__(self) -> None:
         self._batches: list[Batch] = []
+        self._kept = 0
+        """Bytes that were ever kept: they leave in that order."""
+        self._waiting: list[Parking] = []
         self.dropped = 0
         """Posts that were dropped."""
 
@@ -59,6 +62,7 @@ class Outbox:
             begun: whether a part of that message has left.
             droppable: whether it may be dropped to make room.
         """
+        self._kept += len(data)
         line = session._line
         if self._batches and line is not None:
             last = self._batches[-1]
@@ -70,7 +74,7 @@ class Outbox:
         if line is None:
             batch.buffers.locked = session._half_sent
         self._batches.append(batch)
-        batch.start(session._line_up(batch.buffers, timeout, batch, begun=True), self._forget)
+        batch.start(session._line_up(batch.buffers, timeout, batch, begun=True), self._stepped)
 
     def post(self, session: SendingHalf[Any], data: bytes | memoryview, *, begun: bool) -> bool:
         """Send `data` after all that waits now, if there is room for it; whether it was taken."""
@@ -109,5 +113,25 @@ class Outbox:
         for batch in self._batches:
             batch.buffers.clear()
 
-    def _forget(self, batch: Batch) -> None:
-        self._batches.remove(batch)
+    async def wait(self, session: SendingHalf[Any], parking: Parking, *, in_callback: bool) -> None:
+        """Wait until all that is kept now has left. It leaves also if the wait is broken off.
+
+        Raises:
+            PsSendError: the session was closed meanwhile.
+        """
+        mark = self._kept
+        self._waiting.append(parking)
+        try:
+            while self._kept - self.size < mark:
+                session._check_sending(in_callback=in_callback)
+                await parking
+        finally:
+            self._waiting.remove(parking)
+        if session._is_broken or session._released:  # then it was dropped
+            session._check_sending(in_callback=in_callback)
+
+    def _stepped(self, batch: Batch) -> None:
+        if batch.has_ended:
+            self._batches.remove(batch)
+        for parking in self._waiting:
+            parking.wake()

@@ -211,7 +211,16 @@ class Buffers:
 class Batch:
     """Messages that nobody waits for, in line together: their own parking, resumed by the hub."""
 
-    __slots__ = ("_coroutine", "_ended", "_loop", "_waits", "buffers", "droppable", "timeout")
+    __slots__ = (
+        "_coroutine",
+        "_loop",
+        "_stepped",
+        "_waits",
+        "buffers",
+        "droppable",
+        "has_ended",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -227,18 +236,22 @@ class Batch:
         self.timeout = timeout
         self.droppable = droppable
         self._coroutine: Coroutine[Any, None, None] | None = None
-        self._ended: Callable[[Batch], None] | None = None
+        self._stepped: Callable[[Batch], None] | None = None
         self._waits = False
+        self.has_ended = False
+        """All of it has left, or never will."""
 
-    def start(self, coroutine: Coroutine[Any, None, None], ended: Callable[[Batch], None]) -> None:
+    def start(
+        self, coroutine: Coroutine[Any, None, None], stepped: Callable[[Batch], None]
+    ) -> None:
         """Begin to send, in any greenlet of the hub's thread. Does not switch.
 
         Args:
             coroutine: what sends the buffers, with this as its parking.
-            ended: called when they have left, or never will.
+            stepped: called when some of them may have left, and at the end.
         """
         self._coroutine = coroutine
-        self._ended = ended
+        self._stepped = stepped
         self._waits = True
         self._go_on()
 
@@ -265,13 +278,14 @@ class Batch:
         except BaseException:
             self._end()
             raise
+        finally:
+            if self._stepped is not None:
+                self._stepped(self)
 
     def _end(self) -> None:
         self._coroutine = None
         self.buffers.clear()
-        ended, self._ended = self._ended, None
-        if ended is not None:
-            ended(self)
+        self.has_ended = True
 
 
 def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:

@@ -190,21 +190,19 @@ class SendingHalf(Generic[M]):
             return
         if not self._open or self._eof_requested:
             self._check_new_send()
+        if self._cork is not None:
+            if self._line is None:
+                if self._collect(data):
+                    await self._send_collected_async(self._take_collected(), timeout)
+                return
+            self._keep_collected()
         sent = 0
         begun = False
-        if self._cork is not None:
-            if self._line is not None:
-                self._keep_collected()
-            elif self._collect(data):
-                data = self._take_collected()
-                begun = True
-            else:
-                return
         if self._line is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
-            begun = begun or sent > 0 or self._half_sent > 0
+            begun = sent > 0 or self._half_sent > 0
         rest = Buffers(memoryview(data)[sent:])
         await self._line_up(rest, timeout, TaskParking(), begun=begun)
 
@@ -343,17 +341,23 @@ class SendingHalf(Generic[M]):
             self._send_collected(data, DEFAULT)
 
     def _send_collected(self, data: bytes, timeout: float | Default | None) -> None:
-        """Send what others were told that it is sent. May wait, where that is possible."""
-        if not may_wait():
-            self._keep(data)
-            return
-        sent = 0
-        if self._line is None:
-            sent = self._send_now(data)
-            if sent == len(data):
-                return
-        rest = Buffers(memoryview(data)[sent:])
-        run_in_greenlet(self._line_up(rest, timeout, GreenletParking(), begun=True))
+        """Send what others were told that it is sent, and wait for that, where it is possible.
+
+        If the wait is broken off it goes on: it counts as sent, also for a close that comes now.
+        """
+        self._keep(data, timeout)
+        if self._outbox is not None and self._outbox.size and may_wait():
+            waiting = self._outbox.wait(self, GreenletParking(), in_callback=sends_to_the_end())
+            run_in_greenlet(waiting)
+        elif not self._open:
+            self._check_sending(in_callback=sends_to_the_end())
+
+    async def _send_collected_async(self, data: bytes, timeout: float | Default | None) -> None:
+        self._keep(data, timeout)
+        if self._outbox is not None and self._outbox.size:
+            await self._outbox.wait(self, TaskParking(), in_callback=sends_to_the_end())
+        elif not self._open:
+            self._check_sending(in_callback=sends_to_the_end())
 
     def _uncork_without_waiting(self) -> None:
         """Send what was collected, now and, what the kernel does not take, later."""
@@ -362,13 +366,13 @@ class SendingHalf(Generic[M]):
             self._cork = None
 
     def _keep_collected(self) -> None:
-        waits = self._cork_has_posts
-        self._keep(self._take_collected(), waits=waits)
+        timeout = None if self._cork_has_posts else DEFAULT
+        self._keep(self._take_collected(), timeout)
 
-    def _keep(self, data: bytes, *, waits: bool = False) -> None:
+    def _keep(self, data: bytes, timeout: float | Default | None) -> None:
         """Send what others were told that it is sent, without waiting, and before a FIN.
 
-        `waits`: for as long as the peer takes nothing, as posts do.
+        `timeout`: as of `send`; None for posts, which wait for as long as the peer takes nothing.
         """
         if not data or self._released or self._eof_sent or self._is_broken:
             return
@@ -382,8 +386,8 @@ class SendingHalf(Generic[M]):
                 return
         if self._outbox is None:
             self._outbox = Outbox()
-        timeout = None if waits else self._host.settings.send_timeout
-        self._outbox.keep(self, memoryview(data)[sent:], timeout, begun=sent > 0)
+        limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
+        self._outbox.keep(self, memoryview(data)[sent:], limit, begun=sent > 0)
 
     def send_eof(self) -> None:
         """Send no more: the peer gets a FIN after the sends that have begun (half-close).

@@ -27,6 +27,7 @@ from psofa_gevent.testing import (
     RecordingCallback,
     ScriptedClient,
     ServerFactory,
+    connected_session,
     eventually,
 )
 
@@ -222,32 +223,52 @@ def test_a_peer_that_takes_nothing_holds_up_its_own_session_and_fails_it(
     assert len(callback.named("on_message")) < 1_000  # it stood still, and memory did not grow
 
 
-@pytest.mark.logs_errors
-@pytest.mark.hub_errors
-def test_collected_messages_that_a_kill_keeps_from_leaving_fail_the_session(
-    ps_server: ServerFactory, ps_client: ClientFactory
-) -> None:
+def test_collected_messages_leave_also_when_the_wait_for_that_is_broken_off() -> None:
     # They were sent, as far as the callback knows: the stream must not go on without them.
-    open_afterwards: list[bool] = []
-
     def send_collected(session: PsSession[Any]) -> None:
         with gevent.Timeout(0.05), session.corked():
-            session.send("collected")
+            session.send("collected ")
+
+    filled = 0
 
     def act(session: PsSession[Any], _message: bytes) -> None:
+        nonlocal filled
         with contextlib.suppress(BlockingIOError):
             while True:
-                session._sock.send(bytes(BIG))  # now it takes nothing, and nobody waits in line
+                filled += session._sock.send(bytes(65_536))
         with pytest.raises(gevent.Timeout):
             send_collected(session)
-        open_afterwards.append(session.is_open)
+        session.post("and on")
 
-    callback = Acting(act)
-    client = ps_client(ps_server(callback))
-    client.send("go")
-    callback.wait_for("on_close", timeout=10)
-    assert close_reasons(callback) == [PsCloseReason.FAILED]
-    assert open_afterwards == [False]
+    with connected_session(Acting(act)) as both:
+        both.peer.send("go")
+        eventually(lambda: both.session.pending_bytes == len("collected and on"))
+        both.peer.receive(filled)
+        both.peer.expect("collected and on")
+        assert both.session.is_open
+
+
+def test_a_close_while_collected_messages_wait_to_leave_loses_none(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    sent = 0
+
+    def act(session: PsSession[Any], _message: bytes) -> None:
+        nonlocal sent
+        with contextlib.suppress(PsSendError):
+            while True:
+                session.send(b"%0100d" % sent, None)
+                sent += 1
+
+    server = ps_server(Acting(act), framing=Line(), linger_timeout=5.0)
+    client = ps_client(server)
+    client.send("go\n")
+    (session,) = eventually(lambda: server.sessions)
+    eventually(lambda: session._line is not None)
+    session.close()
+    lines = client.receive_until_eof().splitlines()
+    assert [int(line) for line in lines] == list(range(len(lines)))
+    assert len(lines) >= sent
 
 
 # What the kernel does not take at once, when a callback begins to wait
