@@ -76,9 +76,13 @@ def check_install(built: Path, directory: Path) -> None:
 
 
 def main(directory: Path) -> None:
+    # Of a copy: tox packs the checkout, too, maybe just now, and both would use the same folder.
+    source = directory / "source"
+    leftovers = shutil.ignore_patterns(".tox", ".venv", "build", "dist", "*.egg-info")
+    shutil.copytree(PROJECT, source, symlinks=True, ignore=leftovers)
     # The wheel is built from the unpacked sdist, as pip would build it.
     wheel, sdist = sorted(
-        build(PROJECT, directory / "dist"), key=lambda path: path.suffix, reverse=True
+        build(source, directory / "dist"), key=lambda path: path.suffix, reverse=True
     )
     check_install(wheel, directory / "from-wheel")
     check_install(sdist, directory / "from-sdist")

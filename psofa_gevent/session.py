@@ -83,6 +83,8 @@ P = ParamSpec("P")
 
 READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
+REQUEST_LOOK = 0.05
+"""Seconds between two looks whether a close that another thread has asked for has come."""
 HALF_OPEN_LOOK = 1.0
 """Seconds between two looks for a reset, while the peer has closed its half."""
 _NOTHING = object()
@@ -572,6 +574,9 @@ class PsSession(SendingHalf[M]):
             except BaseException as exc:
                 self._uncork_without_waiting()
                 self._fail(exc)
+            while self._reason is PsCloseReason.NONE and not self._open:
+                # Another thread's request is on its way, with what that thread has posted before.
+                self._wait_until_woken(REQUEST_LOOK)
             if self._work:
                 self._killer = Killer(self)
             linger(self)

@@ -659,6 +659,25 @@ def test_what_a_thread_posts_before_it_closes_arrives(
         eventually(lambda: not server.get_session_count())
 
 
+def test_what_a_thread_posts_before_it_closes_arrives_also_when_the_session_ends_just_then(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def say_goodbye(session: PsSession[Any]) -> None:
+        session.post("last words")
+        session.close()
+
+    class Blocking(RecordingCallback):
+        def on_open(self, session: PsSession[Any]) -> None:
+            NativeThread(say_goodbye, session).join()  # the hub does not run meanwhile
+
+    callback = Blocking()
+    client = ps_client(ps_server(callback))
+    client.expect("last words")
+    client.expect_eof()
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+
+
 def test_posts_arrive_at_a_peer_that_has_closed_its_half(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
