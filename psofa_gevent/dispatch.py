@@ -39,7 +39,7 @@ class Dispatch:
     """The callbacks of one server or client, as plain functions."""
 
     def __init__(self, callback: PsCallback[Any], callback_timeout: float | None) -> None:
-        self.is_async = callback.use_async_callback
+        self._is_async = callback.use_async_callback
         self._timeout = callback_timeout
         self.on_open: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_open")
         self.on_message: Callable[[PsSession[Any], bytes], None] = self._of_session(
@@ -56,12 +56,12 @@ class Dispatch:
 
     def new_context(self) -> contextvars.Context | None:
         """The context in which all async callbacks of a new session run."""
-        return contextvars.copy_context() if self.is_async else None
+        return contextvars.copy_context() if self._is_async else None
 
     def _of_session(
         self, callback: PsCallback[Any], name: str, *, limited: bool = True
     ) -> Callable[..., None]:
-        if self.is_async:
+        if self._is_async:
             method = getattr(callback, f"{name}_async")
 
             def call(session: PsSession[Any], *args: Any) -> None:
@@ -74,7 +74,7 @@ class Dispatch:
         return _limited_in_session(call, name, self._timeout)
 
     def _of_owner(self, callback: PsCallback[Any], name: str) -> Callable[..., None]:
-        if not self.is_async:
+        if not self._is_async:
             function: Callable[..., None] = getattr(callback, name)
             return function
         if not is_overridden(callback, f"{name}_async"):

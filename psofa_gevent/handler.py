@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.errors import PsCallbackError, PsClosedError
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["PsHandler"]
-
-T = TypeVar("T")
 
 NOT_CALLED = ("on_open", "on_message", "on_eof")
 """The callbacks in whose place the handler runs."""

@@ -88,13 +88,17 @@ def bind_unix(path: str, *, backlog: int, mode: int | None) -> socket.socket:
     """
     make_room(path)
     listening = _SystemSocket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    made: UnixFile | None = None
     try:
         listening.bind(path)
+        made = UnixFile.of(path)
         if mode is not None:
             os.chmod(path, mode)  # nobody can connect before the next line
         listening.listen(backlog)
         listening.setblocking(False)
     except BaseException:
+        if made is not None:
+            made.remove()
         listening.close()
         raise
     return listening

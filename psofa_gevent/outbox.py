@@ -6,8 +6,8 @@ posted. The hub sends a batch on whenever the peer takes more. What waits is lim
 ``high_water``, and the session's `PsOverflow` says what happens to a post beyond that. Messages
 that were collected (`PsSession.corked`) are always kept: they are few, and were sent.
 
-All of it belongs to the hub's thread. Nothing here switches or raises. An outbox does not hold its
-session: that would be a cycle.
+All of it belongs to the hub's thread. Nothing here switches or raises, but for `Outbox.wait`. An
+outbox does not hold its session: that would be a cycle.
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ class SendingHalf(Generic[M]):
         (not if a plain ``greenlet`` that the callback runs waits). If it can't be sent, the session
         closes with FAILED.
 
-        With a framing a session is corked while its sync callbacks handle the messages of one read.
+        With a framing a session is corked while its callbacks handle the messages of one read.
 
         In the hub's thread. In other greenlets than the session's own, and in coroutines, better
         wait for nothing in the block: what others send meanwhile is collected, too.

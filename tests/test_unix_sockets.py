@@ -98,6 +98,16 @@ def test_the_file_has_the_mode_that_was_asked_for(mode: int, path: Path) -> None
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
+def test_a_start_that_fails_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: str, _mode: int) -> None:
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with pytest.raises(PsServerError, match="not for you"):
+        PsServer(PsCallback(), host=f"unix:{path}", unix_mode=0o600).start()
+    assert not path.exists()
+
+
 def test_a_server_starts_again_on_its_path(path: Path) -> None:
     server = PsServer(echo(), host=f"unix:{path}")
     for _ in range(3):
