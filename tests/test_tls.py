@@ -773,6 +773,8 @@ def test_plaintext_before_the_handshake_is_refused(
     assert closed.value is PsCloseReason.FAILED
     assert closed.session is not None
     assert isinstance(closed.session.close_cause, PsTlsError)
+    why = "bytes came before" if framing else "WRONG_VERSION_NUMBER"
+    assert why in str(closed.session.close_cause)
     assert callback.received() == b"STARTTLS"
 
 
