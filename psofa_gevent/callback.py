@@ -3,8 +3,8 @@
 One `PsCallback` object serves all sessions of its server or client, so what belongs to one session
 is kept on the session (`PsSession.set_value`). Which greenlet runs what:
 
-- ``on_open``, ``on_message``, ``on_eof``: the session's own greenlet, one at a time per session,
-  sessions side by side. They may block, in gevent's way, for as long as they like.
+- ``on_open``, ``on_message``, ``on_eof``, ``on_idle``: the session's own greenlet, one at a time
+  for a session, sessions side by side. They may block, in gevent's way, for as long as they like.
 - ``on_close`` and ``on_stop``: the one close greenlet of the server or client. A slow one delays
   other ``on_close`` calls and nothing else.
 - ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.
@@ -34,6 +34,7 @@ METHODS = {
     "on_open": ("session",),
     "on_message": ("session", "message"),
     "on_eof": ("session",),
+    "on_idle": ("session",),
     "on_close": ("session", "close_reason"),
     "on_start": ("owner",),
     "on_stop": ("owner",),
@@ -44,8 +45,9 @@ METHODS = {
 class PsCallback(Generic[M]):
     """Subclass this and override what you need; every method does nothing by default.
 
-    An exception in ``on_open``, ``on_message`` or ``on_eof`` is logged and closes that session with
-    `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged. No other session notices.
+    An exception in ``on_open``, ``on_message``, ``on_eof`` or ``on_idle`` is logged and closes that
+    session with `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged. No other
+    session notices.
     """
 
     use_async_callback: bool = False
@@ -70,6 +72,15 @@ class PsCallback(Generic[M]):
         `PsSession.send_eof` shuts the other direction as well.
         """
 
+    def on_idle(self, session: PsSession[M]) -> bool | None:
+        """No bytes came for the session's idle time: override this to act instead of closing.
+
+        When it returns ``False`` the session closes with TIMEOUT, as it does without this. Anything
+        else, ``None`` included, lets it go on, and the idle time begins anew. Not called while a
+        callback waits in `PsSession.receive`: there the session closes.
+        """
+        return False
+
     def on_close(self, session: PsSession[M], close_reason: PsCloseReason) -> None:
         """The session ended and its socket is released. Runs once, last of all."""
 
@@ -87,6 +98,10 @@ class PsCallback(Generic[M]):
 
     async def on_eof_async(self, session: PsSession[M]) -> None:
         """`on_eof` for ``use_async_callback``."""
+
+    async def on_idle_async(self, session: PsSession[M]) -> bool | None:
+        """`on_idle` for ``use_async_callback``."""
+        return False
 
     async def on_close_async(self, session: PsSession[M], close_reason: PsCloseReason) -> None:
         """`on_close` for ``use_async_callback``."""

@@ -357,6 +357,13 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         "system); 'none': the kernel's own time (default: %(default)s)",
     )
     times.add_argument(
+        "--heartbeat",
+        type=serve.heartbeat,
+        metavar="MILLISECONDS,TEXT",
+        help=r"send TEXT, in which \n and the like are escapes, to a client that was sent nothing "
+        "for so long (default: nothing)",
+    )
+    times.add_argument(
         "--handshake-timeout",
         type=word_or(seconds, "none"),
         default=10.0,

@@ -21,7 +21,7 @@ from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import SessionSettings, check_hostname
+from psofa_gevent.settings import Heartbeat, SessionSettings, check_hostname
 
 __all__ = ["PsClient"]
 
@@ -59,6 +59,7 @@ class PsClient(ConnectingOwner[M]):
         overflow: PsOverflow = PsOverflow.CLOSE,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -93,6 +94,8 @@ class PsClient(ConnectingOwner[M]):
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
+            heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
+                a message, or a function of the session that returns one, or ``None`` for none.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -116,6 +119,7 @@ class PsClient(ConnectingOwner[M]):
                 overflow=overflow,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
+                heartbeat=heartbeat,
             ),
             PsClientError,
             ssl_context,

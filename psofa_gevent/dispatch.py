@@ -46,6 +46,10 @@ class Dispatch:
             callback, "on_message"
         )
         self.on_eof: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_eof")
+        self.on_idle: Callable[[PsSession[Any]], object] | None = None
+        """None: there is none, and the session closes."""
+        if is_overridden(callback, "on_idle_async" if self._is_async else "on_idle"):
+            self.on_idle = self._of_session(callback, "on_idle")
         self.on_close: Callable[[PsSession[Any], PsCloseReason], None] = self._of_close_greenlet(
             self._of_session(callback, "on_close", limited=False), "on_close"
         )
@@ -60,12 +64,12 @@ class Dispatch:
 
     def _of_session(
         self, callback: PsCallback[Any], name: str, *, limited: bool = True
-    ) -> Callable[..., None]:
+    ) -> Callable[..., Any]:
         if self._is_async:
             method = getattr(callback, f"{name}_async")
 
-            def call(session: PsSession[Any], *args: Any) -> None:
-                run_task(method(session, *args), context=session._context, in_turn=True)
+            def call(session: PsSession[Any], *args: Any) -> Any:
+                return run_task(method(session, *args), context=session._context, in_turn=True)
 
         else:
             call = getattr(callback, name)
@@ -92,10 +96,8 @@ def _do_nothing(_owner: object) -> None:
     pass
 
 
-def _limited_in_session(
-    call: Callable[..., None], name: str, timeout: float
-) -> Callable[..., None]:
-    def call_limited(session: PsSession[Any], *args: Any) -> None:
+def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:
+    def call_limited(session: PsSession[Any], *args: Any) -> Any:
         def expired(error: TimeoutError) -> None:
             session._request_close(PsCloseReason.FAILED, error)
             log_from_hub(logging.WARNING, "%r: %s", session, error)
@@ -103,7 +105,7 @@ def _limited_in_session(
         with Limit(name, timeout, expired) as limit:
             session._limit = limit
             try:
-                call(session, *args)
+                return call(session, *args)
             finally:
                 session._limit = None
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PsHandler"]
 
-NOT_CALLED = ("on_open", "on_message", "on_eof")
+NOT_CALLED = ("on_open", "on_message", "on_eof", "on_idle")
 """The callbacks in whose place the handler runs."""
 
 

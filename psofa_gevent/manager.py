@@ -25,6 +25,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.closing import CloseQueue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.heartbeat import Heartbeats
 from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.idle import IdleTimer
 from psofa_gevent.ready import ready_sessions
@@ -76,6 +77,8 @@ class SessionManager:
         """Whether two sessions ever had the same id."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
+        beat = settings.heartbeat
+        self._heartbeats = None if beat is None else Heartbeats(*beat)
 
     def open(
         self,
@@ -102,6 +105,8 @@ class SessionManager:
         if self._by_id is not None:
             self._add_by_id(self._by_id, session)
         self._idle.add(session)
+        if self._heartbeats is not None:
+            self._heartbeats.add(session)
         # Never waits: a server accepts only while the pool has room.
         self.pool.start(greenlet)
         return session
@@ -160,6 +165,8 @@ class SessionManager:
         if self._by_id is not None and self._by_id.get(session.connection_id) is session:
             del self._by_id[session.connection_id]
         self._idle.discard(session)
+        if self._heartbeats is not None:
+            self._heartbeats.discard(session)
         if not self.sessions:
             self.changed.set()
         return True
@@ -201,8 +208,10 @@ class SessionManager:
         return len(stuck)
 
     def release(self) -> None:
-        """End the idle timer and the close greenlet, and wait for that."""
+        """End the timers and the close greenlet, and wait for that."""
         self._idle.stop()
+        if self._heartbeats is not None:
+            self._heartbeats.stop()
         self.closing.stop()
 
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:

@@ -24,7 +24,7 @@ from psofa_gevent.framing import Framing
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import SessionSettings, check_instance
+from psofa_gevent.settings import Heartbeat, SessionSettings, check_instance
 from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
@@ -66,6 +66,7 @@ class PsMultiClient(ConnectingOwner[M]):
         overflow: PsOverflow = PsOverflow.CLOSE,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `connect`.
 
@@ -94,6 +95,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
+            heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
+                a message, or a function of the session that returns one, or ``None`` for none.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -117,6 +120,7 @@ class PsMultiClient(ConnectingOwner[M]):
                 overflow=overflow,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
+                heartbeat=heartbeat,
             ),
             PsMultiClientError,
             ssl_context,

@@ -94,7 +94,22 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         overflow=OVERFLOWS[args.overflow],
         keep_alive=args.keep_alive,
         user_timeout=args.user_timeout,
+        heartbeat=args.heartbeat,
     )
+
+
+def heartbeat(text: str) -> tuple[int, bytes]:
+    """A heartbeat on the command line.
+
+    Raises:
+        ValueError: it is none; `argparse` makes a message of that.
+    """
+    milliseconds, comma, message = text.partition(",")
+    if not comma:
+        raise ValueError(text)
+    # Escapes only: "unicode_escape" takes anything else for Latin-1.
+    escaped = message.encode("ascii", "backslashreplace").decode("unicode_escape")
+    return int(milliseconds), escaped.encode()
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:

@@ -32,6 +32,7 @@ from psofa_gevent.opening import Prologue
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.settings import (
     MAX_BUFFER,
+    Heartbeat,
     SessionSettings,
     check_int,
     check_seconds,
@@ -88,6 +89,7 @@ class PsServer(SessionOwner[M]):
         overflow: PsOverflow = PsOverflow.CLOSE,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Check the settings; nothing is opened before `start`.
 
@@ -128,6 +130,8 @@ class PsServer(SessionOwner[M]):
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
+            heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
+                a message, or a function of the session that returns one, or ``None`` for none.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -151,6 +155,7 @@ class PsServer(SessionOwner[M]):
                 overflow=overflow,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
+                heartbeat=heartbeat,
             ),
         )
         self._host = check_host(host)

@@ -645,20 +645,19 @@ class PsSession(SendingHalf[M]):
                 if not self._keeps_watching:
                     self._stop_watching()
                 try:
-                    message: bytes = self._sock.recv(size)
+                    message: bytes | None = self._sock.recv(size)
                 except BlockingIOError:
-                    # Woken by the idle timer, or by nothing at all: no bytes are there.
-                    if self._tls is not None and self._tls.has_progress:  # but a part of a record
-                        self._tls.has_progress = False
-                        self._waiting_since = monotonic()
-                    self._look_at_clock()
-                    if pulled_until and monotonic() >= pulled_until:
-                        return None
-                    continue
+                    message = None
                 except OSError as exc:
                     self._request_close(PsCloseReason.FAILED, exc, linger=False)
                     logger.debug("%r: receive failed: %s", self, exc)
                     return None
+                if message is None:
+                    # Woken by the idle timer, or by nothing at all: no bytes are there.
+                    self._look_at_clock(is_pulled=pulled_until > 0.0)
+                    if pulled_until and monotonic() >= pulled_until:
+                        return None
+                    continue
                 self._waiting_since = 0.0
                 self._bytes_received += len(message)
                 if pulled_until:
@@ -754,7 +753,8 @@ class PsSession(SendingHalf[M]):
                     cause = OSError(error, os.strerror(error))
                     self._request_close(PsCloseReason.FAILED, cause, linger=False)
                 elif self._is_idle():
-                    self._request_close(PsCloseReason.TIMEOUT)
+                    self._be_idle()
+                    self._waiting_since = monotonic()
                 else:
                     self._host.thread.hub.switch()
         finally:
@@ -762,11 +762,27 @@ class PsSession(SendingHalf[M]):
             look.stop()
             look.close()
 
-    def _look_at_clock(self) -> None:
+    def _look_at_clock(self, *, is_pulled: bool) -> None:
+        """No bytes are there. `is_pulled`: a callback waits for them."""
+        if self._tls is not None and self._tls.has_progress:  # but a part of a record
+            self._tls.has_progress = False
+            self._waiting_since = monotonic()
         if self._is_idle():
-            self._request_close(PsCloseReason.TIMEOUT)
+            self._be_idle(may_call=not is_pulled)
         elif self._framed is not None and monotonic() >= self._frame_deadline:
             self._framed.time_out(self)
+
+    def _be_idle(self, *, may_call: bool = True) -> None:
+        """The idle time is over: close, unless there is a callback for that."""
+        on_idle = self._host.dispatch.on_idle
+        if on_idle is None or not may_call:
+            self._request_close(PsCloseReason.TIMEOUT)
+            return
+        self._waiting_since = 0.0
+        if on_idle(self) is False:
+            self._request_close(PsCloseReason.TIMEOUT)
+        elif self._framed is not None:
+            self._framed.hand_over(self)  # it may have received messages itself
 
     def _is_idle(self) -> bool:
         return monotonic() - self._waiting_since >= self._idle

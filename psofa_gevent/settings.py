@@ -13,14 +13,17 @@ from typing import Any, Final, Literal, TypeVar
 
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
+from psofa_gevent.messages import as_bytes
 from psofa_gevent.tcp import USER_TIMEOUT
 
 __all__ = [
     "DEFAULT",
     "Default",
+    "Heartbeat",
     "SessionSettings",
     "check_bool",
     "check_framing",
+    "check_heartbeat",
     "check_hostname",
     "check_instance",
     "check_int",
@@ -29,6 +32,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+Heartbeat = tuple[int, Any]
+"""Milliseconds, and a message or a function of the session that returns one, or ``None``."""
 
 MAX_PORT = 65_535
 LONGEST_TIME = 1e9
@@ -75,6 +81,7 @@ class SessionSettings:
         overflow: what happens to a post beyond that.
         keep_alive: seconds of silence after which the kernel probes the peer; ``None``: never.
         user_timeout: seconds that sent data may stay unacknowledged; ``None``: the kernel's own.
+        heartbeat: milliseconds of sending nothing, and what is sent then; ``None``: nothing.
     """
 
     read_buffer_size: int
@@ -91,6 +98,7 @@ class SessionSettings:
     overflow: PsOverflow
     keep_alive: float | None
     user_timeout: float | None
+    heartbeat: Heartbeat | None
 
     def __post_init__(self) -> None:
         check_int("read_buffer_size", self.read_buffer_size, 1, MAX_BUFFER)
@@ -107,6 +115,7 @@ class SessionSettings:
         check_instance("overflow", self.overflow, PsOverflow)
         check_seconds("keep_alive", self.keep_alive, more_than_zero=True, most=LONGEST_KEEP_ALIVE)
         check_seconds("user_timeout", self.user_timeout, more_than_zero=True, most=LONGEST_IDLE)
+        check_heartbeat(self.heartbeat, self.framing)
         if self.user_timeout is not None and USER_TIMEOUT is None:
             raise ValueError("user_timeout must be None: this system has no TCP_USER_TIMEOUT")
 
@@ -144,6 +153,37 @@ def check_framing(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an instance of a Framing, not the class {value!r}")
     if value is not None and not isinstance(value, Framing):
         raise TypeError(f"{name} must be a Framing or None, not {value!r}")
+
+
+def check_heartbeat(value: object, framing: Framing[Any] | None) -> None:
+    """Raise unless `value` is ``None``, or milliseconds and what can be sent.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: the milliseconds are less than 1, or the framing can't carry the message.
+    """
+    if value is None:
+        return
+    error = (
+        "heartbeat must be None, or milliseconds (1 or more) and a message or a function of the "
+        f"session, such as (30_000, b'ping'), not {value!r}"
+    )
+    if not isinstance(value, tuple) or len(value) != 2 or type(value[0]) is not int:
+        raise TypeError(error)
+    milliseconds, what = value
+    if not 1 <= milliseconds <= 2**53:
+        raise ValueError(error)
+    if callable(what):
+        return
+    if framing is not None:
+        framing.encode(what)
+        return
+    try:
+        is_empty = not as_bytes(what)
+    except TypeError:
+        raise TypeError(error) from None
+    if is_empty:
+        raise ValueError(error)
 
 
 def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:

@@ -24,7 +24,7 @@ from psofa_gevent import (
 )
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, serving
 
-SYNC_METHODS = ["on_open", "on_message", "on_eof", "on_close", "on_start", "on_stop"]
+SYNC_METHODS = ["on_open", "on_message", "on_eof", "on_idle", "on_close", "on_start", "on_stop"]
 ASYNC_METHODS = [f"{name}_async" for name in SYNC_METHODS]
 
 Make = Callable[[Any], object]

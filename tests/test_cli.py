@@ -840,6 +840,7 @@ def test_every_setting_of_the_server_has_an_option(
         "handshake_timeout": 13.5,
         "keep_alive": 14.5,
         "user_timeout": 15.5,
+        "heartbeat": (16, "é\n".encode()),
         "unix_mode": 0o660,
         "ssl_context": None,
     }
@@ -847,6 +848,7 @@ def test_every_setting_of_the_server_has_an_option(
     words = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
     files = ["--certificate", str(tmp_path / "cert.pem"), "--key", str(tmp_path / "key.pem")]
     arguments = [*words, "--overflow", "drop-oldest", "--unix-mode", "660", *files]
+    arguments += ["--heartbeat", r"16,é\n"]
     for name, value in expected.items():
         if type(value) in (int, float) and name != "unix_mode":
             arguments += [f"--{name.replace('_', '-')}", str(value)]

@@ -29,6 +29,7 @@ from psofa_gevent import (
     PsServer,
     PsSession,
 )
+from psofa_gevent.framing import Line
 from psofa_gevent.idle import IdleSlice
 from psofa_gevent.testing import (
     ClientFactory,
@@ -643,3 +644,192 @@ def test_sessions_that_cannot_be_idle_yet_are_not_looked_at(
     assert looks_at(20) == [3, 3]
     assert looks_at(22) == [4, 4]
     assert [session.wakes for session in sessions] == [0, 2]
+
+
+# on_idle: the callback acts instead
+
+
+class AskingCallback(RecordingCallback):
+    """What it does when a session is idle is what the test says; noted like any callback."""
+
+    def __init__(self, on_idle: Callable[[PsSession], bool | None]) -> None:
+        super().__init__()
+        self.act = on_idle
+        self.idle: list[PsSession] = []
+
+    def on_idle(self, session: PsSession) -> bool | None:
+        self.idle.append(session)
+        return self.act(session)
+
+
+class AskingAsyncCallback(AskingCallback):
+    use_async_callback = True
+
+    async def on_open_async(self, session: PsSession) -> None:
+        self.on_open(session)
+
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        self.on_message(session, message)
+
+    async def on_eof_async(self, session: PsSession) -> None:
+        self.on_eof(session)
+
+    async def on_idle_async(self, session: PsSession) -> bool | None:
+        return self.on_idle(session)
+
+    async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
+        self.on_close(session, close_reason)
+
+    async def on_start_async(self, owner: Any) -> None:
+        self.on_start(owner)
+
+    async def on_stop_async(self, owner: Any) -> None:
+        self.on_stop(owner)
+
+
+asking = pytest.mark.parametrize("kind", [AskingCallback, AskingAsyncCallback])
+"""Either kind of callback."""
+
+
+@asking
+@pytest.mark.parametrize("answer", [None, True, 0])
+def test_on_idle_keeps_the_session_and_comes_again(
+    kind: type[AskingCallback], answer: Any, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def ping(session: PsSession) -> bool | None:
+        session.send("ping")
+        return answer  # type: ignore[no-any-return]  # 0 is what a careless user returns
+
+    callback = kind(ping)
+    server = ps_server(callback, idle_milliseconds=100)
+    client = ps_client(server)
+    client.expect("pingping")
+    client.send("pong")
+    (message,) = callback.wait_for("on_message")
+    assert message.value == b"pong"
+    client.expect("ping")
+    assert not callback.named("on_close")
+
+
+@asking
+def test_on_idle_that_returns_false_closes_with_timeout(
+    kind: type[AskingCallback], ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = kind(lambda session: callback.idle.count(session) < 3)
+    client = ps_client(ps_server(callback, idle_milliseconds=50))
+    client.expect_eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.TIMEOUT
+    assert len(callback.idle) == 3
+
+
+@asking
+def test_on_idle_may_close_the_session_itself(
+    kind: type[AskingCallback], ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = kind(lambda session: session.close())
+    client = ps_client(ps_server(callback, idle_milliseconds=50))
+    client.expect_eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.SELF_CLOSE
+    assert len(callback.idle) == 1
+
+
+@pytest.mark.logs_errors
+@asking
+def test_an_exception_in_on_idle_closes_with_failed(
+    kind: type[AskingCallback], ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def fail(_session: PsSession) -> bool:
+        raise KeyError("no such device")
+
+    callback = kind(fail)
+    ps_client(ps_server(callback, idle_milliseconds=50)).expect_eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert closed.session is not None
+    assert isinstance(closed.session.close_cause, KeyError)
+    assert closed.session.close_cause.__context__ is None
+
+
+@pytest.mark.logs_errors
+def test_callback_timeout_ends_on_idle(ps_server: ServerFactory, ps_client: ClientFactory) -> None:
+    callback = AskingCallback(lambda _session: gevent.sleep(60))
+    ps_client(ps_server(callback, idle_milliseconds=50, callback_timeout=0.1)).expect_eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+
+
+def test_messages_that_come_while_on_idle_waits_are_handed_over_after_it(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    go_on = Event()
+    order: list[str] = []
+
+    def wait(_session: PsSession) -> None:
+        if not order:
+            order.append("begins")
+            go_on.wait()
+            order.append("ends")
+
+    callback = AskingCallback(wait)
+    server = ps_server(callback, idle_milliseconds=50)
+    client = ps_client(server)
+    eventually(lambda: order == ["begins"])
+    client.send("hello")
+    ps_client(server).send("another")  # whose session goes on meanwhile
+    callback.wait_for("on_message")
+    assert callback.received() == b"another"
+    go_on.set()
+    callback.wait_for("on_message", 2)
+    assert order == ["begins", "ends"]
+    assert callback.received() == b"anotherhello"
+
+
+def test_on_idle_may_receive_messages_itself(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    asked: list[bytes] = []
+
+    def ask(session: PsSession) -> None:
+        if not asked:
+            session.send("ping")
+            asked.append(session.receive(timeout=10))
+
+    callback = AskingCallback(ask)
+    client = ps_client(ps_server(callback, idle_milliseconds=100, framing=Line()))
+    client.expect("ping\n")
+    client.send("pong\nmore\n")
+    callback.wait_for("on_message")
+    assert asked == [b"pong"]
+    assert callback.received() == b"more"
+
+
+def test_a_callback_that_waits_in_receive_is_closed_without_on_idle(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = AskingCallback(lambda _session: True)
+    callback.on_open = lambda session: session.receive()  # type: ignore[method-assign, assignment]
+    ps_client(ps_server(callback, idle_milliseconds=50)).expect_eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.TIMEOUT
+    assert not callback.idle
+
+
+def test_on_idle_is_called_when_the_peer_has_closed_its_half(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = AskingCallback(lambda session: callback.idle.count(session) < 2)
+    client = ps_client(ps_server(callback, idle_milliseconds=50, allow_half_open=True))
+    client.eof()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.TIMEOUT
+    assert len(callback.idle) == 2
+    assert callback.named("on_eof")
+
+
+def test_a_client_has_on_idle_too() -> None:
+    with ScriptedServer() as scripted:
+        callback = AskingCallback(lambda session: session.send("ping"))
+        with PsClient(callback, *scripted.address, idle_milliseconds=50):
+            scripted.accept().expect("pingping")

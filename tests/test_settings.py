@@ -60,6 +60,7 @@ SESSION_SETTINGS = {
     "overflow": PsOverflow.CLOSE,
     "keep_alive": None,
     "user_timeout": None,
+    "heartbeat": None,
 }
 
 NOT_WHOLE_NUMBERS: list[Any] = ["10", b"10", 10.0, NAN, INFINITY, True, False, [10], object]
@@ -85,6 +86,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "overflow": ["CLOSE", 1, None, PsOverflow],
     "keep_alive": NOT_SECONDS,
     "user_timeout": NOT_SECONDS,
+    "heartbeat": [b"ping", 1000, [1, b"x"], (1,), (1, b"x", 2), (1.5, b"x"), (1, None), (1, 2)],
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
@@ -97,6 +99,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "high_water": [0, -1, 2**63, TOO_LARGE_FOR_A_FLOAT],
     "keep_alive": [*SECONDS_OUT_OF_RANGE, 0, 32_768],
     "user_timeout": [*SECONDS_OUT_OF_RANGE, 0, 2_000_001],
+    "heartbeat": [(0, b"x"), (-1, b"x"), (1, b""), (1, "")],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
@@ -295,6 +298,7 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "high_water": [1, 2**40],
     "overflow": list(PsOverflow),
     "keep_alive": [0.1, 60, 32_767, None],
+    "heartbeat": [(1, b"x"), (60_000, "text"), (5, lambda _session: b"x"), None],
     "user_timeout": [0.1, 30, None] if hasattr(socket, "TCP_USER_TIMEOUT") else [None],
 }
 

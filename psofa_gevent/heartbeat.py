@@ -1,0 +1,107 @@
+"""Heartbeats: what a session sends when it has sent nothing for a while.
+
+They keep the tables of NAT routers and firewalls from forgetting a connection, and let the peer's
+idle check know that this end is there. One greenlet looks at all sessions of an owner, ten times in
+the time of a heartbeat, so a heartbeat is late by a tenth at most, or a second if that is less. A
+look compares two numbers per session, and waits for nothing. A fixed message is posted
+(`PsSession.post`); a function runs in a greenlet that belongs to its session (`PsSession.spawn`),
+so a slow one delays nobody else's.
+
+None is sent before ``on_open``, nor while a send waits for the peer: one that takes nothing has no
+use for more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent.event import Event
+
+from psofa_gevent.aio import run_task
+from psofa_gevent.worker import Worker
+
+if TYPE_CHECKING:
+    from psofa_gevent.session import PsSession
+
+__all__ = ["Heartbeats"]
+
+LOOKS = 10
+"""In the time of a heartbeat."""
+SHORTEST_PERIOD = 0.005
+LONGEST_PERIOD = 1.0
+"""Seconds from one look to the next."""
+
+
+class Heartbeats:
+    """Those of one owner. All methods: in the hub's thread; none switches."""
+
+    def __init__(self, milliseconds: int, what: object) -> None:
+        self._seconds = milliseconds / 1_000
+        self._period = min(max(self._seconds / LOOKS, SHORTEST_PERIOD), LONGEST_PERIOD)
+        self._what = what
+        self._quiet: dict[PsSession[Any], list[float]] = {}
+        """For each session: bytes that it had sent, and since when it has sent no more."""
+        self._not_empty = Event()
+        self._worker = Worker(self._look_for_ever, self._has_work)
+
+    def add(self, session: PsSession[Any]) -> None:
+        """Let `session` have heartbeats from now on."""
+        self._quiet[session] = [0, monotonic()]
+        if len(self._quiet) == 1:
+            self._not_empty.set()
+            self._worker.ensure()
+
+    def discard(self, session: PsSession[Any]) -> None:
+        """No more of them."""
+        self._quiet.pop(session, None)
+        if not self._quiet:
+            self._not_empty.clear()
+
+    def stop(self) -> None:
+        """End the greenlet. Waits for it, so not from within it."""
+        self._worker.stop()
+
+    def _has_work(self) -> bool:
+        return bool(self._quiet)
+
+    def _look_for_ever(self) -> None:
+        while True:
+            self._not_empty.wait()
+            gevent.sleep(self._period)
+            self._look()
+
+    def _look(self) -> None:
+        now = monotonic()
+        due = []
+        for session, quiet in self._quiet.items():
+            if session._bytes_sent != quiet[0] or session._is_opening:
+                quiet[0], quiet[1] = session._bytes_sent, now
+            elif now - quiet[1] >= self._seconds and session._open and session._line is None:
+                quiet[1] = now
+                due.append(session)
+        for session in due:
+            self._beat(session)
+
+    def _beat(self, session: PsSession[Any]) -> None:
+        if not session._open or session._eof_requested:
+            return
+        if callable(self._what):
+            session.spawn(_ask_and_post, session, self._what)
+            return
+        try:
+            session.post(self._what)
+        except Exception as exc:  # the session has gone over to a framing that can't carry it
+            session._fail(exc)
+
+
+def _ask_and_post(session: PsSession[Any], function: Callable[[PsSession[Any]], Any]) -> None:
+    """Post what `function`, plain or ``async``, makes of the session; ``None``: nothing."""
+    message = function(session)
+    if asyncio.iscoroutine(message):
+        message = run_task(message)
+    if message is not None:
+        session.post(message)

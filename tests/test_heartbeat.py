@@ -1,0 +1,248 @@
+"""Heartbeats: what a session sends when it has sent nothing for a while."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from typing import Any
+
+import gevent
+import pytest
+
+from acting import STALLING, wait_until_stalled
+from helpers import ScriptedServer, close_reasons, stalled_peer
+from psofa_gevent import PsCallback, PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
+from psofa_gevent.framing import Line
+from psofa_gevent.testing import ClientFactory, RecordingCallback, ServerFactory, eventually
+
+
+def counting(session: PsSession[Any]) -> str:
+    session.set_value("beats", session.get_value("beats", 0) + 1)
+    return f"beat {session.get_value('beats')};"
+
+
+async def counting_async(session: PsSession[Any]) -> str:
+    return counting(session)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        (b"ping", b"pingping"),
+        ("ping", b"pingping"),
+        (bytearray(b"ping"), b"pingping"),
+        (counting, b"beat 1;beat 2;"),
+        (counting_async, b"beat 1;beat 2;"),
+    ],
+)
+def test_a_quiet_server_sends_heartbeats(
+    what: object, expected: bytes, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    client = ps_client(ps_server(PsCallback(), heartbeat=(50, what)))
+    client.expect(expected)
+
+
+@pytest.mark.parametrize("framing", [None, Line()])
+def test_a_client_sends_heartbeats_and_a_multi_client_too(framing: Line | None) -> None:
+    expected = "ping\nping\n" if framing else "pingping"
+    with ScriptedServer() as scripted:
+        settings: dict[str, Any] = {"heartbeat": (50, b"ping"), "framing": framing}
+        with PsClient(PsCallback(), *scripted.address, **settings):
+            scripted.accept().expect(expected)
+        with PsMultiClient(PsCallback(), **settings) as bundle:
+            for _ in range(3):
+                bundle.connect(*scripted.address)
+            for peer in [scripted.accept() for _ in range(3)]:
+                peer.expect(expected)
+
+
+def test_none_is_sent_while_the_session_sends_other_things(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    """Two sessions of one server: while one gets ten heartbeats the other gets what it is sent."""
+    callback = RecordingCallback()
+    server = ps_server(callback, heartbeat=(300, b"h"))
+    busy, quiet = ps_client(server), ps_client(server)
+    sessions = [event.session for event in callback.wait_for("on_open", 2)]
+
+    def send_often() -> None:
+        session = sessions[0]
+        assert session is not None
+        while session.is_open:
+            session.send("x")
+            gevent.sleep(0.02)
+
+    sender = gevent.spawn(send_often)
+    quiet.expect("hhh")
+    received = busy.receive(40)
+    sender.kill()
+    # A machine that stood still for so long may have let one through, and hardly three.
+    assert received.count(b"h") < 3
+    assert received.replace(b"h", b"") == b"x" * (40 - received.count(b"h"))
+
+
+def test_receiving_does_not_count_as_sending(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    client = ps_client(ps_server(PsCallback(), heartbeat=(100, b"ping")))
+
+    def send_often() -> None:
+        while True:
+            client.send("x")
+            gevent.sleep(0.02)
+
+    sender = gevent.spawn(send_often)
+    client.expect("pingping")
+    sender.kill()
+
+
+def test_a_heartbeat_does_not_keep_an_idle_session_open(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    client = ps_client(ps_server(callback, heartbeat=(50, b"p"), idle_milliseconds=300))
+    assert set(client.receive_until_eof()) <= {ord("p")}
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.TIMEOUT]
+
+
+def test_a_function_may_have_nothing_to_say(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    asked: list[PsSession] = []
+
+    def third_time(session: PsSession) -> bytes | None:
+        asked.append(session)
+        return b"now" if len(asked) == 3 else None
+
+    client = ps_client(ps_server(PsCallback(), heartbeat=(30, third_time)))
+    client.expect("now")
+    assert len(asked) >= 3
+
+
+def test_a_slow_function_delays_no_other_session(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def slow_for_the_first(session: PsSession) -> bytes:
+        if session is sessions[0]:
+            gevent.sleep(60)
+        return b"beat"
+
+    callback = RecordingCallback()
+    sessions: list[PsSession | None] = []
+    server = ps_server(callback, heartbeat=(50, slow_for_the_first))
+    ps_client(server)
+    sessions += [event.session for event in callback.wait_for("on_open")]
+    ps_client(server).expect("beatbeat")
+
+
+@pytest.mark.logs_errors
+def test_a_function_that_raises_closes_its_session_only(
+    ps_server: ServerFactory, ps_client: ClientFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_for_the_first(session: PsSession) -> bytes:
+        if session is sessions[0]:
+            raise KeyError("no such device")
+        return b"beat"
+
+    callback = RecordingCallback()
+    sessions: list[PsSession | None] = []
+    with caplog.at_level(logging.ERROR):
+        server = ps_server(callback, heartbeat=(50, fail_for_the_first))
+        client = ps_client(server)
+        sessions += [event.session for event in callback.wait_for("on_open")]
+        client.expect_eof()
+        callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+    assert len(caplog.records) == 1
+    ps_client(server).expect("beatbeat")
+
+
+@pytest.mark.logs_errors
+def test_a_framing_that_cannot_carry_it_closes_the_session(
+    ps_server: ServerFactory, ps_client: ClientFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Numbers(Line):
+        def encode(self, message: Any) -> bytes:
+            return b"%d\n" % message
+
+    class Changing(RecordingCallback):
+        def on_open(self, session: PsSession) -> None:
+            super().on_open(session)
+            session.set_framing(Numbers())
+
+    callback = Changing()
+    with caplog.at_level(logging.ERROR):
+        ps_client(ps_server(callback, framing=Line(), heartbeat=(50, b"ping"))).expect_eof()
+        callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+
+
+def test_a_message_that_the_framing_cannot_carry_is_refused_by_the_constructor() -> None:
+    with pytest.raises(ValueError, match="line"):
+        PsServer(PsCallback(), framing=Line(), heartbeat=(50, b"two\nlines"))
+
+
+def test_none_is_kept_for_a_peer_that_takes_nothing(ps_server: ServerFactory) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, heartbeat=(20, b"ping"), high_water=2 * len(STALLING))
+    canary: list[int] = []
+    with stalled_peer(server.address):
+        (session,) = eventually(lambda: server.sessions)
+        session.post(STALLING)
+        wait_until_stalled(session)
+        waiting = session.pending_bytes
+        with ScriptedServer() as scripted:
+            settings: dict[str, Any] = {"heartbeat": (20, lambda _session: canary.append(1))}
+            with PsClient(PsCallback(), *scripted.address, **settings):
+                eventually(lambda: len(canary) > 5)
+        assert session.pending_bytes <= waiting
+
+
+@pytest.mark.parametrize("use_function", [False, True])
+def test_none_is_sent_after_send_eof(
+    use_function: bool, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    what: Any = (lambda _session: b"ping") if use_function else b"ping"
+    server = ps_server(PsCallback(), heartbeat=(20, what))
+    client = ps_client(server)
+    client.expect("pingping")
+    (session,) = server.sessions
+    session.send_eof()
+    rest = client.receive_until_eof()
+    assert rest.replace(b"ping", b"") == b""
+    assert session.is_open
+
+
+def test_none_is_sent_before_the_session_opens(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    settings: dict[str, Any] = {"heartbeat": (10, b"ping"), "handshake_timeout": 0.3}
+    client = ps_client(ps_server(callback, ssl_context=context, **settings))
+    client.expect_eof()
+    assert not callback.named("on_open")
+
+
+def test_sessions_that_have_ended_leave_nothing(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    server = ps_server(PsCallback(), heartbeat=(20, b"ping"))
+    for _ in range(3):
+        with ps_client(server) as client:
+            client.expect("ping")
+    eventually(lambda: server.get_session_count() == 0)
+    manager = server._manager
+    assert manager is not None
+    assert manager._heartbeats is not None
+    assert not manager._heartbeats._quiet
+    ps_client(server).expect("pingping")  # it begins again
+
+
+def test_a_thousand_quiet_sessions_all_get_theirs(ps_server: ServerFactory) -> None:
+    callback = RecordingCallback()
+    server = ps_server(PsCallback(), heartbeat=(100, b"b"))
+    with PsMultiClient(callback) as bundle:
+        sessions = [bundle.connect(*server.address).session for _ in range(1_000)]
+        eventually(lambda: all(s.bytes_received >= 2 for s in sessions), timeout=30)
