@@ -30,6 +30,7 @@ from psofa_gevent.errors import (
 from psofa_gevent.group import PsGroup
 from psofa_gevent.handler import PsHandler
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
+from psofa_gevent.reconnecting import PsReconnect
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
@@ -55,6 +56,7 @@ __all__ = [
     "PsMultiClientConnection",
     "PsMultiClientError",
     "PsOverflow",
+    "PsReconnect",
     "PsRequestClosedError",
     "PsRequestError",
     "PsRequestTimeoutError",

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import ssl
 import uuid
+from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from psofa_gevent.addresses import check_address_family, check_host, format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import (
     ConnectingOwner,
-    check_client_port,
-    check_connect,
-    check_server_hostname,
-    check_source_address,
+    Target,
+    all_endpoints,
 )
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
+from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
+from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_hostname
+from psofa_gevent.settings import Heartbeat, SessionSettings, check_seconds
 
 __all__ = ["PsClient"]
 
@@ -45,6 +46,8 @@ class PsClient(ConnectingOwner[M]):
         ssl_context: ssl.SSLContext | bool | None = None,
         server_hostname: str | None = None,
         source_address: tuple[str, int] | None = None,
+        endpoints: Sequence[tuple[str, int]] = (),
+        reconnect: PsReconnect | bool | None = None,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -74,6 +77,9 @@ class PsClient(ConnectingOwner[M]):
             server_hostname: the name that the certificate must be for; by default `host`.
             source_address: the host and port to connect from, such as ``("192.0.2.7", 0)``;
                 ``None``: whatever the system chooses.
+            endpoints: more hosts and ports, tried in turn when the ones before do not answer.
+            reconnect: connect again whenever the session ends, until `disconnect`: True, or a
+                `PsReconnect` that says when; ``None``: not by itself.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -123,20 +129,23 @@ class PsClient(ConnectingOwner[M]):
             ),
             PsClientError,
             ssl_context,
+            reconnect,
         )
-        self._host = check_host(host)
-        self._port = check_client_port(host, port)
-        self._family = check_address_family(socket_address_family)
-        check_server_hostname(ssl_context, server_hostname, host)
-        self._server_hostname = server_hostname
-        check_source_address(source_address, host)
-        self._source_address = source_address
-        if self._ssl_context is not None:
-            check_hostname("server_hostname", server_hostname or host, self._ssl_context)
+        others = all_endpoints(host, port, endpoints)
+        self._target = Target(others, socket_address_family, None, server_hostname, source_address)
+        self._target.check_tls(self._ssl_context)
+        self._link: Link | None = None
+        """What stays connected; None: nothing does, or did since the last start."""
 
     def __repr__(self) -> str:
         state = "disconnected" if self.session is None else "connected"
-        return f"<PsClient {format_address(self._host, self._port)} {state}>"
+        if self.session is None and self._stays_connected:
+            state = "connecting"
+        return f"<PsClient {self._target} {state}>"
+
+    @property
+    def _stays_connected(self) -> bool:
+        return self._link is not None and not self._link.has_ended
 
     @property
     def session(self) -> PsSession[M] | None:
@@ -149,10 +158,12 @@ class PsClient(ConnectingOwner[M]):
     ) -> PsSession[M]:
         """Connect, and return the open session; its ``on_open`` has run or is about to.
 
+        With `reconnect` it goes on trying for `timeout`, and afterwards it stays connected.
+
         Args:
-            connection_id: the session's id; random by default.
-            timeout: seconds for name and connection together; ``None``: as long as the system
-                takes.
+            connection_id: the session's id; random by default. With `reconnect`: of each session.
+            timeout: seconds for names, connections and TLS together; ``None``: as long as the
+                system takes, or, with `reconnect`, until it gives up.
 
         Raises:
             PsClientError: it is connected or connecting already, or disconnects; the name is not
@@ -160,29 +171,84 @@ class PsClient(ConnectingOwner[M]):
             TypeError, ValueError: an argument is not what it should be.
             Exception: what ``on_start`` raised.
         """
-        check_connect(connection_id, timeout)
+        target = replace(self._target, connection_id=connection_id)
+        check_seconds("timeout", timeout)
+        self._check_idle()
+        was_started = self._manager is not None
+        manager = self._manager or self._start()
+        try:
+            if self._reconnect is None:
+                return self._connect(manager, target, timeout)
+            return self._stay_connected(manager, target, self._reconnect).wait(timeout)
+        except BaseException:
+            if self._link is not None:
+                self._link.stop()
+            if not was_started:
+                self._undo(manager)
+            raise
+
+    def connect_in_background(self, connection_id: uuid.UUID | None = None) -> None:
+        """Begin to connect, return at once, and stay connected; only with `reconnect`.
+
+        `wait_connected` waits for the session.
+
+        Args:
+            connection_id: the id of each session; random by default.
+
+        Raises:
+            PsClientError: there is no `reconnect`; or it is connected or connecting already, or
+                disconnects.
+            TypeError: `connection_id` is none.
+            Exception: what ``on_start`` raised.
+        """
+        target = replace(self._target, connection_id=connection_id)
+        if self._reconnect is None:
+            raise PsClientError(f"{self!r}: connect_in_background needs reconnect")
+        self._check_idle()
+        self._stay_connected(self._manager or self._start(), target, self._reconnect)
+
+    def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
+        """The open session; if there is none at the moment, the next one.
+
+        In any greenlet of the client's thread, but for its ``on_close``, and not in a coroutine.
+
+        Args:
+            timeout: seconds; ``None``: as long as it takes.
+
+        Raises:
+            PsClientError: there was none in that time, or none will come: the client has no
+                `reconnect`, is disconnected, or has given up.
+            TypeError, ValueError: `timeout` is not a number of seconds.
+        """
+        check_seconds("timeout", timeout)
+        session = self.session
+        if session is not None:
+            return session
+        if self._link is None:
+            raise PsClientError(f"{self!r} does not connect by itself")
+        self._link.check_may_wait()
+        return self._link.wait(timeout)
+
+    def _check_idle(self) -> None:
+        """Raise unless it may begin to connect."""
         self._forget_if_hub_is_gone()
         if self._is_stopping:
-            where = format_address(self._host, self._port)
-            raise PsClientError(f"the client of {where} is disconnecting, so it does not connect")
+            raise PsClientError(
+                f"the client of {self._target} is disconnecting, so it does not connect"
+            )
         if self._is_starting:
             raise PsClientError(f"{self!r} is starting: on_start has not returned")
-        if self._connectors or self.session is not None:
+        if self._connectors or self.session is not None or self._stays_connected:
             raise PsClientError(f"{self!r} is connected, or connecting, already")
-        manager = self._manager
-        endpoint = (self._host, self._port, self._family)
-        target = (*endpoint, connection_id, timeout, self._server_hostname, self._source_address)
-        if manager is not None:
-            return self._connect(manager, *target)
-        manager = self._start()
-        try:
-            return self._connect(manager, *target)
-        except BaseException:
-            self._undo(manager)
-            raise
+
+    def _stay_connected(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
+        self._link = self._new_link(manager, target, policy)
+        return self._link
 
     def disconnect(self, timeout: float | None = 5.0) -> None:
         """Close the session (SELF_CLOSE) and return after ``on_close`` and ``on_stop``.
+
+        With `reconnect` it connects no more; a wait for that ends at once.
 
         Returns at once, the work going on, when called in a callback, a coroutine or the hub. An
         attempt to connect that is under way fails. Without effect when not connected.

@@ -73,6 +73,14 @@ class CloseQueue:
         """Have ``on_stop`` called, after all that was put in before."""
         self._put(self._dispatch.on_stop, owner)
 
+    def put_call(self, function: Callable[[], object]) -> None:
+        """Have `function` called, which must not block, after all that was put in before."""
+        self._put(_call, function)
+
+    def is_me(self) -> bool:
+        """Whether the caller is the close greenlet."""
+        return self._worker.is_me()
+
     def hurry(self, deadline: float) -> float:
         """End the running call if it has had its share of the time until `deadline`.
 
@@ -190,6 +198,10 @@ class CloseQueue:
         self.pending -= 1
         if self.pending == 0:
             self._settled()
+
+
+def _call(function: Callable[[], object]) -> None:
+    function()
 
 
 def _name(args: tuple[object, ...]) -> str:

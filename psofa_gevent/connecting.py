@@ -10,6 +10,7 @@ from __future__ import annotations
 import _socket
 import ssl
 import uuid
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ from gevent import Timeout, get_hub, getcurrent, socket
 
 from psofa_gevent.addresses import (
     SocketAddress,
+    check_address_family,
     check_host,
     check_port,
     format_address,
@@ -29,12 +31,12 @@ from psofa_gevent.errors import PsError
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
+from psofa_gevent.reconnecting import Link, PsReconnect, check_reconnect
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import (
     SessionSettings,
     check_hostname,
     check_instance,
-    check_seconds,
     check_ssl_context,
 )
 from psofa_gevent.tcp import set_options
@@ -46,11 +48,49 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConnectingOwner",
-    "check_client_port",
-    "check_connect",
-    "check_server_hostname",
-    "check_source_address",
+    "Target",
+    "all_endpoints",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to connect to, and how.
+
+    Attributes:
+        endpoints: hosts and ports, tried in turn.
+        family: of the sockets.
+        connection_id: the session's id; ``None``: a random one.
+        server_hostname: with TLS, what the certificate must be for; ``None``: the host.
+        source_address: what to bind to before; ``None``: whatever the system chooses.
+    """
+
+    endpoints: tuple[tuple[str, int], ...]
+    family: PsSocketAddressFamily
+    connection_id: uuid.UUID | None
+    server_hostname: str | None
+    source_address: tuple[str, int] | None
+
+    def __post_init__(self) -> None:
+        for host, port in self.endpoints:
+            check_host(host)
+            _check_client_port(host, port)
+            _check_source_address(self.source_address, host)
+        check_address_family(self.family)
+        if self.connection_id is not None and not isinstance(self.connection_id, uuid.UUID):
+            raise TypeError(
+                f"connection_id must be a uuid.UUID or None, not {self.connection_id!r}"
+            )
+
+    def check_tls(self, ssl_context: ssl.SSLContext | None) -> None:
+        """Raise `TypeError` or `ValueError` for a server's name that can't be checked."""
+        for host, _port in self.endpoints:
+            _check_server_hostname(ssl_context, self.server_hostname, host)
+            if ssl_context is not None:
+                check_hostname("server_hostname", self.server_hostname or host, ssl_context)
+
+    def __str__(self) -> str:
+        return ", ".join(format_address(*endpoint) for endpoint in self.endpoints)
 
 
 class ConnectingOwner(SessionOwner[M]):
@@ -62,11 +102,14 @@ class ConnectingOwner(SessionOwner[M]):
         settings: SessionSettings,
         error: type[PsError],
         ssl_context: ssl.SSLContext | bool | None,
+        reconnect: PsReconnect | bool | None,
     ) -> None:
         super().__init__(callback, settings)
         self._error = error
         self._ssl_context = _context(ssl_context)
+        self._reconnect = check_reconnect(reconnect)
         self._connectors: set[Connector] = set()
+        self._links: set[Link] = set()
 
     def _start(self) -> SessionManager:
         """Run ``on_start``; an exception from it undoes the start."""
@@ -77,42 +120,72 @@ class ConnectingOwner(SessionOwner[M]):
         return manager
 
     def _connect(
-        self,
-        manager: SessionManager,
-        host: str,
-        port: int,
-        family: PsSocketAddressFamily,
-        connection_id: uuid.UUID | None,
-        timeout: float | None,
-        server_hostname: str | None = None,
-        source_address: tuple[str, int] | None = None,
+        self, manager: SessionManager, target: Target, timeout: float | None
     ) -> PsSession[Any]:
+        """Connect to the first endpoint that answers, each within its share of `timeout`."""
+        self._check_thread(manager)
+        began = monotonic()
+        errors: list[PsError] = []
+        with manager.entrance():
+            for untried in range(len(target.endpoints), 0, -1):
+                share = None
+                if timeout is not None:
+                    share = max(timeout - monotonic() + began, 0.0) / untried
+                try:
+                    return self._connect_to(manager, target, target.endpoints[-untried], share)
+                except self._error as exc:
+                    errors.append(exc)
+                    if not self._is_still_wanted(manager):
+                        raise
+        if len(errors) == 1:
+            raise errors[0]
+        raise self._error("; ".join(str(error) for error in errors)) from errors[-1]
+
+    def _check_thread(self, manager: SessionManager) -> None:
         if not manager.thread.is_current():
             raise self._error(f"{self!r}: connect belongs to the thread in which it was started")
-        connector = Connector(host, port, family, self._settings, self._error)
-        connector.source_address = source_address
+
+    def _connect_to(
+        self,
+        manager: SessionManager,
+        target: Target,
+        endpoint: tuple[str, int],
+        timeout: float | None,
+    ) -> PsSession[Any]:
+        connector = Connector(*endpoint, target.family, self._settings, self._error)
+        connector.source_address = target.source_address
         if self._ssl_context is not None:
-            name = server_hostname or host
-            check_hostname("server_hostname", name, self._ssl_context)
-            connector.use_tls(self._ssl_context, name)
-        with manager.entrance():
-            self._connectors.add(connector)
-            where = format_address(host, port)
-            try:
-                self._check_still_wanted(manager, where)
-                sock, address = connector.connect(timeout)
-            finally:
-                self._connectors.discard(connector)
-            try:
-                self._check_still_wanted(manager, where)
-            except PsError:
-                sock.close()
-                raise
-            try:
-                return manager.open(sock, address, connection_id)
-            except OSError as exc:
-                sock.close()
-                raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            connector.use_tls(self._ssl_context, target.server_hostname or endpoint[0])
+        self._connectors.add(connector)
+        where = format_address(*endpoint)
+        try:
+            self._check_still_wanted(manager, where)
+            sock, address = connector.connect(timeout)
+        finally:
+            self._connectors.discard(connector)
+        try:
+            self._check_still_wanted(manager, where)
+        except PsError:
+            sock.close()
+            raise
+        try:
+            return manager.open(sock, address, target.connection_id)
+        except OSError as exc:
+            sock.close()
+            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+
+    def _new_link(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
+        """What stays connected to `target`, and begins at once."""
+        self._check_thread(manager)
+
+        def connect(timeout: float | None) -> PsSession[Any]:
+            total = None if timeout is None else timeout * len(target.endpoints)
+            return self._connect(manager, target, total)
+
+        link = Link(manager, policy, self._error, str(target), connect, self._links.discard)
+        self._links.add(link)
+        link.start()
+        return link
 
     def _is_still_wanted(self, manager: SessionManager) -> bool:
         return self._manager is manager and manager.stop is None
@@ -122,8 +195,16 @@ class ConnectingOwner(SessionOwner[M]):
             raise self._error(f"cannot connect to {where}: disconnected meanwhile")
 
     def _close_entrance(self) -> None:
+        for link in list(self._links):
+            link.stop()
         for connector in list(self._connectors):
             connector.abort()
+
+    def _stopped(self) -> None:
+        super()._stopped()
+        for link in list(self._links):  # the hub was destroyed, and they with it
+            link.has_ended = True
+        self._links.clear()
 
 
 def _context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None:
@@ -136,12 +217,12 @@ def _context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None
     return ssl_context
 
 
-def check_client_port(host: str, port: object) -> int:
+def _check_client_port(host: str, port: object) -> int:
     """Return `port`; with a Unix socket it does not matter, and may be 0."""
     return check_port(port, least=1 if unix_path(host) is None else 0)
 
 
-def check_source_address(source_address: object, host: str) -> None:
+def _check_source_address(source_address: object, host: str) -> None:
     """Raise unless it is ``None`` or a host and a port, and there is a use for it."""
     if source_address is None:
         return
@@ -152,7 +233,7 @@ def check_source_address(source_address: object, host: str) -> None:
     check_port(source_address[1], least=0)
 
 
-def check_server_hostname(ssl_context: object, server_hostname: object, host: str) -> None:
+def _check_server_hostname(ssl_context: object, server_hostname: object, host: str) -> None:
     """Raise for a name that is none, that no TLS would check, or that is missing."""
     if server_hostname is None:
         if ssl_context is not None and unix_path(host) is not None:
@@ -165,11 +246,19 @@ def check_server_hostname(ssl_context: object, server_hostname: object, host: st
         raise ValueError(f"server_hostname={server_hostname!r} is for TLS: give an ssl_context")
 
 
-def check_connect(connection_id: object, timeout: object) -> None:
-    """Raise `TypeError` or `ValueError` for what a ``connect`` cannot use."""
-    if connection_id is not None and not isinstance(connection_id, uuid.UUID):
-        raise TypeError(f"connection_id must be a uuid.UUID or None, not {connection_id!r}")
-    check_seconds("timeout", timeout)
+def all_endpoints(host: str, port: int, endpoints: object) -> tuple[tuple[str, int], ...]:
+    """The host and port, and then the others that were given.
+
+    Raises:
+        TypeError: the others are no sequence of hosts and ports.
+    """
+    error = f"endpoints must be hosts and ports, such as [('example.org', 8710)], not {endpoints!r}"
+    if not isinstance(endpoints, (list, tuple)):
+        raise TypeError(error)
+    for endpoint in endpoints:
+        if not isinstance(endpoint, tuple) or len(endpoint) != 2:
+            raise TypeError(error)
+    return ((host, port), *endpoints)
 
 
 def _shake_hands(

@@ -75,6 +75,8 @@ class SessionManager:
         """The same by their ids, from the first time on that somebody asks."""
         self._has_duplicates = False
         """Whether two sessions ever had the same id."""
+        self._when_over: dict[PsSession[Any], Callable[[], object]] = {}
+        """What is to be called when all is over for a session."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
@@ -155,7 +157,20 @@ class SessionManager:
             # No callback hears of one that was closed before it opened, unless that failed.
             if not session._is_opening or session._reason is PsCloseReason.FAILED:
                 self.closing.put(session)
+            self._tell_that_over(session)
             log_safely(logging.DEBUG, "%r: closed", session)
+
+    def when_over(self, session: PsSession[Any], function: Callable[[], object]) -> None:
+        """Call `function`, which must not block, when the session's ``on_close`` has returned.
+
+        It is called in the close greenlet, also if no ``on_close`` was due. Not so in a stop, for a
+        session that it drops or leaves behind.
+        """
+        self._when_over[session] = function
+
+    def _tell_that_over(self, session: PsSession[Any]) -> None:
+        if self._when_over and (function := self._when_over.pop(session, None)) is not None:
+            self.closing.put_call(function)
 
     def forget(self, session: PsSession[Any]) -> bool:
         """Count the session no more; false if it did not count any longer."""
@@ -220,3 +235,4 @@ class SessionManager:
         if session is not None and not session._started:
             self.forget(session)
             session._drop()
+            self._tell_that_over(session)

@@ -5,38 +5,85 @@ from __future__ import annotations
 import _socket
 import ssl
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Generic, Self
 
-from psofa_gevent.addresses import check_address_family, check_host
+from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import (
     ConnectingOwner,
-    check_client_port,
-    check_connect,
-    check_server_hostname,
-    check_source_address,
+    Target,
+    all_endpoints,
 )
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
+from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_instance
+from psofa_gevent.settings import Heartbeat, SessionSettings, check_instance, check_seconds
 from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 
 
-@dataclass(frozen=True, slots=True)
 class PsMultiClientConnection(Generic[M]):
-    """One connection of a `PsMultiClient`: its session, and the host and port asked for."""
+    """One connection of a `PsMultiClient`; `PsMultiClient.connect` makes it.
 
-    session: PsSession[M]
-    host: str
-    port: int
+    Attributes:
+        host: the host that was asked for.
+        port: the port.
+    """
+
+    __slots__ = ("_link", "_session", "host", "port")
+
+    def __init__(
+        self, host: str, port: int, session: PsSession[M] | None, link: Link | None
+    ) -> None:
+        self.host = host
+        self.port = port
+        self._session = session
+        self._link = link
+
+    def __repr__(self) -> str:
+        session = self._session if self._link is None else self._link.session
+        return f"<PsMultiClientConnection {format_address(self.host, self.port)} {session!r}>"
+
+    @property
+    def session(self) -> PsSession[M]:
+        """The session; with ``reconnect`` the last one. It may have closed.
+
+        Raises:
+            PsMultiClientError: there was none yet (`PsMultiClient.connect_in_background`).
+        """
+        session = self._session if self._link is None else self._link.session
+        if session is None:
+            raise PsMultiClientError(f"{self!r} has not been connected yet")
+        return session
+
+    def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
+        """The open session; if there is none at the moment, the next one.
+
+        In any greenlet of the client's thread, but for its ``on_close``, and not in a coroutine.
+
+        Args:
+            timeout: seconds; ``None``: as long as it takes.
+
+        Raises:
+            PsMultiClientError: there was none in that time, or none will come: the connection has
+                no ``reconnect``, is disconnected, or has given up.
+            TypeError, ValueError: `timeout` is not a number of seconds.
+        """
+        check_seconds("timeout", timeout)
+        if self._link is None:
+            if not self.session.is_open:
+                raise PsMultiClientError(f"{self!r} does not connect by itself")
+            return self.session
+        if self._link.session is None or not self._link.session.is_open:
+            self._link.check_may_wait()
+        return self._link.wait(timeout)
 
 
 class PsMultiClient(ConnectingOwner[M]):
@@ -52,6 +99,7 @@ class PsMultiClient(ConnectingOwner[M]):
         callback: PsCallback[M],
         *,
         ssl_context: ssl.SSLContext | bool | None = None,
+        reconnect: PsReconnect | bool | None = None,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -75,6 +123,8 @@ class PsMultiClient(ConnectingOwner[M]):
             ssl_context: TLS; True: the server's certificate is verified against the system's
                 authorities, and its name; or a context of your own, made with
                 ``ssl.PROTOCOL_TLS_CLIENT``. ``None``: plain TCP.
+            reconnect: make a connection again whenever its session ends, until `disconnect`: True,
+                or a `PsReconnect` that says when; ``None``: not by itself.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -124,6 +174,7 @@ class PsMultiClient(ConnectingOwner[M]):
             ),
             PsMultiClientError,
             ssl_context,
+            reconnect,
         )
 
     def __repr__(self) -> str:
@@ -155,45 +206,109 @@ class PsMultiClient(ConnectingOwner[M]):
         timeout: float | None = 10.0,
         server_hostname: str | None = None,
         source_address: tuple[str, int] | None = None,
+        endpoints: Sequence[tuple[str, int]] = (),
     ) -> PsMultiClientConnection[M]:
         """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
+
+        With `reconnect` it goes on trying for `timeout`, and afterwards it stays connected.
 
         Args:
             host: an address or a name; or a Unix domain socket, ``unix:`` and its path.
             port: 1 to 65535; 0 for a Unix socket.
-            connection_id: the session's id; random by default.
+            connection_id: the session's id; random by default. With `reconnect`: of each session.
             socket_address_family: IPV6 reaches IPv4 hosts too.
-            timeout: seconds for name, connection and TLS together; ``None``: as long as the system
-                takes.
+            timeout: seconds for names, connections and TLS together; ``None``: as long as the
+                system takes, or, with `reconnect`, until it gives up.
             server_hostname: with TLS, the name that the certificate must be for; by default `host`.
             source_address: the host and port to connect from; ``None``: whatever the system
                 chooses.
+            endpoints: more hosts and ports, tried in turn when the ones before do not answer.
 
         Raises:
             PsMultiClientError: it is not initialised; the name is not known; or the connection was
                 refused, or timed out, or could not be made.
             TypeError, ValueError: an argument is not what it should be.
         """
-        check_host(host)
-        check_client_port(host, port)
-        check_address_family(socket_address_family)
-        check_connect(connection_id, timeout)
-        check_server_hostname(self._ssl_context, server_hostname, host)
-        check_source_address(source_address, host)
-        manager = self._running_manager()
-        where = (host, port, socket_address_family)
-        session = self._connect(
-            manager, *where, connection_id, timeout, server_hostname, source_address
+        others = all_endpoints(host, port, endpoints)
+        target = Target(
+            others, socket_address_family, connection_id, server_hostname, source_address
         )
-        return PsMultiClientConnection(session, host, port)
+        target.check_tls(self._ssl_context)
+        check_seconds("timeout", timeout)
+        manager = self._running_manager()
+        if self._reconnect is None:
+            session = self._connect(manager, target, timeout)
+            return PsMultiClientConnection(host, port, session, None)
+        link = self._new_link(manager, target, self._reconnect)
+        try:
+            link.wait(timeout)
+        except BaseException:
+            link.stop()
+            raise
+        return PsMultiClientConnection(host, port, None, link)
 
-    def disconnect(self, connection: PsMultiClientConnection[M]) -> None:
-        """Ask for the close of one connection (SELF_CLOSE) and return at once.
+    def connect_in_background(
+        self,
+        host: str,
+        port: int,
+        *,
+        connection_id: uuid.UUID | None = None,
+        socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
+        server_hostname: str | None = None,
+        source_address: tuple[str, int] | None = None,
+        endpoints: Sequence[tuple[str, int]] = (),
+    ) -> PsMultiClientConnection[M]:
+        """Begin to make one more connection, return at once, and stay connected.
+
+        Only with `reconnect`. `PsMultiClientConnection.wait_connected` waits for the session.
+
+        Args:
+            host: as for `connect`, as all others.
+            port: the port.
+            connection_id: the id of each session; random by default.
+            socket_address_family: of the sockets.
+            server_hostname: with TLS, the name that the certificate must be for.
+            source_address: the host and port to connect from.
+            endpoints: more hosts and ports.
 
         Raises:
-            TypeError: `connection` is not what `connect` returned.
+            PsMultiClientError: there is no `reconnect`, or it is not initialised.
+            TypeError, ValueError: an argument is not what it should be.
         """
-        check_instance("connection", connection, PsMultiClientConnection).session.close()
+        others = all_endpoints(host, port, endpoints)
+        target = Target(
+            others, socket_address_family, connection_id, server_hostname, source_address
+        )
+        target.check_tls(self._ssl_context)
+        if self._reconnect is None:
+            raise PsMultiClientError(f"{self!r}: connect_in_background needs reconnect")
+        link = self._new_link(self._running_manager(), target, self._reconnect)
+        return PsMultiClientConnection(host, port, None, link)
+
+    def disconnect(self, connection: PsMultiClientConnection[M] | PsSession[M]) -> None:
+        """Ask for the close of one connection (SELF_CLOSE) and return at once.
+
+        With `reconnect` it is made no more; an attempt that is under way fails.
+
+        Args:
+            connection: what `connect` returned, or its session: for callbacks.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if isinstance(connection, PsSession):
+            links = [link for link in list(self._links) if link.session is connection]
+            connection.close()
+        else:
+            link = check_instance("connection", connection, PsMultiClientConnection)._link
+            links = [] if link is None else [link]
+            if link is None:
+                connection.session.close()
+        for link in links:
+            if link.manager.thread.is_current():
+                link.disconnect()
+            else:
+                link.manager.thread.call_soon(link.disconnect)
 
     def destroy_bundle(self, timeout: float | None = 5.0) -> None:
         """Close all sessions (SELF_CLOSE) and return after every ``on_close``, and ``on_stop``.

@@ -152,10 +152,7 @@ class SessionOwner(Generic[M]):
 
     @property
     def started(self) -> bool:
-        """Whether it is started, and its end (`shutdown`, `disconnect`, …) was not asked for yet.
-
-        A loop that reconnects goes on as long as this is true.
-        """
+        """Whether it is started, and its end (`shutdown`, `disconnect`, …) not asked for yet."""
         manager = self._manager
         return manager is not None and manager.stop is None
 

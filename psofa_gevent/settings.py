@@ -27,6 +27,7 @@ __all__ = [
     "check_hostname",
     "check_instance",
     "check_int",
+    "check_number",
     "check_seconds",
     "check_ssl_context",
 ]
@@ -139,6 +140,14 @@ def check_int(name: str, value: object, least: int, most: int) -> None:
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if not least <= value <= most:
         raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+
+
+def check_number(name: str, value: object, least: float, most: float) -> None:
+    """Raise unless `value` is a number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
 
 
 def check_idle(name: str, value: object) -> None:

@@ -20,10 +20,19 @@ from example_process import (
     end,
     ended_well,
     example,
+    host_and_port,
     serving_example,
 )
-from helpers import PythonProcess, ScriptedServer, free_port, python_process, stalled_peer
+from helpers import (
+    PythonProcess,
+    ScriptedServer,
+    free_port,
+    python_process,
+    stalled_peer,
+)
 from marks import needs_ipv6
+from psofa_gevent import PsCallback, PsServer
+from psofa_gevent.framing import Line
 from psofa_gevent.testing import ScriptedClient, eventually
 
 ASK_TIMEOUT = "1.0"  # seconds: more than the steps between question and answer take in the tests
@@ -403,3 +412,28 @@ def test_gunicorn_reload_hands_the_devices_port_over() -> None:
             lamp.expect_eof()
         process.expect_line(f"devices on 127.0.0.1:{port}")
         connect_device(devices, http_address, "lamp").close()
+
+
+# A client that stays connected
+
+
+def test_steady_client_survives_restarts_and_falls_back_on_the_second_server() -> None:
+    port = free_port()
+    with (
+        ScriptedServer() as second,
+        example("steady_client.py", "--port", str(port), host_and_port(second.address)) as process,
+    ):
+        process.expect_line("connecting")
+        peer = second.accept(timeout=20)
+        peer.expect("hello\n")
+        peer.send("good day\n")
+        process.expect_line("received good day")
+        for _ in range(2):
+            with PsServer(PsCallback(), host="127.0.0.1", port=port, framing=Line()) as server:
+                peer.close()
+                process.expect_line(f"connected to 127.0.0.1:{port}")
+                assert eventually(lambda: server.sessions)
+            process.expect_line("lost PEER_CLOSE")
+            peer = second.accept(timeout=20)
+        end(process)
+        assert any("closed SELF_CLOSE" in line for line in process.lines)
