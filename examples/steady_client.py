@@ -58,7 +58,7 @@ def main() -> None:
         "127.0.0.1",
         args.port,
         endpoints=args.others,
-        reconnect=PsReconnect(first_delay=0.2, longest_delay=5),
+        reconnect=PsReconnect(first_delay=0.2, longest_delay=5, steady_after=2),
         heartbeat=(3_000, b"ping"),
         idle_milliseconds=10_000,
         framing=Line(),
