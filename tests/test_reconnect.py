@@ -26,6 +26,7 @@ from psofa_gevent import (
     PsSession,
     run_coroutine,
 )
+from psofa_gevent.manager import SessionManager
 from psofa_gevent.testing import RecordingCallback, eventually
 from psofa_gevent.worker import LibraryGreenlet
 
@@ -482,6 +483,47 @@ def test_a_stranger_that_kills_all_greenlets_does_not_end_it() -> None:
     assert len(callback.named("on_open")) >= 3
 
 
+def test_a_session_that_is_killed_before_it_begins_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[PsSession] = []
+    open_it = SessionManager.open
+
+    def open_and_kill_the_first(manager: SessionManager, *args: Any, **kwargs: Any) -> PsSession:
+        session = open_it(manager, *args, **kwargs)
+        opened.append(session)
+        if len(opened) == 1:
+            assert session._greenlet is not None
+            session._greenlet.kill(block=False)
+        return session
+
+    monkeypatch.setattr(SessionManager, "open", open_and_kill_the_first)
+    callback = RecordingCallback()
+    with ScriptedServer() as scripted:
+        client = PsClient(callback, *scripted.address, reconnect=QUICK)
+        client.connect_in_background()
+        (event,) = callback.wait_for("on_open", timeout=20)
+        assert event.session is opened[1]
+        client.disconnect()
+
+
+def test_one_that_is_stopped_as_the_peer_answers_is_closed() -> None:
+    with ScriptedServer() as scripted, PsMultiClient(PsCallback(), reconnect=QUICK) as bundle:
+        connection = bundle.connect_in_background(*scripted.address)
+        link = connection._link
+        assert link is not None
+        connect = link._connect
+
+        def connect_and_disconnect(timeout: float | None) -> PsSession:
+            session = connect(timeout)
+            bundle.disconnect(connection)
+            return session
+
+        link._connect = connect_and_disconnect
+        scripted.accept().expect_eof()
+        eventually(lambda: bundle.get_session_count() == 0)
+
+
 # Several endpoints
 
 
@@ -502,7 +544,8 @@ def test_endpoints_help_a_single_connect_too(address: tuple[str, int]) -> None:
     with black_hole() as silent, ScriptedServer() as third:
         endpoints = [silent, third.address]
         client = PsClient(PsCallback(), *address, endpoints=endpoints)
-        assert client.connect(timeout=3).remote_endpoint == third.address
+        with takes(most=2.9):  # a silent one gets its share of the time, and not all
+            assert client.connect(timeout=3).remote_endpoint == third.address
         client.disconnect()
         with PsMultiClient(PsCallback()) as bundle:
             connection = bundle.connect(*address, endpoints=[third.address])
