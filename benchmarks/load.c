@@ -12,6 +12,10 @@
  *              (a second line of JSON then) or standard input ends.
  *   broadcast  one connection sends, the server sends that to all; the next when all have it.
  *   serve      an echo server, against which the other modes show what they are able to.
+ *
+ * With WITH_TLS it is linked with OpenSSL, and "--tls" lets "echo" speak TLS 1.3. It encrypts and
+ * decrypts in memory (OpenSSL's memory grows to what it needs in the warm-up), so that the system calls,
+ * and what the server finds at once, are those of a plain run. It verifies no certificate.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -31,6 +35,10 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef WITH_TLS
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#endif
 
 #define OPENING 128   /* connections being opened at a time: fewer than any backlog */
 #define SOURCES 100   /* addresses 127.0.0.x to connect from: one has only some 28,000 ports */
@@ -45,9 +53,14 @@ struct connection {
     long received;    /* bytes of the reply that is coming in */
     uint32_t oldest, newest;
     uint64_t *sent;   /* when the messages under way were sent: a ring of `depth` */
+#ifdef WITH_TLS
+    SSL *ssl;
+    BIO *encrypted_in, *encrypted_out;
+#endif
 };
 
 static int port, connections = 1, size = 64, depth = 1;
+static int tls;
 static const char *content = ""; /* "lines": each ends with LF; "lengths": each begins with its */
 static pid_t server_pid;
 static double warm = 0.2, seconds = 1.0;
@@ -154,19 +167,106 @@ static void ask(struct connection *c, int operation, int out)
     c->wants_out = out;
 }
 
-static void flush(struct connection *c)
+#ifdef WITH_TLS
+
+static SSL_CTX *tls_context;
+static char *scratch;
+
+static void fail_tls(const char *what)
+{
+    fprintf(stderr, "load: %s: ", what);
+    ERR_print_errors_fp(stderr);
+    exit(1);
+}
+
+static void prepare_tls(void)
+{
+    if (!(tls_context = SSL_CTX_new(TLS_client_method())) || !(scratch = malloc(BUFFER)) ||
+        !SSL_CTX_set_min_proto_version(tls_context, TLS1_3_VERSION))
+        fail_tls("OpenSSL");
+    SSL_CTX_set_mode(tls_context,
+                     SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+}
+
+static void begin_tls(struct connection *c)
+{
+    c->encrypted_in = BIO_new(BIO_s_mem());
+    c->encrypted_out = BIO_new(BIO_s_mem());
+    if (!(c->ssl = SSL_new(tls_context)) || !c->encrypted_in || !c->encrypted_out)
+        fail_tls("OpenSSL");
+    SSL_set_bio(c->ssl, c->encrypted_in, c->encrypted_out);
+    SSL_set_connect_state(c->ssl);
+}
+
+/* Goes on with the handshake, too. Returns whether something waits for the kernel. */
+static int flush_tls(struct connection *c)
+{
+    char *data;
+    long left;
+    int n;
+    ERR_clear_error();
+    while (c->unsent && (n = SSL_write(c->ssl, payload, (int)c->unsent)) > 0)
+        c->unsent -= n;
+    if (c->unsent && SSL_get_error(c->ssl, n) != SSL_ERROR_WANT_READ)
+        fail_tls("SSL_write");
+    while ((left = BIO_get_mem_data(c->encrypted_out, &data)) > 0) {
+        ssize_t sent = send(c->fd, data, (size_t)left, MSG_NOSIGNAL);
+        if (sent < 0) {
+            if (errno != EAGAIN)
+                fail("send");
+            return 1;
+        }
+        for (; sent > 0; sent -= n)
+            n = BIO_read(c->encrypted_out, scratch, (int)(sent < BUFFER ? sent : BUFFER));
+    }
+    return 0;
+}
+
+/* Decrypts the `count` bytes that came in: how many bytes of replies that makes, -1: the end. */
+static ssize_t decrypt(struct connection *c, int count)
+{
+    ssize_t total = 0;
+    int n, error;
+    ERR_clear_error();
+    if (BIO_write(c->encrypted_in, incoming, count) != count)
+        fail_tls("BIO_write");
+    while ((n = SSL_read(c->ssl, scratch, BUFFER)) > 0)
+        total += n;
+    error = SSL_get_error(c->ssl, n);
+    if (error == SSL_ERROR_ZERO_RETURN)
+        return -1;
+    if (error != SSL_ERROR_WANT_READ)
+        fail_tls("SSL_read");
+    return total;
+}
+
+#else
+
+static void begin_tls(struct connection *c) { (void)c; }
+static int flush_tls(struct connection *c) { return c->unsent > 0; }
+static ssize_t decrypt(struct connection *c, int count) { return c ? count : -1; }
+
+#endif
+
+static int flush_plain(struct connection *c)
 {
     while (c->unsent) {
         ssize_t n = send(c->fd, payload, (size_t)c->unsent, MSG_NOSIGNAL);
         if (n < 0) {
             if (errno != EAGAIN)
                 fail("send");
-            break;
+            return 1;
         }
         c->unsent -= n;
     }
-    if ((c->unsent > 0) != c->wants_out)
-        ask(c, EPOLL_CTL_MOD, c->unsent > 0);
+    return 0;
+}
+
+static void flush(struct connection *c)
+{
+    int waits = tls ? flush_tls(c) : flush_plain(c);
+    if (waits != c->wants_out)
+        ask(c, EPOLL_CTL_MOD, waits);
 }
 
 static void add_message(struct connection *c)
@@ -191,6 +291,8 @@ static void open_connection(struct connection *c)
     if (connect(c->fd, (void *)&server_address, sizeof server_address) && errno != EINPROGRESS)
         fail("connect");
     ask(c, EPOLL_CTL_ADD, 0);
+    if (tls)
+        begin_tls(c);
     c->received = c->unsent = 0;
     c->oldest = c->newest = 0;
     add_message(c);
@@ -210,6 +312,8 @@ static long take(struct connection *c)
             return 0;
         fail("recv");
     }
+    if (tls && (n = decrypt(c, (int)n)) < 0)
+        return -1;
     for (c->received += n; c->received >= size; c->received -= size) {
         if (c->oldest == c->newest) {
             errno = EPROTO;
@@ -251,15 +355,12 @@ static void open_all(void)
         struct connection *c = next_event(&what);
         if (!c)
             continue;
-        if (what & EPOLLOUT)
-            flush(c);
-        if (!(what & ~(uint32_t)EPOLLOUT))
-            continue;
-        long complete = take(c);
+        long complete = what & ~(uint32_t)EPOLLOUT ? take(c) : 0;
         if (complete < 0) {
             errno = ECONNRESET;
             fail("the server closed a connection");
         }
+        flush(c);
         ready += (int)complete;
         items += complete;
     }
@@ -439,6 +540,10 @@ static void prepare(void)
     server_address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (server_pid && clock_getcpuclockid(server_pid, &server_clock))
         fail("no such server process");
+#ifdef WITH_TLS
+    if (tls)
+        prepare_tls();
+#endif
     epoll_fd = epoll_create1(0);
     all = calloc((size_t)connections, sizeof *all);
     incoming = malloc(BUFFER);
@@ -461,7 +566,8 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"port", 1, NULL, 'p'},       {"connections", 1, NULL, 'c'}, {"size", 1, NULL, 's'},
         {"depth", 1, NULL, 'd'},      {"warm", 1, NULL, 'w'},        {"seconds", 1, NULL, 't'},
-        {"server-pid", 1, NULL, 'P'}, {"content", 1, NULL, 'C'},     {NULL, 0, NULL, 0},
+        {"server-pid", 1, NULL, 'P'}, {"content", 1, NULL, 'C'},     {"tls", 0, NULL, 'T'},
+        {NULL, 0, NULL, 0},
     };
     static const struct { const char *name; void (*run)(void); } modes[] = {
         {"echo", run_echo}, {"accept", run_accept},       {"hold", run_hold},
@@ -478,8 +584,15 @@ int main(int argc, char **argv)
         case 't': seconds = atof(optarg); break;
         case 'P': server_pid = atoi(optarg); break;
         case 'C': content = optarg; break;
+#ifdef WITH_TLS
+        case 'T': tls = 1; break;
+#endif
         default: return 2;
         }
+    }
+    if (tls && (optind == argc || strcmp(argv[optind], "echo") != 0)) {
+        fprintf(stderr, "load: only echo speaks TLS\n");
+        return 2;
     }
     for (size_t i = 0; optind < argc && i < sizeof modes / sizeof *modes; i++) {
         if (strcmp(argv[optind], modes[i].name) == 0) {

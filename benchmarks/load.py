@@ -18,14 +18,16 @@ from typing import Any
 from benchmarks.processes import BenchmarkError, Child, Server, load_core
 from benchmarks.rows import Row
 
-__all__ = ["has_redis_benchmark", "load_program", "redis_benchmark", "start_load"]
+__all__ = ["has_redis_benchmark", "load_program", "redis_benchmark", "speaks_tls", "start_load"]
 
 SOURCE = Path(__file__).with_name("load.c")
+WITH_TLS = ("-DWITH_TLS", "-lssl", "-lcrypto")
+TLS_SUFFIX = "-tls"
 
 
 @functools.cache
 def load_program() -> Path:
-    """The compiled load.c, from the cache directory if it is there.
+    """The compiled load.c, from the cache directory if it is there; with TLS where OpenSSL is.
 
     Raises:
         BenchmarkError: there is no C compiler, or it does not compile.
@@ -33,17 +35,23 @@ def load_program() -> Path:
     source = SOURCE.read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "psofa-benchmarks")
     key = hashlib.sha256(source + platform.machine().encode()).hexdigest()[:16]
-    program = cache / f"load-{key}"
-    if program.exists():
-        return program
+    plain, with_tls = cache / f"load-{key}", cache / f"load-{key}{TLS_SUFFIX}"
+    if with_tls.exists():
+        return with_tls
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
+        if plain.exists():
+            return plain
         raise BenchmarkError("no C compiler: install gcc or clang, or let CC name one")
+    has_openssl = _has_openssl(compiler)
+    program = with_tls if has_openssl else plain
+    if program.exists():
+        return program
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
         built = Path(directory, "load")
         done = subprocess.run(
-            [compiler, "-O2", "-o", str(built), str(SOURCE)],
+            [compiler, "-O2", "-o", str(built), str(SOURCE), *(WITH_TLS if has_openssl else ())],
             capture_output=True,
             text=True,
             check=False,
@@ -52,6 +60,21 @@ def load_program() -> Path:
             raise BenchmarkError(f"{compiler} does not compile {SOURCE.name}: {done.stderr}")
         built.replace(program)
     return program
+
+
+def _has_openssl(compiler: str) -> bool:
+    """Whether OpenSSL's headers are installed."""
+    looked = subprocess.run(
+        [compiler, "-fsyntax-only", "-include", "openssl/ssl.h", "-xc", os.devnull],
+        capture_output=True,
+        check=False,
+    )
+    return looked.returncode == 0
+
+
+def speaks_tls() -> bool:
+    """Whether our load generator does."""
+    return load_program().name.endswith(TLS_SUFFIX)
 
 
 def start_load(mode: str, row: Row, server: Server, warm: float, seconds: float) -> Child:
@@ -68,6 +91,7 @@ def start_load(mode: str, row: Row, server: Server, warm: float, seconds: float)
             f"--content={row.work}",
             f"--warm={warm}",
             f"--seconds={seconds}",
+            *(["--tls"] if row.is_encrypted else []),
         ],
         load_core,
     )

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.peers import C_SERVER
+from benchmarks.servers.works import TLS
 
 __all__ = ["GROWTH_SIZES", "ROWS", "Row", "growth_rows"]
 
 LOOPS = ("psofa", "gevent", "asyncio", "uvloop", "twisted")
+TLS_LOOPS = ("psofa", "gevent", "asyncio", "uvloop")
 STREAMS = ("asyncio-streams", "uvloop-streams")
 COROUTINES = ("psofa-async", *STREAMS)
 MANY = 15_000
@@ -49,6 +51,11 @@ class Row:
     shown: str = "per_cpu_second"
     rounds: float = 1
     quick_peers: tuple[str, ...] = ()
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether it goes over TLS."""
+        return self.work == TLS
 
 
 ROWS = (
@@ -137,6 +144,25 @@ ROWS = (
             depth=64,
         )
         for work, title in (("lines", "lines"), ("lengths", "length-prefixed messages"))
+    ),
+    Row(
+        "tls",
+        "echo over TLS 1.3, 64 B, 100 connections",
+        kind="echo",
+        work=TLS,
+        connections=100,
+        peers=TLS_LOOPS,
+    ),
+    Row(
+        "tls-64k",
+        "echo over TLS 1.3, 64 KiB, 10 connections",
+        kind="echo",
+        work=TLS,
+        connections=10,
+        peers=TLS_LOOPS,
+        size=64 * 1024,
+        shown="mb_per_second",
+        rounds=1.4,
     ),
     Row(
         "accept",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.load import has_redis_benchmark
+from benchmarks.load import has_redis_benchmark, speaks_tls
 from benchmarks.measure import Plan, Sample, measure
 from benchmarks.peers import PEERS, missing_requirement
 from benchmarks.processes import BenchmarkError
@@ -35,8 +36,8 @@ def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[
     chosen = []
     absent: set[str] = set()
     for row in rows:
-        if row.kind == "redis" and not has_redis_benchmark():
-            results.notes.append(f"{row.name} skipped: no redis-benchmark (Debian: redis-tools)")
+        if missing := _missing(row):
+            results.notes.append(f"{row.name} skipped: {missing}")
             continue
         if limit != resource.RLIM_INFINITY and row.connections + OTHER_DESCRIPTORS > limit:
             results.notes.append(f"{row.name} skipped: only {limit} descriptors in a process")
@@ -50,6 +51,17 @@ def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[
         f"{name} skipped: {PEERS[name].requires} is not installed" for name in sorted(absent)
     )
     return chosen
+
+
+def _missing(row: Row) -> str | None:
+    """What the load generators, or all peers, lack for `row`."""
+    if row.kind == "redis" and not has_redis_benchmark():
+        return "no redis-benchmark (Debian: redis-tools)"
+    if row.is_encrypted and not speaks_tls():
+        return "no headers of OpenSSL (Debian: libssl-dev)"
+    if row.is_encrypted and importlib.util.find_spec("trustme") is None:
+        return "trustme is not installed"
+    return None
 
 
 def run(rows: Sequence[Row], plan: Plan, results: Results) -> bool:

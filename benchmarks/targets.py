@@ -70,6 +70,14 @@ TARGETS = (
     Target("echo-64k", "rate", AT_LEAST, 0.95, "uvloop"),
     Target("echo-1m", "rate", AT_LEAST, 0.95, "asyncio"),
     Target("echo-1m", "rate", AT_LEAST, 0.95, "uvloop"),
+    *(
+        Target("tls", "per_cpu_second", AT_LEAST, bound, peer)
+        for peer, bound in (("uvloop", 1.0), ("gevent", 1.0), ("asyncio", 1.0))
+    ),
+    *(
+        Target("tls-64k", "per_cpu_second", AT_LEAST, 0.95, peer)
+        for peer in ("uvloop", "gevent", "asyncio")
+    ),
     Target("pipelined", "per_cpu_second", AT_LEAST, 1.0, "uvloop"),
     *(
         Target(row, "per_cpu_second", AT_LEAST, bound, peer)

@@ -88,6 +88,34 @@ def test_a_tiny_run_measures_every_peer_of_every_row(tmp_path: Path) -> None:
     assert "### Targets" in done.stdout
 
 
+@needs_compiler
+@pytest.mark.skipif(importlib.util.find_spec("trustme") is None, reason="trustme is not installed")
+def test_tls_is_measured_where_openssl_is_there_and_skipped_with_a_note_where_not(
+    tmp_path: Path,
+) -> None:
+    cc = tmp_path / "cc"
+    cc.write_text('#!/bin/sh\ncase "$*" in *openssl*) exit 1;; esac\nexec cc "$@"\n')
+    cc.chmod(0o755)
+    written = tmp_path / "run.json"
+    options = ("--quick", "--rounds=1", "--seconds=0.05", "--rows=tls,tls-64k,echo-10")
+    peers = ("psofa", "gevent", "asyncio")
+    without = {"CC": str(cc), "XDG_CACHE_HOME": str(tmp_path)}
+    done = run_benchmarks(*options, "--peers=psofa", "--json", written, environment=without)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads(written.read_text())
+    assert list(run["rows"]) == ["echo-10"]
+    assert "tls skipped: no headers of OpenSSL (Debian: libssl-dev)" in run["notes"]
+    done = run_benchmarks(*options, "--peers", ",".join(peers), "--json", written)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads(written.read_text())
+    if "tls" not in run["rows"]:
+        pytest.skip("there are no headers of OpenSSL")
+    for row in ("tls", "tls-64k"):
+        assert set(run["rows"][row]["peers"]) == set(peers)
+        for peer in run["rows"][row]["peers"].values():
+            assert all(sample["cpu_us"] > 0 for sample in peer["rounds"])
+
+
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     nothing = {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
     done = run_benchmarks("--quick", environment=nothing)

@@ -7,6 +7,7 @@ of JSON, and serves until it is killed. WORK is
 - ``hold``: the same; psofa's counts its ``on_close`` calls, and shuts down at SIGUSR1.
 - ``suspend``: the same, after ``await asyncio.sleep(0)``; coroutines only.
 - ``ping``: ``PING`` lines are answered with ``+PONG`` lines, for redis-benchmark.
+- ``tls``: as ``echo``, over TLS 1.3.
 - ``broadcast``: a message that begins with a dot goes to all connections, any other back.
 
 All have the same backlog, and leave everything else at its default.

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from gevent import ssl
 from gevent.server import StreamServer
 from gevent.socket import socket
 
-from benchmarks.servers.works import BACKLOG, HOST, READ_SIZE, TO_ALL, Announce, pongs
+from benchmarks.servers.works import (
+    BACKLOG,
+    HOST,
+    READ_SIZE,
+    TLS,
+    TO_ALL,
+    Announce,
+    pongs,
+    tls_context,
+)
 
 connections: set[socket] = set()
 
@@ -35,13 +46,15 @@ def broadcast(connection: socket, _address: object) -> None:
 HANDLERS: dict[str, Callable[[socket, object], None]] = {
     "echo": echo,
     "hold": echo,
+    TLS: echo,
     "ping": ping,
     "broadcast": broadcast,
 }
 
 
 def serve(_variant: str, work: str, announce: Announce) -> None:
-    server = StreamServer((HOST, 0), HANDLERS[work], backlog=BACKLOG)
+    tls: dict[str, Any] = {"ssl_context": tls_context(ssl.SSLContext)} if work == TLS else {}
+    server = StreamServer((HOST, 0), HANDLERS[work], backlog=BACKLOG, **tls)
     server.start()
     announce(int(server.address[1]))
     server.serve_forever()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import struct
 from typing import cast
 
-from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
+from benchmarks.servers.works import BACKLOG, HOST, TLS, TO_ALL, Announce, pongs, tls_context
 
 transports: set[asyncio.Transport] = set()
 
@@ -83,6 +84,7 @@ class Lengths(Echo):
 PROTOCOLS = {
     "echo": Echo,
     "hold": Echo,
+    TLS: Echo,
     "ping": Ping,
     "broadcast": Broadcast,
     "lines": Lines,
@@ -92,7 +94,8 @@ PROTOCOLS = {
 
 async def listen(work: str, announce: Announce) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(PROTOCOLS[work], HOST, 0, backlog=BACKLOG)
+    tls = tls_context(ssl.SSLContext) if work == TLS else None
+    server = await loop.create_server(PROTOCOLS[work], HOST, 0, backlog=BACKLOG, ssl=tls)
     announce(server.sockets[0].getsockname()[1])
     await server.serve_forever()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import time
 
 import gevent
 
-from benchmarks.servers.works import BACKLOG, HOST, TO_ALL, Announce, pongs
+from benchmarks.servers.works import BACKLOG, HOST, TLS, TO_ALL, Announce, pongs, tls_context
 from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsSession
 from psofa_gevent.framing import Framing, LengthPrefix, Line
 
@@ -75,6 +76,7 @@ class PingAsync(PsCallback):
 CALLBACKS: dict[tuple[str, str], type[PsCallback]] = {
     ("sync", "echo"): Echo,
     ("sync", "hold"): Hold,
+    ("sync", TLS): Echo,
     ("sync", "ping"): Ping,
     ("sync", "broadcast"): Broadcast,
     ("sync", "lines"): Echo,
@@ -94,7 +96,14 @@ FRAMINGS: dict[str, Framing[bytes]] = {"lines": Line(), "lengths": LengthPrefix(
 
 def serve(variant: str, work: str, announce: Announce) -> None:
     callback = CALLBACKS[variant, work]()
-    server = PsServer(callback, host=HOST, port=0, backlog=BACKLOG, framing=FRAMINGS.get(work))
+    server = PsServer(
+        callback,
+        host=HOST,
+        port=0,
+        backlog=BACKLOG,
+        framing=FRAMINGS.get(work),
+        ssl_context=tls_context(ssl.SSLContext) if work == TLS else None,
+    )
     server.start()
     if isinstance(callback, Hold):
         gevent.signal_handler(signal.SIGUSR1, shut_down, server, callback)
