@@ -307,8 +307,6 @@ class PsSession(SendingHalf[M]):
         self._stop_watching()
         self._tls = self._sock = sock
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
-        # It must be started for each wait: there may be bytes that no event tells of.
-        self._keeps_watching = False
 
     # A user's values
 

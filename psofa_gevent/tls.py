@@ -33,6 +33,8 @@ ENCRYPTED_AT_A_TIME = 262_144
 """Bytes of a message that are encrypted for one system call."""
 RECORD = 16_384
 """Bytes of a TLS record, at most (RFC 8446, section 5.1)."""
+OVERHEAD = 2_048
+"""Bytes more that are read, so that what fills a buffer when decrypted comes in one system call."""
 
 
 class TlsSocket:
@@ -50,6 +52,7 @@ class TlsSocket:
         "has_more",
         "has_progress",
         "ssl_object",
+        "watcher",
         "wire_sent",
     )
 
@@ -84,6 +87,8 @@ class TlsSocket:
         """Whether `recv` may return more without anything coming from the socket."""
         self.has_progress = False
         """Whether bytes have come, since the last look, that made no whole record yet."""
+        self.watcher: TlsWatcher | None = None
+        """What is told of that."""
         self.wire_sent = 0
         """Bytes that the kernel took, as they are on the wire."""
 
@@ -125,60 +130,80 @@ class TlsSocket:
 
     def recv(self, size: int) -> bytes:
         """Decrypted bytes, at most `size`; nothing: the peer has closed its stream."""
-        self.has_more = False
-        is_full = False
-        if not self._decrypted:
-            if self._error is not None:
-                error, self._error = self._error, None
-                raise error
-            if self._at_end:
-                return b""
-            is_full = self._decrypt(size)
-        data, self._decrypted = self._decrypted[:size], self._decrypted[size:]
-        self.has_more = (
-            is_full or self._at_end or self._error is not None or len(self._decrypted) > 0
-        )
+        if self._decrypted:
+            data, self._decrypted = self._decrypted[:size], self._decrypted[size:]
+            self.has_more = False
+            has_more = len(self._decrypted) > 0
+        elif self._error is not None:
+            self.has_more = False
+            error, self._error = self._error, None
+            raise error
+        elif self._at_end:
+            self.has_more = False
+            return b""
+        else:
+            data, has_more = self._decrypt(size)
+        if has_more or self._at_end or self._error is not None:
+            self.has_more = True
+            if self.watcher is not None:
+                self.watcher.tell_soon()
         return data
 
-    def _decrypt(self, size: int, *, reads: bool = True) -> bool:
-        """Decrypt what has come, about `size` bytes of it; whether there may be more.
+    def _decrypt(self, size: int, *, reads: bool = True) -> tuple[bytes, bool]:
+        """Decrypt what has come, at most `size` bytes; and whether there may be more.
 
         `reads`: with what the socket has, if nothing is there.
         """
-        parts = [self._decrypted]
+        may_have_more, self.has_more = self.has_more, False
+        parts: list[bytes] = []
         left = size
         try:
-            while left > 0:
-                try:
-                    data = self.ssl_object.read(min(left, RECORD))
-                except ssl.SSLWantReadError:
-                    if left < size or not reads:
-                        break
-                    self._read_from_socket(size)
-                    continue
-                except ssl.SSLZeroReturnError:
-                    data = b""
-                if not data:  # close_notify
-                    self._at_end = True
+            # To be told so by OpenSSL costs more than to read.
+            if reads and not may_have_more:
+                self._read_from_socket(size)
+            while left:
+                data = self._next(left, reads=reads and not parts)
+                if not data:
                     break
                 parts.append(data)
                 left -= len(data)
-                if not self._incoming.pending and not self.ssl_object.pending():
+                if not self._has_pending():
                     break
         except OSError as exc:
-            if left == size and reads:
+            if not parts and reads:
                 raise
             if not isinstance(exc, BlockingIOError):
                 self._error = exc  # after what came before it
         finally:
-            # A key update, an alert: what can't leave now leaves with what is sent next.
-            with contextlib.suppress(OSError):
-                self._flush()
-            self._decrypted = b"".join(parts)
-        return left <= 0
+            if self._outgoing.pending:
+                # A key update, an alert: what can't leave now leaves with what is sent next.
+                with contextlib.suppress(OSError):
+                    self._flush()
+        return parts[0] if len(parts) == 1 else b"".join(parts), not left and self._has_pending()
+
+    def _next(self, size: int, *, reads: bool) -> bytes:
+        """Decrypted bytes of one record; nothing: there are none, or the stream is at its end."""
+        while True:
+            try:
+                data = self.ssl_object.read(size if size < RECORD else RECORD)
+            except ssl.SSLWantReadError:
+                if not reads:
+                    return b""
+                self._read_from_socket(size)
+            except ssl.SSLZeroReturnError:
+                break
+            else:
+                if data:
+                    return data
+                break
+        self._at_end = True  # close_notify
+        return b""
+
+    def _has_pending(self) -> bool:
+        return self._incoming.pending > 0 or self.ssl_object.pending() > 0
 
     def _read_from_socket(self, size: int) -> None:
-        data = self._sock.recv(max(size, RECORD))
+        data = self._sock.recv((size if size > RECORD else RECORD) + OVERHEAD)
         if data:
             self.has_progress = True
             self._incoming.write(data)
@@ -189,10 +214,12 @@ class TlsSocket:
         """Encrypt and send some of `data`: how many bytes of it the kernel took all of."""
         if not self._taken:
             self._flush()
+            if not data:
+                return 0
+            if len(data) > ENCRYPTED_AT_A_TIME:
+                data = memoryview(data)[:ENCRYPTED_AT_A_TIME]
             try:
-                with memoryview(data) as view:
-                    while self._taken < min(len(view), ENCRYPTED_AT_A_TIME):
-                        self._taken += self.ssl_object.write(view[self._taken :][:RECORD])
+                self._taken = self.ssl_object.write(data)
             except ssl.SSLWantReadError as exc:
                 raise ssl.SSLError("the peer wants to renegotiate, which is not supported") from exc
         elif len(data) < self._taken:
@@ -209,8 +236,8 @@ class TlsSocket:
         while self._encrypted:
             sent = self._sock.send(self._encrypted)
             self.wire_sent += sent
-            self._encrypted = memoryview(self._encrypted)[sent:]
-        self._encrypted = b""
+            left = len(self._encrypted) - sent
+            self._encrypted = memoryview(self._encrypted)[sent:] if left else b""
 
     def close_notify(self) -> None:
         """Tell the peer that this is the end of the stream.
@@ -219,12 +246,14 @@ class TlsSocket:
             BlockingIOError: the kernel does not take that now: call again.
         """
         # OpenSSL's second look for the peer's own takes data for a fatal error: all out, before.
-        while self._decrypt(RECORD, reads=False):
-            pass
+        has_more = True
+        while has_more:
+            data, has_more = self._decrypt(RECORD, reads=False)
+            self._decrypted += data
         # It raises where the peer has not sent its own yet, and where something is wrong.
         with contextlib.suppress(OSError, ValueError):
             self.ssl_object.unwrap()
-        self.has_more = self.has_more or len(self._decrypted) > 0 or self._at_end
+        self.has_more = len(self._decrypted) > 0 or self._at_end or self._error is not None
         try:
             self._flush()
         except BlockingIOError:
@@ -264,33 +293,50 @@ class TlsSocket:
 
 
 class TlsWatcher:
-    """The read watcher of a TLS connection: it tells of what is decrypted already, too."""
+    """The read watcher of a TLS connection: it tells of what is decrypted already, too.
 
-    __slots__ = ("_loop", "_ready", "_tls", "_watcher")
+    It and the `TlsSocket` know each other until `close`.
+    """
+
+    __slots__ = ("_call", "_loop", "_ready", "_tls", "_watcher")
 
     def __init__(self, loop: Any, ready: ReadySessions, watcher: Any, tls: TlsSocket) -> None:
         self._loop = loop
         self._ready = ready
         self._watcher = watcher
         self._tls = tls
+        self._call: tuple[Callable[..., object], tuple[object, ...]] | None = None
+        """What to call, while it watches."""
+        tls.watcher = self
 
     def start(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` when there is, or may be, something to receive."""
+        self._call = (callback, args)
         self._watcher.start(callback, *args)
         if self._tls.has_more:
-            self._loop.run_callback(self._tell, callback, args)
+            self.tell_soon()
 
-    def _tell(self, callback: Callable[..., object], args: tuple[object, ...]) -> None:
-        callback(*args)
-        self._ready.run_soon()  # no event of a socket does that
+    def tell_soon(self) -> None:
+        """There is something to receive that no event of the socket tells of."""
+        if self._call is not None:
+            self._loop.run_callback(self._tell)
+
+    def _tell(self) -> None:
+        if self._call is not None:
+            callback, args = self._call
+            callback(*args)
+            self._ready.run_soon()  # no event of a socket does that
 
     def stop(self) -> None:
         """Watch no more."""
+        self._call = None
         self._watcher.stop()
 
     def close(self) -> None:
         """Release the watcher."""
+        self._call = None
         self._watcher.close()
+        self._tls.watcher = None
 
 
 @dataclass(frozen=True, slots=True)
