@@ -299,17 +299,6 @@ def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
     raise RuntimeError("the coroutine suspended outside its parking")
 
 
-class _Nowhere:
-    """The parking of one who does not wait."""
-
-    def __await__(self) -> Generator[Any, None, None]:
-        yield
-
-    def wake(self) -> bool:
-        """There is nobody."""
-        return True
-
-
 class _Sender:
     """One who waits: where, since when, and whether a part of the message has left."""
 
@@ -494,8 +483,11 @@ class SendLine:
             return 0  # released: the next look at the session raises
         return self._session._wire_sent - (outstanding or 0)
 
-    def hold(self) -> Callable[[], None]:
-        """Stand in front of all others, and send nothing, until what is returned is called."""
-        holder = _Sender(_Nowhere(), begun=False, in_callback=False)
+    def hold(self, parking: Parking) -> Callable[[], None]:
+        """Stand in front of all others, and send nothing, until what is returned is called.
+
+        `parking` is woken when the session closes. What follows must not take this for nothing.
+        """
+        holder = _Sender(parking, begun=True, in_callback=False)
         self._senders.appendleft(holder)
         return partial(self._leave, holder)

@@ -340,6 +340,17 @@ class SendingHalf(Generic[M]):
         if data:
             self._send_collected(data, DEFAULT)
 
+    async def _uncork_async(self) -> None:
+        if self._cork is None:
+            return
+        if not self._open or self._cork_has_posts:
+            self._uncork_without_waiting()
+            return
+        data = self._take_collected()
+        self._cork = None
+        if data:
+            await self._send_collected_async(data, DEFAULT)
+
     def _send_collected(self, data: bytes, timeout: float | Default | None) -> None:
         """Send what others were told that it is sent, and wait for that, where it is possible.
 

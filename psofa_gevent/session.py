@@ -46,18 +46,16 @@ from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
 from psofa_gevent.messages import M
-from psofa_gevent.opening import begin_tls
+from psofa_gevent.opening import Handshake, begin_tls, begin_tls_async
 from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.receiving import receive_next
 from psofa_gevent.sending import SendingHalf
 from psofa_gevent.settings import (
     SessionSettings,
     check_framing,
-    check_hostname,
     check_idle,
     check_instance,
     check_seconds,
-    check_ssl_context,
 )
 from psofa_gevent.tcp import Endpoint, endpoint, reset
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
@@ -455,24 +453,24 @@ class PsSession(SendingHalf[M]):
             RuntimeError: called elsewhere, or the session has TLS already.
             TypeError, ValueError: an argument is not what it should be.
         """
-        check_ssl_context("ssl_context", ssl_context, server_side=server_side)
-        if not isinstance(ssl_context, ssl.SSLContext):
-            raise TypeError("ssl_context must be an ssl.SSLContext, not None")
-        check_hostname("server_hostname", server_hostname, ssl_context)
-        check_seconds("timeout", timeout)
-        if getcurrent() is not self._greenlet or self._waiting_since:
-            raise RuntimeError(
-                f"{self!r}: start_tls must be called in a sync callback of the session"
-            )
-        if self._tls is not None:
-            raise RuntimeError(f"{self!r} has TLS already")
-        begin_tls(
-            self,
-            ssl_context,
-            NEVER if timeout is None else monotonic() + timeout,
-            server_side=server_side,
-            server_hostname=server_hostname,
-        )
+        begin_tls(self, Handshake.of(ssl_context, server_side, server_hostname, timeout))
+
+    async def start_tls_async(
+        self,
+        ssl_context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+        timeout: float | None = 10.0,
+    ) -> None:
+        """`start_tls` for async callbacks: waits without holding up the loop.
+
+        Arguments and errors as for `start_tls`. Await it in an async callback of this session, not
+        in another task that the callback makes. If the callback is cancelled meanwhile the session
+        closes with FAILED, as a part of the handshake may have left.
+        """
+        handshake = Handshake.of(ssl_context, server_side, server_hostname, timeout)
+        await begin_tls_async(self, handshake)
 
     # Idle time
 
