@@ -3,6 +3,10 @@
 It runs in the session's own greenlet and within one time limit, so a silent peer holds up nobody.
 What fails closes the session with FAILED and one record in the log; ``on_close`` is told, and
 ``on_open`` was not. A session that is closed meanwhile for another reason gets neither.
+
+A handshake in the middle of a session (`begin_tls`, `begin_tls_async`) is a callback's: it runs in
+the session's own greenlet, or in the task for which that waits. What others send meanwhile waits,
+and if the handshake is not completed it never leaves, as that would be unencrypted.
 """
 
 from __future__ import annotations

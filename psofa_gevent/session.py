@@ -438,7 +438,10 @@ class PsSession(SendingHalf[M]):
         read already and belong to no message that was handed over came before the handshake: an
         attacker may have put them there (CVE-2011-0411), so they are refused.
 
-        In a sync callback of this session, or a `PsHandler`.
+        In a sync callback of this session, or a `PsHandler`; in async callbacks `start_tls_async`.
+        What others send meanwhile is sent encrypted, after the handshake; if that is not completed
+        nothing more is sent, also not of what was posted. A handshake that is broken off (by a
+        ``gevent.Timeout``, say) closes the session with FAILED, as a part of it may have left.
 
         Args:
             ssl_context: for a server one with a certificate, for a client one that verifies it.
@@ -465,9 +468,8 @@ class PsSession(SendingHalf[M]):
     ) -> None:
         """`start_tls` for async callbacks: waits without holding up the loop.
 
-        Arguments and errors as for `start_tls`. Await it in an async callback of this session, not
-        in another task that the callback makes. If the callback is cancelled meanwhile the session
-        closes with FAILED, as a part of the handshake may have left.
+        Arguments and errors as for `start_tls`. To be awaited in an async callback of this session
+        itself: not in another task that the callback makes. Cancelling it breaks the handshake off.
         """
         handshake = Handshake.of(ssl_context, server_side, server_hostname, timeout)
         await begin_tls_async(self, handshake)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -821,28 +823,26 @@ def test_plaintext_before_the_handshake_is_refused(
 def test_what_was_sent_before_leaves_unencrypted_before_the_handshake(
     use_async_callback: bool, ps_server: ServerFactory
 ) -> None:
+    context = client_context()
+
     class Much(StartTls):
         def on_message(self, session: PsSession[Any], message: bytes) -> None:
             session.post(bytes(BIG), raw=True)
             session.post("go ahead")
-            session.start_tls(server_context(), server_side=True, timeout=20.0)
+            # As the client, which speaks first.
+            session.start_tls(context, server_side=False, server_hostname="localhost")
 
         async def on_message_async(self, session: PsSession[Any], message: bytes) -> None:
             session.post(bytes(BIG), raw=True)
             session.post("go ahead")
-            await session.start_tls_async(server_context(), server_side=True, timeout=20.0)
+            await session.start_tls_async(context, server_side=False, server_hostname="localhost")
 
     callback = Much(use_async_callback=use_async_callback)
     server = ps_server(callback, framing=Line(), high_water=2 * BIG)
-    client = TlsPeer.__new__(TlsPeer)
-    ScriptedClient.__init__(client, server.address)
-    with client:
-        client.send("STARTTLS\n")
+    with ScriptedClient(server.address) as client:
+        client.send("x\n")
         assert client.receive(BIG) == bytes(BIG)
-        client.expect("go ahead\n")
-        client.go_over(client_context())
-        server.broadcast("hello")
-        assert client.hear(6) == b"hello\n"
+        client.expect(b"go ahead\n\x16\x03")
 
 
 @sync_and_async
@@ -1071,6 +1071,43 @@ def test_a_context_for_the_other_side_is_refused() -> None:
             PsClient(PsCallback(), "localhost", 1, ssl_context=True, server_hostname=name)
     with pytest.raises(PsServerError, match="has no TLS"):
         PsServer(PsCallback()).reload_tls(server_context())
+
+
+# What is left
+
+
+@pytest.mark.parametrize("end", ["close_notify", "FIN", "RST", "close", "abort", "shutdown"])
+def test_a_session_over_tls_goes_at_once_without_the_garbage_collector(
+    end: str, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Forgetful(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            assert session._tls is not None
+            references.extend((weakref.ref(session), weakref.ref(session._tls.ssl_object)))
+            session.send(message)
+
+    references: list[weakref.ref[object]] = []
+    server = ps_server(Forgetful(), ssl_context=server_context(), linger_timeout=0.1)
+    client = peer(server)
+    gc.collect()
+    gc.disable()
+    try:
+        client.say(b"x")
+        client.hear(1)
+        if end in ("close", "abort"):
+            for session in server.sessions:
+                session.close() if end == "close" else session.abort()
+            del session
+        else:
+            {
+                "close_notify": client.close_notify,
+                "FIN": client.eof,
+                "RST": client.reset,
+                "shutdown": server.shutdown,
+            }[end]()
+        eventually(lambda: all(reference() is None for reference in references))
+    finally:
+        gc.enable()
 
 
 # OpenSSL's own
