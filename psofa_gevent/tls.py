@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import ipaddress
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from psofa_gevent.client_hello import LONGEST_HELLO, server_name
 from psofa_gevent.ready import ReadySessions
 
 __all__ = ["PsTlsInfo", "TlsSocket", "TlsWatcher"]
@@ -46,12 +48,14 @@ class TlsSocket:
         "_decrypted",
         "_encrypted",
         "_error",
+        "_hello",
         "_incoming",
         "_outgoing",
         "_sock",
         "_taken",
         "has_more",
         "has_progress",
+        "server_name",
         "ssl_object",
         "watcher",
         "wire_sent",
@@ -74,6 +78,12 @@ class TlsSocket:
             server_side=server_side,
             server_hostname=server_hostname,
         )
+        self._hello = b""
+        """The beginning of what the client sent, until the handshake is complete; at the server."""
+        self.server_name: str | None = None
+        """The name that the client asked for (SNI)."""
+        if not server_side and server_hostname is not None and not _is_address(server_hostname):
+            self.server_name = self.ssl_object.server_hostname
         self._encrypted: bytes | memoryview = b""
         """What the kernel has not taken yet."""
         self._taken = 0
@@ -118,11 +128,16 @@ class TlsSocket:
             else:
                 self._flush()
                 self.has_more = self._incoming.pending > 0
+                if self.ssl_object.server_side:
+                    self.server_name = server_name(self._hello)
+                    self._hello = b""
                 return
             data = self._sock.recv(RECORD)
             if not data:
                 raise ConnectionResetError("the peer closed the connection in the TLS handshake")
             self._incoming.write(data)
+            if self.ssl_object.server_side and len(self._hello) < LONGEST_HELLO:
+                self._hello += data
 
     @property
     def wants_write(self) -> bool:
@@ -293,6 +308,14 @@ class TlsSocket:
         self._sock.setblocking(flag)
 
 
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 class TlsWatcher:
     """The read watcher of a TLS connection: it tells of what is decrypted already, too.
 
@@ -347,6 +370,8 @@ class PsTlsInfo:
     Attributes:
         version: of the protocol: "TLSv1.3".
         cipher: the cipher's name.
+        server_name: what the client asked for (SNI): at a server with several names the one that is
+            meant; ``None``: it asked for none, as one that connects to an IP address does.
         alpn_protocol: what was agreed on (RFC 7301); ``None``: nothing.
         peer_certificate: the peer's certificate, DER; ``None``: it has shown none.
         peer: the verified certificate as a dictionary (`ssl.SSLSocket.getpeercert`); empty where it
@@ -355,6 +380,7 @@ class PsTlsInfo:
 
     version: str | None
     cipher: str | None
+    server_name: str | None
     alpn_protocol: str | None
     peer_certificate: bytes | None
     peer: dict[str, Any]
@@ -367,6 +393,7 @@ class PsTlsInfo:
         return cls(
             version=ssl_object.version(),
             cipher=None if cipher is None else cipher[0],
+            server_name=tls.server_name,
             alpn_protocol=ssl_object.selected_alpn_protocol(),
             peer_certificate=ssl_object.getpeercert(binary_form=True),
             peer=dict(ssl_object.getpeercert() or {}),

@@ -41,6 +41,7 @@ from psofa_gevent import (
     await_greenlet,
     run_coroutine,
 )
+from psofa_gevent.client_hello import server_name
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
@@ -678,6 +679,53 @@ def test_certificates_and_protocols_are_on_the_session(
         assert client.session.tls.peer["subjectAltName"]
     eventually(lambda: not server.get_session_count())
     assert session.tls is not None  # also after the close
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_server_sees_which_name_the_client_asked_for(
+    version: ssl.TLSVersion, ps_server: ServerFactory
+) -> None:
+    asked: list[str | None] = []
+    context = server_context()
+    context.sni_callback = lambda _ssl_object, name, _context: asked.append(name)
+    server = ps_server(PsCallback(), ssl_context=context)
+    port = server.address[1]
+    with PsMultiClient(PsCallback(), ssl_context=client_context(version)) as bundle:
+        for host, name in (("localhost", "localhost"), ("127.0.0.1", None)):
+            ours = bundle.connect(host, port).session
+            (session,) = eventually(lambda: server.sessions)
+            for each in (ours, session):
+                assert each.tls is not None
+                assert each.tls.server_name == name
+            ours.close()
+            eventually(lambda: not server.get_session_count())
+    assert asked == ["localhost", None]  # the application's own callback is called as ever
+
+
+def client_hello(name: str) -> bytes:
+    outgoing = ssl.MemoryBIO()
+    client = client_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 16_384])
+def test_the_name_is_found_however_the_client_cuts_its_first_message(size: int) -> None:
+    message = client_hello("example.org")[5:]
+    records = [message[at : at + size] for at in range(0, len(message), size)]
+    hello = b"".join(b"\x16\3\1" + len(each).to_bytes(2) + each for each in records)
+    assert server_name(hello + b"\x14\3\3\0\1\1") == "example.org"
+
+
+def test_bytes_that_ask_for_no_name_are_no_error() -> None:
+    hello = client_hello("example.org")
+    for size in range(len(hello)):
+        assert server_name(hello[:size]) is None
+    for at in range(len(hello)):
+        for value in (0, 1, 127, 128, 255):
+            server_name(hello[:at] + bytes((value,)) + hello[at + 1 :])
+    assert server_name(client_hello("127.0.0.1")) is None
 
 
 def test_a_plain_session_has_no_tls(ps_server: ServerFactory) -> None:
