@@ -22,6 +22,7 @@ import _socket
 import contextlib
 import ipaddress
 import ssl
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,9 @@ class TlsSocket:
             server_side=server_side,
             server_hostname=server_hostname,
         )
+        # gevent's SSLContext, which is everybody's in a patched process, looks there for the argument
+        # of the application's sni_callback, and does not find it in what is no socket.
+        self.ssl_object._sslsock = weakref.ref(self.ssl_object)  # type: ignore[attr-defined]
         self._hello = b""
         """The beginning of what the client sent, until the handshake is complete; at the server."""
         self.server_name: str | None = None

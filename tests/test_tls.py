@@ -16,6 +16,7 @@ from typing import Any
 
 import gevent
 import gevent.event
+import gevent.ssl
 import gevent.subprocess
 import pytest
 
@@ -682,11 +683,13 @@ def test_certificates_and_protocols_are_on_the_session(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kind", [ssl.SSLContext, gevent.ssl.SSLContext], ids=["ssl", "gevent"])
 def test_the_server_sees_which_name_the_client_asked_for(
-    version: ssl.TLSVersion, ps_server: ServerFactory
+    kind: type[ssl.SSLContext], version: ssl.TLSVersion, ps_server: ServerFactory
 ) -> None:
     asked: list[str | None] = []
-    context = server_context()
+    context = kind(ssl.PROTOCOL_TLS_SERVER)
+    CERTIFICATE.configure_cert(context)
     context.sni_callback = lambda _ssl_object, name, _context: asked.append(name)
     server = ps_server(PsCallback(), ssl_context=context)
     port = server.address[1]
