@@ -79,8 +79,8 @@ class TlsSocket:
             server_side=server_side,
             server_hostname=server_hostname,
         )
-        # There gevent's SSLContext, which is everybody's in a patched process, looks for the argument
-        # of the application's sni_callback; it knows its own sockets only.
+        # There gevent's SSLContext, everybody's in a patched process, looks for the argument of the
+        # application's sni_callback; it knows its own sockets only.
         self.ssl_object._sslsock = weakref.ref(self.ssl_object)  # type: ignore[attr-defined]
         self._hello = b""
         """The beginning of what the client sent, until the handshake is complete; at the server."""
