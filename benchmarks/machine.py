@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def describe() -> dict[str, Any]:
         "psofa_gevent": _output("git", "describe", "--always", "--dirty", "--tags"),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "gevent_loop": config.loop.__module__,
+        "openssl": ssl.OPENSSL_VERSION,
         "redis_benchmark": _output("redis-benchmark", "--version"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
