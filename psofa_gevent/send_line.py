@@ -16,6 +16,9 @@ exists while someone waits, and goes with the last one:
 - Nothing follows a message that broke off in its middle, whatever ended its sender: the peer would
   take it for the rest.
 
+What a sender sends is a `Source`: `Buffers` of bytes, or a file (`psofa_gevent.files`), which gives
+the session some of it whenever it is its turn.
+
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
 is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
 coroutine, `TaskParking` awaits a future, and a `Batch` is resumed by the hub.
@@ -24,6 +27,7 @@ coroutine, `TaskParking` awaits a future, and a `Batch` is resumed by the hub.
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
@@ -42,9 +46,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Buffers",
+    "Gave",
     "GreenletParking",
     "Parking",
     "SendLine",
+    "Source",
     "TaskParking",
     "run_in_greenlet",
 ]
@@ -134,10 +140,38 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+class Gave(enum.Enum):
+    """How far a `Source` has come with a step."""
+
+    ALL = enum.auto()
+    """Nothing is left."""
+    SOME = enum.auto()
+    """More when the socket is writable again, and others had their turn."""
+    MORE = enum.auto()
+    """More at once, if the session lets it: time may have passed, and others have run."""
+
+
+class Source(Protocol):
+    """What a sender has to send."""
+
+    begun: bool
+    """Whether a part has left, so that the stream is broken if the rest does not follow."""
+    offered_at: float
+    """When it last had to wait for something else than the peer (monotonic clock); 0: never."""
+
+    def give(self, session: SendingHalf[Any]) -> Gave:
+        """Give the session's socket some of it. May switch only before `Gave.MORE` is returned.
+
+        Whatever it raises ends the message: the session closes with FAILED if a part has left.
+        """
+
+
 class Buffers:
     """Bytes on their way, message by message."""
 
-    __slots__ = ("_begun", "_messages", "locked", "size")
+    __slots__ = ("_begun", "_messages", "begun", "locked", "size")
+
+    offered_at = 0.0
 
     def __init__(self, data: bytes | memoryview, *, begun: bool = False) -> None:
         self._messages: deque[bytes | memoryview] = deque((data,))
@@ -147,6 +181,20 @@ class Buffers:
         """Bytes that have not left."""
         self.locked = 0
         """Bytes of these that are on their way already, encrypted: they must stay."""
+        self.begun = False
+
+    def give(self, session: SendingHalf[Any]) -> Gave:
+        """As much as the kernel takes now. Does not switch."""
+        while self.size:
+            data = self.first()
+            taken = session._send_now(data)
+            self.took(taken)
+            if taken < len(data):
+                self.locked = session._half_sent
+                self.begun = self.begun or taken + self.locked > 0
+                return Gave.SOME
+            self.begun = True
+        return Gave.ALL
 
     def append(self, data: bytes | memoryview) -> None:
         """One more message."""
@@ -302,15 +350,21 @@ def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
 class _Sender:
     """One who waits: where, since when, and whether a part of the message has left."""
 
-    __slots__ = ("began", "begun", "in_callback", "is_batch", "parking", "ticks")
+    __slots__ = ("_begun", "began", "in_callback", "is_batch", "parking", "source", "ticks")
 
-    def __init__(self, parking: Parking, *, begun: bool, in_callback: bool) -> None:
+    def __init__(self, source: Source, parking: Parking, *, begun: bool, in_callback: bool) -> None:
+        self.source = source
         self.parking = parking
-        self.begun = begun
+        self._begun = begun
         self.in_callback = in_callback
         self.is_batch = isinstance(parking, Batch)
         self.began = monotonic()
         self.ticks: Any = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the stream is broken if no more of it follows."""
+        return self._begun or self.source.begun
 
 
 class SendLine:
@@ -337,17 +391,17 @@ class SendLine:
 
     async def send(
         self,
-        buffers: Buffers,
+        source: Source,
         timeout: float | None,
         parking: Parking,
         *,
         begun: bool,
         in_callback: bool,
     ) -> None:
-        """Send all of `buffers`, however long the peer takes for it.
+        """Send all of `source`, however long the peer takes for it.
 
         Args:
-            buffers: what is still to be sent.
+            source: what is still to be sent.
             timeout: seconds in which the peer takes nothing; ``None``: no limit.
             parking: where the caller waits.
             begun: whether a part of the message left before.
@@ -355,35 +409,27 @@ class SendLine:
 
         Raises:
             PsSendError: the session was closed, or closes now, because of an error or the timeout.
+            BaseException: what the source raised.
         """
-        sender = _Sender(parking, begun=begun, in_callback=in_callback)
+        sender = _Sender(source, parking, begun=begun, in_callback=in_callback)
         self._senders.append(sender)
         self._start_ticking(sender, timeout)
         try:
             while True:
                 self._session._check_sending(in_callback=in_callback, is_batch=sender.is_batch)
                 if self._senders[0] is sender:
+                    self._is_writable = True  # not the peer is what a source waits for
+                    gave = source.give(self._session)
                     self._is_writable = False
-                    while buffers.size:
-                        data = buffers.first()
-                        taken = self._session._send_now(data)
-                        buffers.took(taken)
-                        if taken < len(data):
-                            buffers.locked = self._session._half_sent
-                            sender.begun = sender.begun or taken + buffers.locked > 0
-                            break
-                        sender.begun = True
-                    else:
+                    if gave is Gave.ALL:
                         return
-                    del data  # a sender that waits holds no copy
+                    self._progress_at = max(self._progress_at, source.offered_at)
+                    if gave is Gave.MORE:
+                        continue
                 self._check_progress(sender, timeout)
                 if self._senders[0] is sender:
                     self._watcher.start(self._wake_first)
                 await parking
-        except PsSendError:
-            if sender.begun:
-                self._session._break_stream()
-            raise
         except BaseException as exc:
             if sender.begun:
                 self._session._break_stream()
@@ -488,6 +534,6 @@ class SendLine:
 
         `parking` is woken when the session closes. What follows must not take this for nothing.
         """
-        holder = _Sender(parking, begun=True, in_callback=False)
+        holder = _Sender(Buffers(b""), parking, begun=True, in_callback=False)
         self._senders.appendleft(holder)
         return partial(self._leave, holder)

@@ -14,11 +14,13 @@ from __future__ import annotations
 import _socket
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, Generic
+import os
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
+from psofa_gevent.files import REFUSALS, File, FileSource, Progress
 from psofa_gevent.hub_thread import get_ident, log_from_hub
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
 from psofa_gevent.outbox import Outbox
@@ -27,6 +29,7 @@ from psofa_gevent.send_line import (
     GreenletParking,
     Parking,
     SendLine,
+    Source,
     TaskParking,
     run_in_greenlet,
 )
@@ -41,6 +44,8 @@ __all__ = ["SendingHalf"]
 
 SHUT_AGAIN = 0.02
 """Seconds after which a full kernel is asked again to take the end of a TLS stream."""
+PIECE_SIZE = 65_536
+"""Bytes of a file that are read at a time, where the kernel can't send it by itself."""
 CORK_SIZE = 65_536
 """Bytes that are collected at most. More would fill buffers, and let the peer wait."""
 
@@ -270,6 +275,134 @@ class SendingHalf(Generic[M]):
             return True
         return False
 
+    # Files
+
+    def send_file(
+        self,
+        file: File,
+        offset: int = 0,
+        count: int | None = None,
+        timeout: float | Default | None = DEFAULT,
+        *,
+        progress: Progress | None = None,
+        raw: bool = False,
+        piece_size: int = PIECE_SIZE,
+    ) -> int:
+        """Send a file, as one message: return when the kernel has taken all of it.
+
+        All that holds for `send` holds for the whole file: the order, that nobody's bytes come into
+        its middle, and that the session closes with FAILED when it breaks off after a part has
+        left. It is never in memory, only a piece of it is; without framing and TLS the kernel sends
+        a regular file by itself (sendfile(2)). Reading a regular file blocks the thread while the
+        disk works. Idle time and ``callback_timeout`` go on meanwhile as they do for `send`.
+
+        From any greenlet and any OS thread; for another thread the file is read, and `progress`
+        called, in the hub's. In a coroutine ``await session.send_file_async``.
+
+        Args:
+            file: a path of a regular file; or a binary file of `open`, whose position, if it is a
+                regular one, is neither used nor moved; or any object whose ``read(n)`` returns at
+                most n bytes, and none at its end: a `gzip.GzipFile`, an `io.BytesIO`, a pipe. Such
+                a ``read`` should wait in gevent's way (`gevent.fileobject.FileObject`).
+            offset: bytes from the beginning of the file at which to begin. An object that can seek
+                is made to.
+            count: bytes to send; ``None``: up to the end, which for a regular file is where it was
+                at the call.
+            timeout: as for `send`: seconds in which the peer takes nothing.
+            progress: called with the bytes of the file that have left, and with how many it will be
+                (``None``: nobody knows), in the greenlet that sends, after each piece, or each
+                megabyte at most by sendfile(2). What it raises ends the transfer. It must not
+                `send` to this session, which would wait for itself; `post` it may.
+            raw: the file's bytes as they are. Without it, where the session has a framing, each
+                piece becomes a message: of `piece_size` bytes, only the last is shorter.
+            piece_size: bytes that are read at a time; with a framing no more than that takes.
+
+        Returns:
+            Bytes of the file that were sent, without what a framing adds.
+
+        Raises:
+            OSError: the file could not be opened or read.
+            PsFramingError: the session's framing can't carry a piece.
+            PsSendError: as for `send`; or the file ended before `count`.
+            TypeError: `file` is none of these, or gives text; or an argument has the wrong type.
+            ValueError: an argument is out of range; the path is that of a FIFO or a device; an
+                `offset` in something that can't seek.
+        """
+        source = self._file_source(file, offset, count, timeout, progress, piece_size, raw=raw)
+        with contextlib.closing(source):
+            if get_ident() == self._thread_ident:
+                self._send_source(source, timeout)
+            else:
+                self._check_sending(in_callback=False)
+                thread = self._host.thread
+                if not thread.run(lambda: self._released, self._send_source, source, timeout):
+                    raise PsSendError(f"{self!r}: the session is closed")
+            return source.sent
+
+    async def send_file_async(
+        self,
+        file: File,
+        offset: int = 0,
+        count: int | None = None,
+        timeout: float | Default | None = DEFAULT,
+        *,
+        progress: Progress | None = None,
+        raw: bool = False,
+        piece_size: int = PIECE_SIZE,
+    ) -> int:
+        """`send_file` for coroutines: waits for the peer without holding up the loop.
+
+        In any asyncio loop, of the hub's thread or of another; arguments and errors as for
+        `send_file`. `progress` is a plain function here too. A ``read`` that waits holds the loop.
+        """
+        source = self._file_source(file, offset, count, timeout, progress, piece_size, raw=raw)
+        with contextlib.closing(source):
+            if get_ident() == self._thread_ident:
+                self._check_new_send()
+                if self._cork is not None:
+                    self._keep_collected()
+                await self._line_up(source, timeout, TaskParking(), begun=False)
+            else:
+                self._check_sending(in_callback=False)
+                if not await self._host.thread.run_async(
+                    lambda: self._released, self._send_source, source, timeout
+                ):
+                    raise PsSendError(f"{self!r}: the session is closed")
+            return source.sent
+
+    def _file_source(
+        self,
+        file: File,
+        offset: int,
+        count: int | None,
+        timeout: float | Default | None,
+        progress: Progress | None,
+        piece_size: int,
+        *,
+        raw: bool,
+    ) -> FileSource:
+        if timeout is not DEFAULT:
+            check_seconds("timeout", timeout)
+        return FileSource(
+            file,
+            offset,
+            count,
+            encode=None if raw else self._encode,
+            piece_size=piece_size,
+            progress=progress,
+        )
+
+    def _send_source(self, source: FileSource, timeout: float | Default | None) -> None:
+        self._check_new_send()
+        parking: Parking = GreenletParking()
+        if not may_wait():
+            if self._line is not None or not source.is_small:
+                self._refuse_to_wait(begun=False, instead="send_file_async")
+            parking = _Refusal(self, source)
+        if self._cork is not None:
+            self._keep_collected()
+        run_in_greenlet(self._line_up(source, timeout, parking, begun=False))
+
     @property
     def pending_bytes(self) -> int:
         """Bytes that were posted, or collected, and that the kernel has not taken yet."""
@@ -421,10 +554,33 @@ class SendingHalf(Generic[M]):
         except BlockingIOError:
             return 0
         except OSError as exc:
-            self._request_close(PsCloseReason.FAILED, exc, linger=False)
-            raise PsSendError(f"{self!r}: send failed: {exc}") from exc
+            self._send_failed(exc)
         self._bytes_sent += sent
         return sent
+
+    def _send_file_now(self, descriptor: int, offset: int, count: int) -> int | None:
+        """Give the kernel what it takes of a file now: how many bytes that were; 0 at its end.
+
+        Returns:
+            None: it takes nothing now.
+
+        Raises:
+            OSError: the kernel can't do that. Nothing has left.
+        """
+        try:
+            sent = os.sendfile(self._sock.fileno(), descriptor, offset, count)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            if exc.errno in REFUSALS:
+                raise
+            self._send_failed(exc)
+        self._bytes_sent += sent
+        return sent
+
+    def _send_failed(self, exc: OSError) -> NoReturn:
+        self._request_close(PsCloseReason.FAILED, exc, linger=False)
+        raise PsSendError(f"{self!r}: send failed: {exc}") from exc
 
     @property
     def _wire_sent(self) -> int:
@@ -471,10 +627,10 @@ class SendingHalf(Generic[M]):
             if self._line is not None:
                 self._line.interrupt()
 
-    def _refuse_to_wait(self, *, begun: bool) -> None:
+    def _refuse_to_wait(self, *, begun: bool, instead: str = "send_async") -> NoReturn:
         error = PsSendError(
             f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
-            "use 'await session.send_async(...)'"
+            f"use 'await session.{instead}(...)'"
         )
         if begun:
             self._break_stream()
@@ -484,7 +640,7 @@ class SendingHalf(Generic[M]):
 
     def _line_up(
         self,
-        buffers: Buffers,
+        source: Source,
         timeout: float | Default | None,
         parking: Parking,
         *,
@@ -494,7 +650,7 @@ class SendingHalf(Generic[M]):
         if self._line is None:
             self._line = SendLine(self)
         return self._line.send(
-            buffers,
+            source,
             self._host.settings.send_timeout if timeout is DEFAULT else timeout,
             parking,
             begun=begun,
@@ -553,3 +709,20 @@ class SendingHalf(Generic[M]):
             self._shuts_later = True
             timer = self._loop.timer(SHUT_AGAIN, ref=False)
             timer.start(shut)
+
+
+class _Refusal:
+    """The parking of one who must not wait: who comes here has to, and is refused."""
+
+    __slots__ = ("_session", "_source")
+
+    def __init__(self, session: SendingHalf[Any], source: Source) -> None:
+        self._session = session
+        self._source = source
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._session._refuse_to_wait(begun=self._source.begun, instead="send_file_async")
+
+    def wake(self) -> bool:
+        """There is nobody."""
+        return True
