@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gevent
 import gevent.socket
+import gevent.subprocess
 import pytest
 
 from example_process import (
@@ -88,6 +91,7 @@ SERVERS_TO_PORT = [
     ["chat.py", "--port"],
     ["json_lines.py", "--port"],
     ["guessing_game.py", "--port"],
+    ["file_server.py", ".", "--port"],
     ["wsgi_flask.py", "--http-port", "0", "--device-port"],
     ["wsgi_flask.py", "--device-port", "0", "--http-port"],
 ]
@@ -207,6 +211,46 @@ def test_guessing_game_ends_when_its_time_is_over() -> None:
         silent.expect("What is your name?\nNo name? Bye!\n")
         silent.expect_eof()
         assert slow.receive_until_eof().endswith(b"Your time is over.\n")
+
+
+def test_file_server_sends_files_whole_and_nothing_outside_of_its_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    content = bytes(range(256)) * 40_000
+    (folder / "sub" / "large").write_bytes(content)
+    (folder / "empty").touch()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "fifo")
+    with (
+        serving_example("file_server.py", str(folder), "--port", "0") as (_, address),
+        ScriptedClient(address) as client,
+    ):
+        client.send("sub/large\nempty\nsub/../sub/large\n")
+        client.expect(b"%d\n%b0\n" % (len(content), content))
+        client.expect(b"%d\n%b" % (len(content), content))
+        outside = ["../secret", str(tmp_path / "secret"), "link", "sub/../../secret"]
+        for name in [*outside, "", ".", "sub", "nope", "fifo", "a\0b", "\udcff", "x" * 4_000]:
+            client.send(os.fsencode(name) + b"\n")
+            client.expect("- no such file\n")
+
+
+@pytest.mark.parametrize(
+    "command", [["nc", "-q", "10"], ["socat", "-t", "10", "-"]], ids=["nc", "socat"]
+)
+def test_file_server_is_used_with_programs_that_everyone_has(
+    command: list[str], tmp_path: Path
+) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"there is no {command[0]}")
+    content = os.urandom(5_000_000)
+    (tmp_path / "file").write_bytes(content)
+    with serving_example("file_server.py", str(tmp_path), "--port", "0") as (_, (host, port)):
+        to = [f"TCP:{host}:{port}"] if command[0] == "socat" else [host, str(port)]
+        done = gevent.subprocess.run(
+            [*command, *to], input=b"file\n", capture_output=True, timeout=20, check=True
+        )
+    assert done.stdout == b"5000000\n" + content
 
 
 def test_tls_echo_is_trusted_by_who_has_its_certificate(tmp_path: Path) -> None:
