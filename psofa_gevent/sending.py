@@ -5,8 +5,10 @@ off, when there is much of them, and before its greenlet waits for anything.
 
 A send tries the socket at once; only what the kernel did not take goes the slow way, in line with
 other senders (`psofa_gevent.send_line`). So does a post, but nobody waits for that: what is left of
-it goes into the session's `Outbox`. Runs in whichever greenlet or asyncio task sends; callers in
-other OS threads are handed over to the hub's thread. Only a send that has to wait switches.
+it goes into the session's `Outbox`. A file always stands in line (`psofa_gevent.files`).
+
+Runs in whichever greenlet or asyncio task sends; callers in other OS threads are handed over to the
+hub's thread. Only a send that has to wait switches, and what a user gave for a file.
 """
 
 from __future__ import annotations

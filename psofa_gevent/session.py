@@ -136,8 +136,8 @@ class SessionGreenlet(LibraryGreenlet):
 class PsSession(SendingHalf[M]):
     """One connection. The library makes it and hands it to every callback; never construct one.
 
-    `send`, `send_eof`, `close` and `abort` may be called from any greenlet and any OS thread, the
-    other methods from any greenlet of the hub's thread.
+    `send`, `send_file`, `post`, `send_eof`, `close` and `abort` may be called from any greenlet and
+    any OS thread, the other methods from any greenlet of the hub's thread.
     """
 
     __slots__ = (

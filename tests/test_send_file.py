@@ -171,15 +171,20 @@ def test_a_file_arrives_whole_over_a_unix_socket(
     assert sum(by_kernel) == SIZE
 
 
-@pytest.mark.parametrize("piece_size", [1_000, PIECE, 1_000_000])
-def test_a_file_arrives_whole_over_tls(
-    piece_size: int, path: Path, ps_server: ServerFactory, by_kernel: list[int]
-) -> None:
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     trustme = pytest.importorskip("trustme")
     authority = trustme.CA()
     ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert("localhost", "127.0.0.1").configure_cert(ours)
     authority.configure_trust(theirs)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("piece_size", [1_000, PIECE, 1_000_000])
+def test_a_file_arrives_whole_over_tls(
+    piece_size: int, path: Path, ps_server: ServerFactory, by_kernel: list[int]
+) -> None:
+    ours, theirs = tls_contexts()
 
     def send(session: PsSession) -> None:
         assert session.send_file(path, piece_size=piece_size) == SIZE
@@ -307,7 +312,8 @@ def zipped(path: Path) -> IO[bytes]:
 
 def temporary(_path: Path) -> IO[bytes]:
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the test closes it
-    file.write(CONTENT)  # the last of it is in the object's buffer, and at its end it stands
+    file.write(CONTENT[:-10])
+    file.write(CONTENT[-10:])  # is in the object's buffer now
     return cast("IO[bytes]", file)
 
 
@@ -638,7 +644,7 @@ def test_other_sessions_have_their_turn_during_a_file(
             before = turns
             peer.send("x")
             assert hashed(peer) == DIGEST
-            assert turns - before >= SIZE // TURN
+            assert turns - before >= SIZE // 1_048_576
     finally:
         counting.kill()
 
@@ -692,6 +698,34 @@ def test_a_source_that_waits_is_not_taken_for_a_peer_that_takes_nothing(
     assert result(behind) is None
 
 
+@pytest.mark.parametrize("waits", ["read", "progress"])
+def test_a_peer_has_its_whole_time_after_the_source_has_waited(waits: str, path: Path) -> None:
+    class Slow(Unreadable):
+        def read(self, size: int) -> bytes:
+            gevent.sleep(2 * SHORT)
+            return super().read(size)
+
+    told: list[int] = []
+
+    def progress(sent: int, total: int | None) -> None:
+        told.append(sent)
+        if len(told) == 1:
+            gevent.sleep(2 * SHORT)
+
+    # Of a Unix socket pair: what its peer has not read is not acknowledged.
+    with connected_session(RecordingCallback(), linger_timeout=0.0) as connected:
+        session = connected.session
+        if waits == "read":
+            sender = attempt(session.send_file, Slow(), 0, 2**20, SHORT, piece_size=2**20)
+        else:
+            sender = attempt(session.send_file, path, 0, 2**20, SHORT, progress=progress)
+        eventually(lambda: session.bytes_sent)
+        if waits == "progress":
+            gevent.sleep(2 * SHORT)
+        assert hashed(connected.peer, 2**20) == hashlib.sha256(CONTENT[: 2**20]).hexdigest()
+        assert result(sender) == 2**20
+
+
 # It breaks off
 
 
@@ -703,6 +737,25 @@ def test_a_kill_in_the_middle_fails_the_session(path: Path, pair: Callable[..., 
     assert callback.closed(session) is PsCloseReason.FAILED
     with pytest.raises(PsSendError):
         session.send("nothing may follow")
+
+
+def test_a_kill_fails_the_session_also_when_all_that_has_left_is_a_part_of_a_tls_record(
+    path: Path, ps_server: ServerFactory
+) -> None:
+    ours, theirs = tls_contexts()
+    never = gevent.event.Event()
+    callback = ActingCallback()
+    server = ps_server(callback, ssl_context=ours, linger_timeout=0.0)
+    deaf = ActingCallback(on_open=lambda _session: never.wait())
+    with PsClient(deaf, *server.address, ssl_context=theirs):
+        session = callback.opened()
+        session._sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_SNDBUF, 4_096)
+        sender = attempt(session.send_file, path, timeout=None, piece_size=2**20)
+        eventually(lambda: session._half_sent)
+        assert session.bytes_sent == 0
+        sender.kill()
+        assert callback.closed(session) is PsCloseReason.FAILED
+        never.set()
 
 
 def test_a_kill_before_its_turn_does_nothing(path: Path, pair: Callable[..., Pair]) -> None:
@@ -857,6 +910,20 @@ def test_a_session_that_is_released_while_the_source_waits_is_left_alone(
         go_on.set()
         assert isinstance(result(sender), PsSendError)
         assert other.fileno() >= 0
+    peer.expect_eof()
+
+
+def test_nothing_leaves_when_the_session_closes_while_the_source_is_read(
+    pair: Callable[..., Pair],
+) -> None:
+    class Closing(Unreadable):
+        def read(self, size: int) -> bytes:
+            session.close()
+            return b"late"
+
+    session, peer, _callback = pair()
+    with pytest.raises(PsSendError, match="closed"):
+        session.send_file(Closing())
     peer.expect_eof()
 
 
