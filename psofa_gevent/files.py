@@ -172,11 +172,8 @@ class FileSource:
     def _read_piece(self, session: SendingHalf[Any]) -> Gave:
         size = self._piece_size if self._left is None else min(self._piece_size, self._left)
         piece = self._input.read(size)
-        while self._encode is not None and len(piece) < size:  # only the last may be shorter
-            more = self._input.read(size - len(piece))
-            if not more:
-                break
-            piece += more
+        if self._encode is not None and 0 < len(piece) < size:
+            piece = self._fill_up(piece, size)
         self.offered_at = monotonic()
         if piece:
             self._pending = memoryview(piece if self._encode is None else self._encode(piece))
@@ -186,6 +183,15 @@ class FileSource:
             raise self._ended_early(session)
         self.begun = False
         return Gave.ALL
+
+    def _fill_up(self, piece: bytes, size: int) -> bytes:
+        """A piece that is a message: of that size, unless it is the last."""
+        parts = [piece]
+        left = size - len(piece)
+        while left and (more := self._input.read(left)):
+            parts.append(more)
+            left -= len(more)
+        return b"".join(parts)
 
     def _give_piece(self, session: SendingHalf[Any]) -> Gave:
         taken = session._send_now(self._pending)
@@ -251,7 +257,7 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         piece: object = self._file.read(size)
-        if isinstance(piece, str) or piece is None:
+        if not isinstance(piece, (bytes, bytearray, memoryview)):
             raise TypeError(f"file.read must return bytes, not {type(piece).__name__}")
         data = as_bytes(piece)
         if len(data) > size:
@@ -275,7 +281,8 @@ def _open(file: Any, offset: int) -> _RegularFile | _Stream:
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"file must be opened in binary mode ('rb'), not {file!r}")
     if isinstance(file, type) or not callable(getattr(file, "read", None)):
-        raise TypeError(f"file must be a path, or an object with a method read, not {file!r}")
+        kind = f"the class {file.__name__}" if isinstance(file, type) else type(file).__name__
+        raise TypeError(f"file must be a path, or an object with a method read, not {kind}")
     descriptor = _descriptor(file)
     if descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
         if file.writable():

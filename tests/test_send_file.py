@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import logging
 import os
 import ssl
@@ -134,7 +135,7 @@ def hashed(peer: ScriptedClient, count: int = SIZE) -> str:
     return digest.hexdigest()
 
 
-class Unreadable:
+class Reader:
     """An object that has nothing but ``read``."""
 
     def __init__(self, content: bytes = CONTENT, most: int = SIZE) -> None:
@@ -220,7 +221,7 @@ def test_pieces_of_a_framing_are_whole_also_from_a_source_that_gives_little(
     pair: Callable[..., Pair],
 ) -> None:
     session, peer, _callback = pair(framing=LengthPrefix(2))
-    assert session.send_file(Unreadable(b"abcdefgh", most=2), piece_size=3) == 8
+    assert session.send_file(Reader(b"abcdefgh", most=2), piece_size=3) == 8
     peer.expect(b"\0\3abc\0\3def\0\2gh")
 
 
@@ -429,11 +430,11 @@ def test_a_pipe_is_sent_up_to_its_end_and_others_go_on(
 
 def test_what_can_not_seek_is_sent_from_where_it_is(pair: Callable[..., Pair]) -> None:
     session, peer, _callback = pair()
-    assert session.send_file(Unreadable(b"content")) == 7
-    assert session.send_file(Unreadable(b"content"), count=3) == 3
+    assert session.send_file(Reader(b"content")) == 7
+    assert session.send_file(Reader(b"content"), count=3) == 3
     peer.expect("contentcon")
     with pytest.raises(ValueError, match="offset must be 0 for a file that can't seek, not 2"):
-        session.send_file(Unreadable(b"content"), 2)
+        session.send_file(Reader(b"content"), 2)
     peer.expect_nothing(0.01)
 
 
@@ -513,6 +514,7 @@ class Giving:
         (TypeError, Giving("text")),
         (TypeError, Giving(None)),
         (TypeError, Giving(7)),
+        (TypeError, Giving([b"content"])),
         (ValueError, Giving(bytes(PIECE + 1))),
         (FileNotFoundError, "/no/such/file"),
         (IsADirectoryError, "/"),
@@ -528,6 +530,7 @@ class Giving:
         "gives text",
         "gives None",
         "gives a number",
+        "gives a list",
         "gives too much",
         "missing",
         "directory",
@@ -571,7 +574,7 @@ def test_a_file_keeps_its_place_among_sends_and_posts(
     as_pieces: bool, path: Path, pair: Callable[..., Pair]
 ) -> None:
     session, peer, _callback = pair()
-    sender = begin(session, Unreadable() if as_pieces else path)
+    sender = begin(session, Reader() if as_pieces else path)
     others = [attempt(session.send, "<send>", None)]
     gevent.sleep(0)
     assert session.post("<post>")
@@ -594,7 +597,7 @@ def test_files_of_greenlets_coroutines_and_threads_never_interleave(
             case 0:
                 return attempt(session.send_file, io.BytesIO(content), timeout=None)
             case 1:
-                sending = session.send_file_async(Unreadable(content), timeout=None)
+                sending = session.send_file_async(Reader(content), timeout=None)
                 return attempt(run_coroutine, sending)
             case 2:
                 return NativeThread(session.send_file, io.BytesIO(content), timeout=None)
@@ -620,33 +623,31 @@ def test_what_was_collected_leaves_before_the_file(path: Path, pair: Callable[..
     peer.expect(b"before it " + CONTENT[:8] + b" after")
 
 
-def test_other_sessions_have_their_turn_during_a_file(
-    path: Path, ps_server: ServerFactory, ps_client: ClientFactory
+@pytest.mark.parametrize("as_pieces", [False, True], ids=["kernel", "pieces"])
+def test_other_sessions_have_their_turn_after_each_megabyte(
+    as_pieces: bool, path: Path, ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
-    turns = 0
-
     def send(session: PsSession, _message: bytes) -> None:
-        session.send_file(source())
+        session.send_file(Reader() if as_pieces else path)
 
-    def source() -> Any:
-        return path if turns % 2 else Unreadable()
+    callback = ActingCallback(on_message=send)
+    peer = ps_client(ps_server(callback))
+    session = callback.opened()
+    seen = [0]
 
-    def count() -> None:
-        nonlocal turns
+    def look() -> None:
         while True:
-            turns += 1
+            seen.append(session.bytes_sent)
             gevent.sleep(0)
 
-    peer = ps_client(ps_server(ActingCallback(on_message=send)))
-    counting = gevent.spawn(count)
+    looking = gevent.spawn(look)
     try:
-        for _ in range(2):
-            before = turns
-            peer.send("x")
-            assert hashed(peer) == DIGEST
-            assert turns - before >= SIZE // 1_048_576
+        peer.send("x")
+        assert hashed(peer) == DIGEST
     finally:
-        counting.kill()
+        looking.kill()
+    steps = [after - before for before, after in itertools.pairwise(seen)]
+    assert max(steps) <= 1_048_576
 
 
 # The peer takes nothing
@@ -657,7 +658,7 @@ def test_a_peer_that_takes_nothing_fails_the_session(
     as_pieces: bool, path: Path, pair: Callable[..., Pair]
 ) -> None:
     session, _peer, callback = pair()
-    sender = attempt(session.send_file, Unreadable() if as_pieces else path, timeout=SHORT)
+    sender = attempt(session.send_file, Reader() if as_pieces else path, timeout=SHORT)
     error = result(sender)
     assert isinstance(error, PsSendError)
     assert "took nothing for 0.3 s" in str(error)
@@ -685,7 +686,7 @@ def test_a_source_that_waits_is_not_taken_for_a_peer_that_takes_nothing(
 ) -> None:
     session, peer, _callback = pair(send_timeout=SHORT)
 
-    class Slow(Unreadable):
+    class Slow(Reader):
         def read(self, size: int) -> bytes:
             gevent.sleep(2 * SHORT)
             return super().read(3)
@@ -700,7 +701,7 @@ def test_a_source_that_waits_is_not_taken_for_a_peer_that_takes_nothing(
 
 @pytest.mark.parametrize("waits", ["read", "progress"])
 def test_a_peer_has_its_whole_time_after_the_source_has_waited(waits: str, path: Path) -> None:
-    class Slow(Unreadable):
+    class Slow(Reader):
         def read(self, size: int) -> bytes:
             gevent.sleep(2 * SHORT)
             return super().read(size)
@@ -875,7 +876,7 @@ def test_a_source_that_ends_before_count_fails_the_session_if_a_part_has_left(
 def test_a_source_that_fails_in_the_middle_fails_the_session(
     error: Exception, pair: Callable[..., Pair]
 ) -> None:
-    class Failing(Unreadable):
+    class Failing(Reader):
         calls = 0
 
         def read(self, size: int) -> bytes:
@@ -897,7 +898,7 @@ def test_a_session_that_is_released_while_the_source_waits_is_left_alone(
     session, peer, callback = pair()
     go_on = gevent.event.Event()
 
-    class Slow(Unreadable):
+    class Slow(Reader):
         def read(self, size: int) -> bytes:
             go_on.wait()
             return super().read(size)
@@ -916,7 +917,7 @@ def test_a_session_that_is_released_while_the_source_waits_is_left_alone(
 def test_nothing_leaves_when_the_session_closes_while_the_source_is_read(
     pair: Callable[..., Pair],
 ) -> None:
-    class Closing(Unreadable):
+    class Closing(Reader):
         def read(self, size: int) -> bytes:
             session.close()
             return b"late"
@@ -964,7 +965,7 @@ def test_sync_send_file_in_a_coroutine_is_refused_before_anything_leaves(
     async def send(file: Any) -> int:
         return session.send_file(file)
 
-    for file in (path, Unreadable(b"of unknown size")):
+    for file in (path, Reader(b"of unknown size")):
         with pytest.raises(PsSendError, match="send_file_async"):
             run_coroutine(send(file))
     assert session.is_open
@@ -1037,7 +1038,7 @@ def test_progress_is_told_in_the_callers_greenlet(path: Path, pair: Callable[...
     assert where == {sender}
 
     told.clear()
-    session.send_file(Unreadable(b"abcdefg"), piece_size=3, progress=progress)
+    session.send_file(Reader(b"abcdefg"), piece_size=3, progress=progress)
     assert told == [(3, None), (6, None), (7, None)]
 
 
@@ -1054,7 +1055,7 @@ def test_an_exception_of_progress_ends_the_transfer(
     assert session.is_open  # all of it had left
     peer.expect(CONTENT[:8])
     with pytest.raises(LookupError):
-        session.send_file(Unreadable() if as_pieces else path, progress=stop)
+        session.send_file(Reader() if as_pieces else path, progress=stop)
     assert callback.closed(session) is PsCloseReason.FAILED
     assert isinstance(session.close_cause, LookupError)
 
