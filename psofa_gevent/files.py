@@ -25,6 +25,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.messages import as_bytes
@@ -223,8 +224,10 @@ class FileSource:
     def _ended_early(self, session: SendingHalf[Any]) -> PsSendError:
         error = PsSendError(f"{session!r}: the file ended after {self.sent} of {self.total} bytes")
         if self.begun:
+            session._break_stream()
+            session._request_close(PsCloseReason.FAILED, error)
             log_from_hub(logging.WARNING, "%s", error)
-        return error
+        return PsSendError(*error.args)  # not the one that the session keeps
 
 
 class _RegularFile:

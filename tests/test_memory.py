@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import io
 import logging
 import sys
 import weakref
@@ -155,6 +156,17 @@ def send_too_much_and_go_on(session: PsSession) -> None:
     gevent.sleep(0)
 
 
+def send_file_that_is_too_short(session: PsSession) -> None:
+    session.send_file(io.BytesIO(b"abc"), count=5)
+
+
+def send_file_and_fail(session: PsSession) -> None:
+    def progress(sent: int, total: int | None) -> None:
+        raise_with_session(session)
+
+    session.send_file(io.BytesIO(b"abcdef"), count=6, piece_size=1, progress=progress)
+
+
 Ending = Callable[[PsServer, PsSession, ScriptedClient], object]
 
 
@@ -184,6 +196,8 @@ CALLBACKS = [
     raise_with_session,
     send_too_much,
     send_too_much_and_go_on,
+    send_file_that_is_too_short,
+    send_file_and_fail,
 ]
 
 
@@ -392,14 +406,15 @@ def test_a_session_goes_when_the_greenlet_has_ended_whose_send_broke_it(
     assert callback.reasons == [PsCloseReason.FAILED]
 
 
+@pytest.mark.parametrize("fail", [send_too_much, send_file_that_is_too_short])
 def test_a_session_goes_though_the_error_of_its_send_is_raised_on_after_on_close(
-    ps_server: ServerFactory,
+    fail: Callable[[PsSession], object], ps_server: ServerFactory
 ) -> None:
     """Each frame that an error passes is added to its traceback, whoever else holds the error."""
 
     def send(session: PsSession) -> None:
         try:
-            session.send(STALLING, 0.05)
+            fail(session)
         except PsSendError:
             eventually(lambda: callback.reasons)
             gevent.sleep(0.01)

@@ -446,6 +446,15 @@ def test_a_file_that_says_it_is_empty_is_read_to_its_end(pair: Callable[..., Pai
     assert peer.receive(sent).startswith(b"Limit")
 
 
+def test_offsets_may_be_beyond_4_gib(tmp_path: Path, pair: Callable[..., Pair]) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.seek(5 * 2**30)
+        file.write(b"the end")
+    session, peer, _callback = pair()
+    assert session.send_file(tmp_path / "sparse", 5 * 2**30 - 3) == 10
+    peer.expect(b"\0\0\0the end")
+
+
 @pytest.mark.parametrize("framing", [None, Line()])
 def test_of_an_empty_file_nothing_is_sent(
     framing: Line | None, tmp_path: Path, pair: Callable[..., Pair]
