@@ -148,7 +148,7 @@ class Gave(enum.Enum):
     SOME = enum.auto()
     """More when the socket is writable again, and others had their turn."""
     MORE = enum.auto()
-    """More at once, if the session lets it: time may have passed, and others have run."""
+    """More at once, if the session lets it: others may have run."""
 
 
 class Source(Protocol):
@@ -160,7 +160,7 @@ class Source(Protocol):
     """When it last had to wait for something else than the peer (monotonic clock); 0: never."""
 
     def give(self, session: SendingHalf[Any]) -> Gave:
-        """Give the session's socket some of it. May switch only before `Gave.MORE` is returned.
+        """Give the session's socket some of it, and nothing more after having switched.
 
         Whatever it raises ends the message: the session closes with FAILED if a part has left.
         """
@@ -373,6 +373,7 @@ class SendLine:
     __slots__ = (
         "_acknowledged",
         "_closed",
+        "_giver",
         "_is_writable",
         "_progress_at",
         "_senders",
@@ -387,6 +388,8 @@ class SendLine:
         self._acknowledged = self._count_acknowledged()
         self._closed = False
         self._is_writable = False
+        self._giver: Any = None
+        """The greenlet in which the first one's source is just giving."""
         self._watcher = session._loop.io(session._sock.fileno(), WRITE)
 
     async def send(
@@ -412,20 +415,23 @@ class SendLine:
             BaseException: what the source raised.
         """
         sender = _Sender(source, parking, begun=begun, in_callback=in_callback)
+        if self._giver is getcurrent() and not sender.is_batch:
+            raise PsSendError(f"{self._session!r}: a send in the midst of a file waits for itself")
+        check = partial(
+            self._session._check_sending, in_callback=in_callback, is_batch=sender.is_batch
+        )
         self._senders.append(sender)
         self._start_ticking(sender, timeout)
         try:
             while True:
-                self._session._check_sending(in_callback=in_callback, is_batch=sender.is_batch)
+                check()
                 if self._senders[0] is sender:
-                    self._is_writable = True  # not the peer is what a source waits for
-                    gave = source.give(self._session)
-                    self._is_writable = False
+                    gave = self._let_give(source)
                     if gave is Gave.ALL:
                         return
-                    self._progress_at = max(self._progress_at, source.offered_at)
                     if gave is Gave.MORE:
                         continue
+                    check()  # others may have run
                 self._check_progress(sender, timeout)
                 if self._senders[0] is sender:
                     self._watcher.start(self._wake_first)
@@ -437,6 +443,15 @@ class SendLine:
             raise
         finally:
             self._leave(sender)
+
+    def _let_give(self, source: Source) -> Gave:
+        self._giver = getcurrent()
+        try:
+            return source.give(self._session)
+        finally:
+            self._giver = None
+            self._is_writable = False
+            self._progress_at = max(self._progress_at, source.offered_at)
 
     def interrupt(self) -> None:
         """Wake all senders, so that they see that the session closes."""
@@ -511,8 +526,10 @@ class SendLine:
     def _check_progress(self, sender: _Sender, timeout: float | None) -> None:
         acknowledged = self._count_acknowledged()
         now = monotonic()
-        # A socket that the first sender has not come to write to: not the peer is what is slow.
-        if acknowledged > self._acknowledged or self._is_writable:
+        # A socket that the first sender has not come to write to, or a source that waits for
+        # something of its own: not the peer is what is slow.
+        is_idle = self._is_writable or self._giver is not None
+        if acknowledged > self._acknowledged or is_idle:
             self._acknowledged = acknowledged
             self._progress_at = now
         if timeout is None or now - max(self._progress_at, sender.began) < timeout:

@@ -313,8 +313,8 @@ class SendingHalf(Generic[M]):
             timeout: as for `send`: seconds in which the peer takes nothing.
             progress: called with the bytes of the file that have left, and with how many it will be
                 (``None``: nobody knows), in the greenlet that sends, after each piece, or each
-                megabyte at most by sendfile(2). What it raises ends the transfer. It must not
-                `send` to this session, which would wait for itself; `post` it may.
+                megabyte at most by sendfile(2). What it raises ends the transfer. A `send` to this
+                session in it (or in ``read``) would wait for itself, and is refused; `post` works.
             raw: the file's bytes as they are. Without it, where the session has a framing, each
                 piece becomes a message: of `piece_size` bytes, only the last is shorter.
             piece_size: bytes that are read at a time; with a framing no more than that takes.

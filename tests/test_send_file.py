@@ -937,6 +937,47 @@ def test_nothing_leaves_when_the_session_closes_while_the_source_is_read(
     peer.expect_eof()
 
 
+def test_a_close_that_is_asked_for_in_progress_ends_the_transfer_at_once(
+    path: Path, ps_server: ServerFactory
+) -> None:
+    """Also where the session can't end yet, and the peer takes nothing any more."""
+
+    def progress(sent: int, total: int | None) -> None:
+        wait_until_stalled(session)
+        session.close()
+
+    never = gevent.event.Event()
+    callback = ActingCallback(on_message=lambda *_: never.wait())
+    server = ps_server(callback, linger_timeout=0.0)
+    with stalled_peer(server.address) as peer:
+        peer.send("x")
+        callback.wait_for("on_message")
+        session = callback.opened()
+        session._sock.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_SNDBUF, 4_096)
+        sender = attempt(session.send_file, path, timeout=None, progress=progress)
+        assert isinstance(result(sender), PsSendError)
+        assert not callback.named("on_close")
+        never.set()
+
+
+@pytest.mark.parametrize("as_pieces", [False, True], ids=["kernel", "pieces"])
+@pytest.mark.parametrize("how", [PsSession.close, PsSession.abort])
+def test_a_session_that_closes_in_progress_ends_the_transfer(
+    how: Callable[[PsSession[Any]], None],
+    as_pieces: bool,
+    path: Path,
+    pair: Callable[..., Pair],
+) -> None:
+    def progress(sent: int, total: int | None) -> None:
+        how(session)
+        callback.closed(session)
+
+    session, _peer, callback = pair()
+    sender = attempt(session.send_file, Reader() if as_pieces else path, progress=progress)
+    assert isinstance(result(sender), PsSendError)
+    assert callback.closed(session) is PsCloseReason.SELF_CLOSE
+
+
 def test_a_closed_session_refuses_files(path: Path, pair: Callable[..., Pair]) -> None:
     session, _peer, callback = pair()
     session.close()
@@ -1067,6 +1108,43 @@ def test_an_exception_of_progress_ends_the_transfer(
         session.send_file(Reader() if as_pieces else path, progress=stop)
     assert callback.closed(session) is PsCloseReason.FAILED
     assert isinstance(session.close_cause, LookupError)
+
+
+@pytest.mark.parametrize("where", ["progress", "read"])
+def test_a_send_in_the_midst_of_a_file_is_refused_and_a_post_comes_after_it(
+    where: str, pair: Callable[..., Pair]
+) -> None:
+    refusals: list[object] = []
+
+    def act() -> None:
+        session.post("<post>")
+        for send in (session.send, lambda _text: session.send_file(io.BytesIO(b"x"))):
+            with pytest.raises(
+                PsSendError, match=r"waits for itself|send_async|send_file_async"
+            ) as caught:
+                send("<send>")
+            refusals.append(caught.type)
+
+    class Acting(Reader):
+        def read(self, size: int) -> bytes:
+            piece = super().read(size)
+            if where == "read" and piece:
+                act()
+            return piece
+
+    def progress(sent: int, total: int | None) -> None:
+        if where == "progress":
+            act()
+
+    session, peer, _callback = pair()
+    assert session.send_file(Acting(b"content"), count=7, progress=progress) == 7
+
+    async def send() -> int:
+        return await session.send_file_async(Acting(b"content"), count=7, progress=progress)
+
+    assert run_coroutine(send()) == 7
+    peer.expect("content<post>content<post>")
+    assert len(refusals) == 4
 
 
 # Memory
