@@ -296,7 +296,8 @@ class SendingHalf(Generic[M]):
         its middle, and that the session closes with FAILED when it breaks off after a part has
         left. It is never in memory, only a piece of it is; without framing and TLS the kernel sends
         a regular file by itself (sendfile(2)). Reading a regular file blocks the thread while the
-        disk works. Idle time and ``callback_timeout`` go on meanwhile as they do for `send`.
+        disk works. In a callback ``callback_timeout`` counts all of that; elsewhere the idle time
+        runs meanwhile, as the session waits for bytes.
 
         From any greenlet and any OS thread; for another thread the file is read, and `progress`
         called, in the hub's. In a coroutine ``await session.send_file_async``.
