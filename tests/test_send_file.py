@@ -38,6 +38,7 @@ from psofa_gevent import (
     PsServer,
     PsSession,
     run_coroutine,
+    tls,
 )
 from psofa_gevent.files import TURN
 from psofa_gevent.framing import LengthPrefix, Line
@@ -750,8 +751,9 @@ def test_a_kill_in_the_middle_fails_the_session(path: Path, pair: Callable[..., 
 
 
 def test_a_kill_fails_the_session_also_when_all_that_has_left_is_a_part_of_a_tls_record(
-    path: Path, ps_server: ServerFactory
+    path: Path, ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tls, "ENCRYPTED_AT_A_TIME", 2**20)  # more than the buffers take at once
     ours, theirs = tls_contexts()
     never = gevent.event.Event()
     callback = ActingCallback()
