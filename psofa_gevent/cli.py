@@ -62,6 +62,8 @@ examples:
   {program} app:make --port 0         what make() returns, on any free port
   {program} --host 0.0.0.0            for everyone who can reach this machine
   {program} --ipv6 --host ::          the same for IPv6 and IPv4 together
+  {program} --listener 127.0.0.1:8710 --listener unix:/run/echo.sock
+                                      in two places at once
   {program} --drain 30                when stopped, let sessions end by themselves first
 
 A smallest app.py:
@@ -203,6 +205,14 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=8710, help="0: any free port (default: %(default)s)"
     )
     listening.add_argument(
+        "--listener",
+        action="append",
+        metavar="ADDRESS",
+        help="instead of --host and --port, and as often as you like: HOST:PORT, [IPV6]:PORT, "
+        "unix:PATH, fd:N (a descriptor that listens already), or systemd (the sockets of a socket "
+        "unit)",
+    )
+    listening.add_argument(
         "--ipv6",
         action="store_true",
         help="listen on IPv6; on :: IPv4 clients are served by the same socket",
@@ -228,6 +238,12 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text, 8),
         metavar="MODE",
         help="the permissions of a Unix socket's file: 660 (default: what the umask leaves)",
+    )
+    listening.add_argument(
+        "--reuse-port",
+        action="store_true",
+        help="let further servers listen on the same port, if they have this too, and share its "
+        "connections (SO_REUSEPORT)",
     )
     listening.add_argument(
         "--certificate",

@@ -1,16 +1,21 @@
-"""The listening socket of a server, and gevent's `StreamServer` that accepts from it.
+"""The listening sockets of a server, and gevent's `StreamServer` that accepts from each.
 
-Resource handling: `bind` makes the socket and closes it again if it fails; `Listener.close` closes
-it at the end. An accepted socket belongs to its session as soon as there is one.
+Resource handling: `bind`, `bind_unix` and `duplicate` make a socket and close it again if they
+fail; `Listener.close` closes it at the end. An accepted socket belongs to its session as soon as
+there is one.
+
+All listeners of a server share its manager's pool. While that is full none of them accepts; each
+place that becomes free goes to the one that has waited longest (`Turns`), for the event loop would
+give them all to one.
 
 Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a second, and starts again
 by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
-session notices, and a warning tells, once a minute at most. While the pool is full, `StreamServer`
-does not even accept.
+session notices, and a warning tells, once a minute at most.
 
-If the listening socket itself is gone, that is an error in the log, and the open sessions go on.
+If a listening socket itself is gone, that is an error in the log, and the open sessions go on.
 
-But for `bind`, `pause` and `resume`, all of it runs in the hub, where nothing may block or raise.
+But for what makes the sockets, `pause` and `resume`, all of it runs in the hub, where nothing may
+block or raise.
 """
 
 from __future__ import annotations
@@ -20,10 +25,14 @@ import errno
 import logging
 import os
 import socket
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from gevent import monkey
+from gevent.pool import Pool
 from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, socket_family
@@ -31,10 +40,17 @@ from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
-from psofa_gevent.tcp import ARE_INHERITED, endpoint, set_options
+from psofa_gevent.tcp import (
+    ARE_INHERITED,
+    NAMELESS,
+    Endpoint,
+    endpoint,
+    set_all_options,
+    set_options,
+)
 from psofa_gevent.unix_sockets import UnixFile, make_room
 
-__all__ = ["Listener", "bind", "bind_unix"]
+__all__ = ["Listeners", "Listening", "bind", "bind_unix", "duplicate"]
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
@@ -44,6 +60,28 @@ EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 WARNING_PERIOD = 60.0
 """Seconds from one warning to the next: a server at its limit fails and heals many times in it."""
+ACCEPTS_OF_SHARED = 8
+"""Accepts in one turn of the hub from a socket that other processes may share: a burst of clients
+is for all of them. One would be fairest, and took some 15 % more time for each connection; with
+eight there was no more difference to gevent's 100 than from run to run."""
+TURNS_AT_ONCE = 100
+"""Places that are given away in one turn of the hub; as gevent's ``max_accept``."""
+
+
+class Listening(NamedTuple):
+    """A socket that listens, and what goes with it."""
+
+    socket: socket.socket
+    file: UnixFile | None = None
+    """What `close` is to remove."""
+    is_inherited: bool = False
+    """Whether somebody else made the socket, and may share it."""
+
+    def close(self) -> None:
+        """Close the socket, and remove the file of one that has one."""
+        if self.file is not None:
+            self.file.remove()
+        self.socket.close()
 
 
 def bind(
@@ -52,12 +90,14 @@ def bind(
     *,
     backlog: int,
     receive_buffer_size: int | None,
+    reuse_port: int | None,
     settings: SessionSettings,
-) -> socket.socket:
+) -> Listening:
     """A socket that listens on `address`.
 
     SO_REUSEADDR is set, so that a restart need not wait for the connections of before to leave
-    TIME_WAIT. Options that are set here, accepted sockets inherit.
+    TIME_WAIT; and `reuse_port`, the system's SO_REUSEPORT, unless it is ``None``. Options that are
+    set here, accepted sockets inherit.
 
     Raises:
         OSError: the address is in use, or not this machine's, or the family is not there.
@@ -65,6 +105,8 @@ def bind(
     listening = _SystemSocket(socket_family(family), _socket.SOCK_STREAM)
     try:
         listening.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if reuse_port is not None:
+            listening.setsockopt(_socket.SOL_SOCKET, reuse_port, 1)
         if family is PsSocketAddressFamily.IPV6:
             listening.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
         if receive_buffer_size is not None:
@@ -77,10 +119,10 @@ def bind(
     except BaseException:
         listening.close()
         raise
-    return listening
+    return Listening(listening)
 
 
-def bind_unix(path: str, *, backlog: int, mode: int | None) -> socket.socket:
+def bind_unix(path: str, *, backlog: int, mode: int | None) -> Listening:
     """A socket that listens on the file `path`, which it makes.
 
     Raises:
@@ -97,37 +139,131 @@ def bind_unix(path: str, *, backlog: int, mode: int | None) -> socket.socket:
         listening.listen(backlog)
         listening.setblocking(False)
     except BaseException:
-        if made is not None:
-            made.remove()
-        listening.close()
+        Listening(listening, made).close()
         raise
-    return listening
+    return Listening(listening, made)
+
+
+def duplicate(descriptor: int) -> Listening:
+    """Another descriptor of somebody's listening socket, which becomes non-blocking.
+
+    That is the socket's, so its owner sees it too. All else that was set stays as it is: accepted
+    sockets get the options of the settings one by one.
+
+    Raises:
+        OSError: the descriptor is none of a socket, or there is none left.
+    """
+    copy = os.dup(descriptor)
+    try:
+        listening = _SystemSocket(fileno=copy)
+    except BaseException:
+        os.close(copy)
+        raise
+    listening.setblocking(False)
+    return Listening(listening, is_inherited=True)
+
+
+class Turns:
+    """Which listener of a server accepts next while its pool is full, or was a moment ago."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.next_warning = monotonic()
+        """Before then, none of them says that it can't accept."""
+        self._pool = pool
+        self._waiting: deque[Listener] = deque()
+        self._is_linked = False
+
+    def must_wait(self, listener: Listener) -> bool:
+        """Whether there is no place for a connection; then there will be a turn of `listener`."""
+        if not self._waiting and not self._pool.full():
+            return False
+        if listener not in self._waiting:
+            self._waiting.append(listener)
+        self._ask()
+        return True
+
+    def forget(self, listener: Listener) -> None:
+        """Give it no turn any more."""
+        if listener in self._waiting:
+            self._waiting.remove(listener)
+        if not self._waiting:
+            self._semaphore.unlink(self._give)
+            self._is_linked = False
+
+    @property
+    def _semaphore(self) -> Any:
+        # As gevent's own servers do: it tells when a place is free, once for each `rawlink`.
+        pool: Any = self._pool
+        return pool._semaphore
+
+    def _ask(self) -> None:
+        if not self._is_linked:
+            self._is_linked = True
+            self._semaphore.rawlink(self._give)
+
+    def _give(self, _semaphore: object) -> None:
+        """Give away the places that are free, one to each in turn."""
+        self._is_linked = False
+        for _ in range(TURNS_AT_ONCE):
+            if not self._waiting or self._pool.full():
+                break
+            listener = self._waiting.popleft()
+            if listener.take_turn():
+                self._waiting.append(listener)
+        if self._waiting:
+            self._ask()
 
 
 class Listener(StreamServer):
     """Accepts connections and hands them to a manager, while its pool has room."""
 
-    def __init__(self, listening: socket.socket, manager: SessionManager) -> None:
+    def __init__(self, listening: Listening, manager: SessionManager, turns: Turns) -> None:
+        self._listening = listening
         self._manager = manager
+        self._turns = turns
         self._paused = False
         self._backoff = self.min_delay
-        self._next_warning = monotonic()
+        sock = listening.socket
         # As plain numbers, which a socket's own properties are not.
-        self._kind = int(listening.family), int(listening.type), listening.proto
-        name = listening.getsockname()
-        self.endpoint = endpoint(name)
+        self._kind = int(sock.family), int(sock.type), sock.proto
+        self.endpoint: Endpoint = endpoint(sock.getsockname()) or NAMELESS
         """What it is bound to."""
-        knows = self.endpoint is not None and self.endpoint[0] not in EVERY_ADDRESS
+        knows = self.endpoint[0] not in EVERY_ADDRESS
         self._local_endpoint = self.endpoint if knows else None
         """That of all accepted sockets, if the server listens on one address only."""
-        self._file = UnixFile.of(name) if listening.family == _socket.AF_UNIX else None
-        super().__init__(listening, handle=_never_called, spawn=manager.pool)
+        self._set_options = set_options
+        self._has_options = ARE_INHERITED
+        """Whether accepted sockets have their options by themselves."""
+        if listening.is_inherited:
+            self._set_options, self._has_options = set_all_options, sock.family == _socket.AF_UNIX
+            self.max_accept = ACCEPTS_OF_SHARED
+        # Without the pool: gevent's way to go on when it has room is not fair to the others.
+        super().__init__(sock, handle=_never_called, spawn=None)
 
     def close(self) -> None:
         """Close the socket, and remove the file of one that has one."""
-        if self._file is not None:
-            self._file.remove()
+        self._turns.forget(self)
+        if self._listening.file is not None:
+            self._listening.file.remove()
         super().close()
+
+    def full(self) -> bool:
+        """Whether to leave connections where they are. gevent asks, and pauses if so."""
+        return self._turns.must_wait(self)
+
+    def take_turn(self) -> bool:
+        """Accept one connection; false when none waits, or none may be accepted."""
+        if self._paused:
+            return False  # until `resume`
+        try:
+            accepted = self._accept()
+        except BlockingIOError:
+            self.start_accepting()
+            return False
+        if accepted is None:
+            return False
+        self.do_handle(*accepted)
+        return True
 
     def pause(self) -> None:
         """Accept nothing more. From any OS thread: a flag that is looked at before each accept."""
@@ -154,11 +290,17 @@ class Listener(StreamServer):
         if self._paused:
             self.stop_accepting()
             return None
+        try:
+            return self._accept()
+        except BlockingIOError:
+            return None
+
+    def _accept(self) -> tuple[_socket.socket, Any] | None:
         listening: Any = self.socket
         try:
             descriptor, address = listening._accept()
         except BlockingIOError:
-            return None
+            raise
         except OSError as exc:
             self._accept_failed(exc)
             return None
@@ -168,8 +310,8 @@ class Listener(StreamServer):
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager."""
         try:
-            if not ARE_INHERITED:
-                set_options(accepted, self._manager.settings)
+            if not self._has_options:
+                self._set_options(accepted, self._manager.settings)
             self._manager.open(accepted, address, None, self._local_endpoint)
         except OSError as exc:
             # Reset before it could be looked at.
@@ -199,10 +341,41 @@ class Listener(StreamServer):
     def _level(self, exc: OSError) -> int:
         """How loudly to tell that accepting has paused."""
         now = monotonic()
-        if exc.errno == errno.ECONNABORTED or now < self._next_warning:
+        if exc.errno == errno.ECONNABORTED or now < self._turns.next_warning:
             return logging.DEBUG
-        self._next_warning = now + WARNING_PERIOD
+        self._turns.next_warning = now + WARNING_PERIOD
         return logging.WARNING
+
+
+class Listeners:
+    """All listeners of one server."""
+
+    def __init__(self, opened: Sequence[Listening], manager: SessionManager) -> None:
+        turns = Turns(manager.pool)
+        self._all = [Listener(listening, manager, turns) for listening in opened]
+        self.endpoints = [listener.endpoint for listener in self._all]
+        """What they are bound to."""
+
+    def start(self) -> None:
+        """Accept."""
+        for listener in self._all:
+            listener.start()
+
+    def pause(self) -> None:
+        """Accept nothing more. From any OS thread."""
+        for listener in self._all:
+            listener.pause()
+
+    def resume(self) -> None:
+        """Accept again. From any OS thread."""
+        for listener in self._all:
+            listener.resume()
+
+    def close(self) -> None:
+        """Close all of them, also where one fails."""
+        with ExitStack() as closing:
+            for listener in self._all:
+                closing.callback(listener.close)
 
 
 def _never_called(_accepted: object, _address: object) -> None:

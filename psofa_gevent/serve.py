@@ -17,15 +17,18 @@ import resource
 import socket
 import ssl
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 import gevent
 
+from psofa_gevent import systemd
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsOverflow, PsSocketAddressFamily
 from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
 from psofa_gevent.network import local_addresses
+from psofa_gevent.places import DEFAULT_HOST, Given
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
 from psofa_gevent.unix_sockets import unix_path
@@ -69,14 +72,18 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
     """The server that the command line describes; raises as `PsServer` does."""
     host = args.host or ""
     ipv6 = args.ipv6 or (":" in host and not host.startswith("unix:"))
+    loopback = "::1" if ipv6 else "127.0.0.1"
+    listener = None if args.listener is None else listeners(args.listener)
     return PsServer(
         callback,
-        host=args.host or ("::1" if ipv6 else "127.0.0.1"),
+        host=args.host or (loopback if listener is None else DEFAULT_HOST),
         port=args.port,
+        listener=listener,
         socket_address_family=PsSocketAddressFamily.IPV6 if ipv6 else PsSocketAddressFamily.IPV4,
         backlog=args.backlog,
         receive_buffer_size=args.receive_buffer_size,
         unix_mode=args.unix_mode,
+        reuse_port=args.reuse_port,
         max_sessions=args.max_sessions,
         ssl_context=tls_context(args.certificate, args.key),
         handshake_timeout=args.handshake_timeout,
@@ -110,6 +117,56 @@ def heartbeat(text: str) -> tuple[int, bytes]:
     # Escapes only: "unicode_escape" takes anything else for Latin-1.
     escaped = message.encode("ascii", "backslashreplace").decode("unicode_escape")
     return int(milliseconds), escaped.encode()
+
+
+def listeners(texts: Sequence[str]) -> list[Given]:
+    """What the command line's addresses stand for.
+
+    Raises:
+        UsageError: one of them is none, or systemd gave no socket.
+    """
+    found: list[Given] = []
+    for text in texts:
+        if text == "systemd":
+            found += from_systemd()
+        elif text.startswith("unix:"):
+            found.append(text)
+        elif text.startswith("fd:") and text[3:].isdecimal():
+            found.append(int(text[3:]))
+        else:
+            host, colon, port = text.rpartition(":")
+            if not colon or not port.isdecimal():
+                raise UsageError(
+                    "--listener must be HOST:PORT, [IPV6]:PORT, unix:PATH, fd:N or systemd, "
+                    f"not {text!r}"
+                )
+            found.append((_host(host, text), int(port)))
+    return found
+
+
+def from_systemd() -> list[Given]:
+    """The sockets of the socket unit.
+
+    Raises:
+        UsageError: there are none.
+    """
+    try:
+        sockets = systemd.listen_sockets()
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"--listener systemd: {exc}") from exc
+    if not sockets:
+        raise UsageError(
+            "--listener systemd: there are no sockets of systemd's (LISTEN_FDS) for this process"
+        )
+    return [*sockets]
+
+
+def _host(text: str, address: str) -> str:
+    if text.startswith("[") and text.endswith("]"):
+        return text[1:-1]
+    if ":" in text:
+        raise UsageError(f"--listener must have brackets round an IPv6 address, not {address!r}")
+    return text
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -152,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(_as_typed(str(exc), args)) from exc
     server.start()
     serving = args.target or "an echo"
-    text = where_to_reach(server.address, serving, has_tls=args.certificate is not None)
+    text = where_to_reach(*server.addresses, serving=serving, has_tls=args.certificate is not None)
     # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
     # script may send a signal as soon as it has read the first line.
     gevent.spawn(announce, text)
@@ -290,23 +347,30 @@ def raise_descriptor_limit() -> None:
             return
 
 
-def where_to_reach(address: tuple[object, ...], serving: str, *, has_tls: bool = False) -> str:
-    """What ``serve`` prints when it listens on `address`; its first line is for scripts too."""
+def where_to_reach(*addresses: tuple[object, ...], serving: str, has_tls: bool = False) -> str:
+    """What ``serve`` prints when it listens there; its first line is for scripts too."""
+    address, *others = addresses
+    lines = [f"Listening on {_where(address)}"]
+    lines += [_row("" if row else "and on", _where(other)) for row, other in enumerate(others)]
+    lines.append(_row("serving", serving))
     path = unix_path(str(address[0]))
     if path is not None:
-        rows = [("serving", serving), ("try", f"nc -U {path}"), ("stop", "Ctrl-C")]
-        return "\n".join([f"Listening on {address[0]}", *(_row(*row) for row in rows)])
-    host, port = _host_with_zone(address), address[1]
-    lines = [f"Listening on {format_address(host, port)}", _row("serving", serving)]
-    nearest = host
-    if ipaddress.ip_address(host).is_unspecified:
-        nearest = "::1" if ":" in host else "127.0.0.1"
-        lines += _reached_at(host, port)
-    attempt = f"nc {nearest} {port}"
-    if has_tls:
-        attempt = f"openssl s_client -quiet -connect {format_address(nearest, port)}"
+        attempt = f"nc -U {path}"
+    else:
+        host, port = _host_with_zone(address), address[1]
+        nearest = host
+        if ipaddress.ip_address(host).is_unspecified:
+            nearest = "::1" if ":" in host else "127.0.0.1"
+            lines += _reached_at(host, port)
+        attempt = f"nc {nearest} {port}"
+        if has_tls:
+            attempt = f"openssl s_client -quiet -connect {format_address(nearest, port)}"
     lines += [_row("try", attempt), _row("stop", "Ctrl-C")]
     return "\n".join(lines)
+
+
+def _where(address: tuple[object, ...]) -> str:
+    return format_address(_host_with_zone(address), address[1])
 
 
 def _reached_at(wildcard: str, port: object) -> list[str]:

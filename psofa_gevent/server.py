@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import resource
-import socket
 import ssl
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import gevent
 from gevent import getcurrent
 
-from psofa_gevent.addresses import (
-    check_address_family,
-    check_host,
-    check_port,
-    format_address,
-    resolve,
-)
+from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
 from psofa_gevent.hub_thread import log_safely
-from psofa_gevent.listener import Listener, bind, bind_unix
+from psofa_gevent.listener import Listeners
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Prologue
 from psofa_gevent.owner import SessionOwner
+from psofa_gevent.places import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    BindOptions,
+    Given,
+    check_places,
+    check_reuse_port,
+    open_all,
+)
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
     SessionSettings,
+    check_bool,
     check_int,
     check_seconds,
     check_ssl_context,
 )
 from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
-from psofa_gevent.unix_sockets import unix_path
 from psofa_gevent.worker import may_wait_for_callbacks
 
 __all__ = ["PsServer"]
@@ -66,12 +68,14 @@ class PsServer(SessionOwner[M]):
         self,
         callback: PsCallback[M],
         *,
-        host: str = "0.0.0.0",
-        port: int = 8710,
+        host: str = DEFAULT_HOST,
+        port: int = DEFAULT_PORT,
+        listener: Given | Sequence[Given] | None = None,
         socket_address_family: PsSocketAddressFamily = PsSocketAddressFamily.IPV4,
         backlog: int = 1024,
         receive_buffer_size: int | None = None,
         unix_mode: int | None = None,
+        reuse_port: bool = False,
         max_sessions: int | None = None,
         ssl_context: ssl.SSLContext | None = None,
         handshake_timeout: float | None = 10.0,
@@ -98,6 +102,12 @@ class PsServer(SessionOwner[M]):
             host: the address or name to listen on; 0.0.0.0 (on IPv6 ``::``): every address; or a
                 Unix domain socket, ``unix:`` and its path.
             port: 0 asks for a free port, which `address` then tells.
+            listener: instead of host and port: a socket that listens already (Python's or
+                gevent's), the descriptor of one, a tuple of host and port, ``unix:`` and a path, or
+                a list of such, which the server serves as one. A given socket stays yours: the
+                server duplicates it at each start, makes it non-blocking (your own descriptor too),
+                and never closes it nor removes its file; `backlog`, `receive_buffer_size` and
+                `unix_mode` are not for it.
             socket_address_family: IPV6 is dual-stack: IPv4 clients reach the server too.
             backlog: connections that the kernel keeps waiting until they are accepted; Linux takes
                 no more than net.core.somaxconn.
@@ -105,8 +115,11 @@ class PsServer(SessionOwner[M]):
                 which is what most want.
             unix_mode: the permissions of a Unix socket's file, such as ``0o660``; ``None``: what
                 the process's umask leaves.
-            max_sessions: sessions at a time. At the cap, further clients wait in the backlog.
-                ``None``: as many as the process has file descriptors, less a reserve.
+            reuse_port: SO_REUSEPORT for each host and port: further servers, of this process and of
+                others, may listen there too if they set it, and share the connections.
+            max_sessions: sessions at a time, of all listeners together. At the cap, further clients
+                wait in the backlog. ``None``: as many as the process has file descriptors, less a
+                reserve.
             ssl_context: TLS with this certificate (`ssl.SSLContext.load_cert_chain`), made with
                 ``ssl.PROTOCOL_TLS_SERVER``; ``None``: plain TCP.
             handshake_timeout: seconds that the TLS handshake may take; ``None``: any time.
@@ -158,17 +171,22 @@ class PsServer(SessionOwner[M]):
                 heartbeat=heartbeat,
             ),
         )
-        self._host = check_host(host)
-        self._port = check_port(port, least=0)
-        self._family = check_address_family(socket_address_family)
         check_int("backlog", backlog, 1, MAX_BUFFER)
-        self._backlog = backlog
         if receive_buffer_size is not None:
             check_int("receive_buffer_size", receive_buffer_size, 1, MAX_BUFFER)
-        self._receive_buffer_size = receive_buffer_size
         if unix_mode is not None:
             check_int("unix_mode", unix_mode, 0, 0o777)
-        self._unix_mode = unix_mode
+        check_bool("reuse_port", reuse_port)
+        self._places = check_places(listener, host, port, socket_address_family)
+        if reuse_port:
+            check_reuse_port(self._places)
+        self._bind_options = BindOptions(
+            backlog=backlog,
+            receive_buffer_size=receive_buffer_size,
+            unix_mode=unix_mode,
+            reuse_port=reuse_port,
+            settings=self._settings,
+        )
         if max_sessions is not None:
             check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
         self._max_sessions = max_sessions
@@ -176,14 +194,15 @@ class PsServer(SessionOwner[M]):
         self._ssl_context = ssl_context
         check_seconds("handshake_timeout", handshake_timeout, more_than_zero=True)
         self._handshake_timeout = handshake_timeout
-        self._listener: Listener | None = None
-        self._bound_to: Endpoint | None = None
+        self._listeners: Listeners | None = None
+        self._bound_to: list[Endpoint] | None = None
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
         if self._is_stopping:
             state = "shutting down"
-        return f"<PsServer {format_address(*self.address[:2])} {state}>"
+        more = f" and {len(self._places) - 1} more" if len(self._places) > 1 else ""
+        return f"<PsServer {format_address(*self.address[:2])}{more} {state}>"
 
     def start(self) -> None:
         """Listen and accept; returns when the server can be reached.
@@ -198,20 +217,21 @@ class PsServer(SessionOwner[M]):
             raise PsServerError(f"{self!r} is started already")
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
-            listening = self._bind()
+            opened = open_all(self._places, self._bind_options)
             if manager.stop is not None:
-                listening.close()
+                for each in opened:
+                    each.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
             if self._ssl_context is not None:
                 manager.prologue = Prologue(lambda: self._ssl_context, self._handshake_timeout)
-            listener = self._listener = Listener(listening, manager)
-            self._bound_to = cast("Endpoint", listener.endpoint)
+            listeners = self._listeners = Listeners(opened, manager)
+            self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True
             if self._manager is not manager or not self.started:
-                listener.close()
+                listeners.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
-            listener.start()
+            listeners.start()
         logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
@@ -288,15 +308,15 @@ class PsServer(SessionOwner[M]):
 
         Returns at once. Without effect when the server is not started.
         """
-        listener = self._listener
-        if listener is not None:
-            listener.pause()
+        listeners = self._listeners
+        if listeners is not None:
+            listeners.pause()
 
     def resume_accepting(self) -> None:
         """Accept again, first those that waited. Without effect when not started."""
-        listener = self._listener
-        if listener is not None:
-            listener.resume()
+        listeners = self._listeners
+        if listeners is not None:
+            listeners.resume()
 
     def reload_tls(self, ssl_context: ssl.SSLContext) -> None:
         """Use another context, with new certificates, for the connections that come from now on.
@@ -337,11 +357,16 @@ class PsServer(SessionOwner[M]):
     def address(self) -> Endpoint:
         """What the server is bound to: (host, port), or (host, port, flow info, scope id).
 
-        A Unix socket is a host as it was given, and the port 0.
+        A Unix socket is a host as it was given, and the port 0. Of several listeners the first.
 
         While it is stopped: the host and port that were asked for.
         """
-        return self._bound_to or (self._host, self._port)
+        return self.addresses[0]
+
+    @property
+    def addresses(self) -> list[Endpoint]:
+        """The same of all listeners, in the order in which they were given."""
+        return list(self._bound_to or [place.asked_for for place in self._places])
 
     def __enter__(self) -> Self:
         if self._manager is None:
@@ -356,40 +381,13 @@ class PsServer(SessionOwner[M]):
     ) -> None:
         self.shutdown()
 
-    def _bind(self) -> socket.socket:
-        host = self._host
-        if self._family is PsSocketAddressFamily.IPV6 and host == "0.0.0.0":
-            host = "::"
-        where = format_address(host, self._port)
-        try:
-            if (path := unix_path(host)) is not None:
-                return bind_unix(path, backlog=self._backlog, mode=self._unix_mode)
-            address = resolve(host, self._port, self._family)[0]
-            return bind(
-                address,
-                self._family,
-                backlog=self._backlog,
-                receive_buffer_size=self._receive_buffer_size,
-                settings=self._settings,
-            )
-        except OSError as exc:
-            raise PsServerError(f"cannot listen on {where}: {self._explain(exc)}") from exc
-
-    def _explain(self, exc: OSError) -> str:
-        no_ipv6 = exc.errno in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
-        if no_ipv6 and self._family is PsSocketAddressFamily.IPV6:
-            return "this machine has no IPv6"
-        if exc.errno == errno.EADDRNOTAVAIL:
-            return f"{exc.strerror}: the host is not an address of this machine"
-        return exc.strerror or str(exc)
-
     def _close_entrance(self) -> None:
         manager = self._manager
         if manager is not None and manager.entering:
             return  # called again when `start` has come to its end
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
+        listeners, self._listeners = self._listeners, None
+        if listeners is not None:
+            listeners.close()
 
     def _stopped(self) -> None:
         manager = self._manager
@@ -397,10 +395,10 @@ class PsServer(SessionOwner[M]):
         stopped = repr(self)
         self._bound_to = None
         super()._stopped()
-        listener, self._listener = self._listener, None
-        if listener is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed
+        listeners, self._listeners = self._listeners, None
+        if listeners is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed
             with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
-                listener.close()
+                listeners.close()
         if has_started:
             log_safely(logging.INFO, "%s: stopped", stopped)
 

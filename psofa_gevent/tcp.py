@@ -20,15 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARE_INHERITED",
+    "NAMELESS",
     "Endpoint",
     "endpoint",
     "reset",
+    "set_all_options",
     "set_options",
     "unacknowledged",
 ]
 
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
+NAMELESS: Endpoint = ("", 0)
+"""That of a listening socket without a name, which few systems let listen."""
 
 ARE_INHERITED = sys.platform == "linux"
 """Whether an accepted socket has the options of its listener."""
@@ -85,6 +89,17 @@ def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
         set_keep_alive(sock, settings.keep_alive)
     if settings.user_timeout is not None:
         set_user_timeout(sock, settings.user_timeout)
+
+
+def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
+    """Set what the settings say, also that something is off: whoever made its listener set more."""
+    with contextlib.suppress(OSError):  # what is no TCP has none of them
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, settings.no_delay)
+        if settings.keep_alive is None:
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 0)
+        if settings.user_timeout is None and USER_TIMEOUT is not None:
+            sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, 0)
+        set_options(sock, settings)
 
 
 def reset(sock: _socket.socket) -> None:

@@ -325,7 +325,7 @@ def serving(
     Args:
         callback: what it serves.
         host: by default the loopback address of the socket address family.
-        port: 0 asks for a free one: see ``server.address``.
+        port: 0 asks for a free one: see ``server.address``. With a ``listener`` neither is given.
         **settings: the other settings of `PsServer`.
 
     Raises:
@@ -334,7 +334,9 @@ def serving(
     if host is None:
         ipv6 = settings.get("socket_address_family") is PsSocketAddressFamily.IPV6
         host = "::1" if ipv6 else "127.0.0.1"
-    server = PsServer(callback, host=host, port=port, **settings)
+    if settings.get("listener") is None:
+        settings |= {"host": host, "port": port}
+    server = PsServer(callback, **settings)
     with server:
         yield server
     if left := server.get_session_count():

@@ -322,6 +322,21 @@ def test_serve_takes_a_class_a_factory_and_an_instance(tmp_path: Path, attribute
         assert started.stop() == 0
 
 
+def test_serve_listens_in_several_places(tmp_path: Path) -> None:
+    with gevent.socket.create_server(("127.0.0.1", 0)) as inherited:
+        number = inherited.fileno()
+        places = ["127.0.0.1:0", f"unix:{tmp_path}/echo.sock", f"fd:{number}"]
+        arguments = [word for place in places for word in ("--listener", place)]
+        with program(tmp_path, "serve", *arguments, pass_fds=[number]) as started:
+            assert_echoes(started.read_address())
+            assert started.read_line() == f"  and on      unix:{tmp_path}/echo.sock"
+            assert started.read_line() == f"              127.0.0.1:{inherited.getsockname()[1]}"
+            assert started.read_line() == "  serving     an echo"
+            assert_echoes(inherited.getsockname())
+            assert started.stop() == 0
+    assert os.listdir(tmp_path) == []
+
+
 def test_serve_takes_a_module_in_a_package(tmp_path: Path) -> None:
     write_module(tmp_path, "company/__init__", "")
     write_module(tmp_path, "company/app", APP)
@@ -558,7 +573,7 @@ def test_serve_on_every_address_says_so_when_it_cannot_list_them(
 
 def test_a_link_local_address_is_printed_with_its_interface() -> None:
     index, name = gevent.socket.if_nameindex()[0]
-    text = serve.where_to_reach(("fe80::7", 8710, 0, index), "an echo")
+    text = serve.where_to_reach(("fe80::7", 8710, 0, index), serving="an echo")
     assert text.startswith(f"Listening on [fe80::7%{name}]:8710\n")
     assert f"nc fe80::7%{name} 8710" in text
 
@@ -625,6 +640,15 @@ BROKEN_APP = """
         (["serve", "--drain", "1e10"], "--drain: invalid seconds value: '1e10'"),
         (["serve", "--drain", "nan"], "--drain: invalid seconds value: 'nan'"),
         (["serve", "--max-sessions", "0"], " --max-sessions must be"),
+        (["serve", "--listener", "8710"], " --listener must be HOST:PORT, "),
+        (["serve", "--listener", "::1:8710"], "brackets round an IPv6 address, not '::1:8710'"),
+        (["serve", "--listener", "a:http"], " --listener must be HOST:PORT, "),
+        (["serve", "--listener", "a:70000"], "('a', 70000): port must be from 0 to 65535"),
+        (["serve", "--listener", "fd:x"], " --listener must be HOST:PORT, "),
+        (["serve", "--listener", "fd:0"], " --listener must be a listening socket, not 0"),
+        (["serve", "--listener", "systemd"], "no sockets of systemd's (LISTEN_FDS)"),
+        (["serve", "--port", "1", "--listener", "a:2"], " --listener must not be given besides"),
+        (["serve", "--reuse-port", "--host", "unix:/tmp/x"], " --reuse-port must not be True"),
         (["serve", "--no-delay", "maybe"], "--no-delay"),
         (["serve", "app"], "'app' is not of the form module:attribute"),
         (["serve", "app.py:Upper"], "'app.py:Upper' is not of the form module:attribute"),
@@ -819,7 +843,7 @@ def test_every_setting_of_the_server_has_an_option(
     certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
     certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
     expected = {
-        "host": "::1",
+        "host": "0.0.0.0",  # for --listener
         "port": 1,
         "socket_address_family": PsSocketAddressFamily.IPV6,
         "backlog": 2,
@@ -843,18 +867,35 @@ def test_every_setting_of_the_server_has_an_option(
         "heartbeat": (16, "é\n".encode()),
         "unix_mode": 0o660,
         "ssl_context": None,
+        "listener": [16],
+        "reuse_port": True,
     }
     assert expected.keys() == server_settings().keys()  # none is forgotten
     words = ["--ipv6", "--no-delay", "off", "--allow-half-open", "--framing", "line"]
     files = ["--certificate", str(tmp_path / "cert.pem"), "--key", str(tmp_path / "key.pem")]
     arguments = [*words, "--overflow", "drop-oldest", "--unix-mode", "660", *files]
     arguments += ["--heartbeat", r"16,é\n"]
+    arguments += ["--listener", "fd:16", "--reuse-port"]
     for name, value in expected.items():
         if type(value) in (int, float) and name != "unix_mode":
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     settings = settings_from(monkeypatch, *arguments)
     assert isinstance(settings["ssl_context"], ssl.SSLContext)
     assert {**settings, "ssl_context": None} == expected
+
+
+def test_listeners_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["127.0.0.1:0", "[::1]:80", "[fe80::1%eth0]:80", "localhost:8080", "unix:/a:b:c"]
+    arguments = [word for text in texts for word in ("--listener", text)]
+    settings = settings_from(monkeypatch, *arguments)
+    assert settings["listener"] == [
+        ("127.0.0.1", 0),
+        ("::1", 80),
+        ("fe80::1%eth0", 80),
+        ("localhost", 8080),
+        "unix:/a:b:c",
+    ]
+    assert settings["host"] == "0.0.0.0"
 
 
 @pytest.mark.parametrize(

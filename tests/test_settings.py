@@ -103,6 +103,8 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
+    "listener": [True, 0.5, b"unix:/x", {}, object, ("::1", True)],
+    "reuse_port": NOT_BOOLS,
     "host": [None, b"127.0.0.1", 127, ("127.0.0.1", 80), True],
     "port": [*NOT_WHOLE_NUMBERS, None],
     "socket_address_family": [None, "IPV4", 4, True, socket.AF_INET, PsSocketAddressFamily],
@@ -113,6 +115,10 @@ WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
 OUT_OF_RANGE_OF_SERVERS: dict[str, list[Any]] = {
     "host": ["", "127.0.0.1\0", "local\0host"],
     "port": [-1, 65_536, 2**63],
+    "listener": [
+        *("", "127.0.0.1:80", "unix:", "unix:/" + "x" * 107, "unix:/x\0"),
+        *((), [], -1, 2**63, ("unix:/x", 1), ("", 1), ("::1", -1), ("::1", 65_536)),
+    ],
     "backlog": [-1, 2**31],
     "receive_buffer_size": [0, -1, 2**31],
     "max_sessions": [0, -1],
@@ -327,11 +333,13 @@ def test_server_defaults_are_those_of_the_original_where_it_has_them() -> None:
     assert defaults == {
         "host": "0.0.0.0",
         "port": 8710,
+        "listener": None,
         "socket_address_family": PsSocketAddressFamily.IPV4,
         "backlog": 1024,
         "receive_buffer_size": None,
         "max_sessions": None,
         "unix_mode": None,
+        "reuse_port": False,
         "ssl_context": None,
         "handshake_timeout": 10.0,
     }

@@ -1,0 +1,359 @@
+"""Where a server listens: what it was told, checked in the constructor and opened at its start.
+
+A place is an address, a path, or a socket that somebody else made and that listens already. Each
+opens itself; what differs from one kind to another is in its class and nowhere else.
+
+Resource handling: what is opened belongs to the server, until `Listening.close`. A given socket or
+descriptor stays its owner's: a duplicate is opened (dup(2)), and closed, and its file is not
+removed.
+
+The constructor's part (`check_places`) opens nothing. `open_all` runs in the greenlet of ``start``,
+and switches while a name is looked up.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from psofa_gevent.addresses import (
+    check_address_family,
+    check_host,
+    check_port,
+    format_address,
+    resolve,
+)
+from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.errors import PsServerError
+from psofa_gevent.listener import Listening, bind, bind_unix, duplicate
+from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
+from psofa_gevent.tcp import NAMELESS, Endpoint, endpoint
+from psofa_gevent.unix_sockets import PREFIX, unix_path
+
+__all__ = [
+    "DEFAULT_HOST",
+    "DEFAULT_PORT",
+    "BindOptions",
+    "Given",
+    "Place",
+    "check_places",
+    "check_reuse_port",
+    "open_all",
+]
+
+DEFAULT_HOST = "0.0.0.0"
+DEFAULT_PORT = 8710
+REUSE_PORT: int | None = getattr(_socket, "SO_REUSEPORT", None)
+"""None where there is no such option."""
+WANTED = (
+    "a listening socket, its descriptor, a tuple of host and port, 'unix:' and a path, or a list "
+    "of such"
+)
+
+
+class HasFileno(Protocol):
+    """A socket: Python's, gevent's, or anything that has one's descriptor."""
+
+    def fileno(self) -> int: ...
+
+
+Given = HasFileno | int | str | tuple[str, int]
+"""What one listener may be given as."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BindOptions:
+    """How addresses and paths are bound. Nothing of it is for sockets of others."""
+
+    backlog: int
+    receive_buffer_size: int | None
+    unix_mode: int | None
+    reuse_port: bool
+    settings: SessionSettings
+
+
+class Place(Protocol):
+    """One place to listen on."""
+
+    def __str__(self) -> str:
+        """The place for people."""
+
+    @property
+    def asked_for(self) -> Endpoint:
+        """Its address as far as it is known before it is open."""
+
+    @property
+    def identity(self) -> object:
+        """Equal for two that cannot both be listened on; ``None``: there is no such."""
+
+    def open(self, options: BindOptions) -> Listening:
+        """Listen there.
+
+        Raises:
+            OSError: it is not possible.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TcpPlace:
+    """A host and a port of this machine."""
+
+    host: str
+    port: int
+    family: PsSocketAddressFamily
+
+    def __str__(self) -> str:
+        return format_address(self._host, self.port)
+
+    @property
+    def _host(self) -> str:
+        is_ipv6 = self.family is PsSocketAddressFamily.IPV6
+        return "::" if is_ipv6 and self.host == "0.0.0.0" else self.host
+
+    @property
+    def asked_for(self) -> Endpoint:
+        return self.host, self.port
+
+    @property
+    def identity(self) -> object:
+        return (self._host, self.port) if self.port else None
+
+    def open(self, options: BindOptions) -> Listening:
+        try:
+            return bind(
+                resolve(self._host, self.port, self.family)[0],
+                self.family,
+                backlog=options.backlog,
+                receive_buffer_size=options.receive_buffer_size,
+                reuse_port=REUSE_PORT if options.reuse_port else None,
+                settings=options.settings,
+            )
+        except OSError as exc:
+            raise OSError(exc.errno, self._explain(exc)) from exc
+
+    def _explain(self, exc: OSError) -> str:
+        no_ipv6 = exc.errno in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+        if no_ipv6 and self.family is PsSocketAddressFamily.IPV6:
+            return "this machine has no IPv6"
+        if exc.errno == errno.EADDRNOTAVAIL:
+            return f"{exc.strerror}: the host is not an address of this machine"
+        return exc.strerror or str(exc)
+
+
+@dataclass(frozen=True, slots=True)
+class UnixPlace:
+    """The path of a Unix domain socket, which the server makes."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return PREFIX + self.path
+
+    @property
+    def asked_for(self) -> Endpoint:
+        return PREFIX + self.path, 0
+
+    @property
+    def identity(self) -> object:
+        return os.path.abspath(self.path)
+
+    def open(self, options: BindOptions) -> Listening:
+        return bind_unix(self.path, backlog=options.backlog, mode=options.unix_mode)
+
+
+class InheritedPlace:
+    """A socket that listens already, and that is somebody else's."""
+
+    def __init__(self, given: HasFileno | int) -> None:
+        self._given = given  # kept, so that it stays open as long as the server needs it
+        descriptor = _descriptor(given)
+        try:
+            with _looking_at(descriptor) as found:
+                self._check(found)
+                self.asked_for = endpoint(found.getsockname()) or NAMELESS
+            status = os.fstat(descriptor)
+            self.identity: object = status.st_dev, status.st_ino
+        except OSError as exc:
+            raise ValueError(
+                f"listener must be a listening socket, not {given!r}: {exc.strerror or exc}"
+            ) from exc
+
+    def __str__(self) -> str:
+        return f"{format_address(*self.asked_for[:2])} (inherited)"
+
+    def _check(self, found: _socket.socket) -> None:
+        if found.type != _socket.SOCK_STREAM:
+            raise ValueError(f"listener must be a stream socket (TCP or Unix), not {self._given!r}")
+        if not _listens(found):
+            raise ValueError(f"listener must listen already, and {self._given!r} does not")
+
+    def open(self, _options: BindOptions) -> Listening:
+        try:
+            descriptor = _descriptor(self._given)
+            with _looking_at(descriptor) as found:
+                self._check(found)
+        except ValueError as exc:
+            raise OSError(errno.EBADF, str(exc)) from exc
+        return duplicate(descriptor)
+
+
+def check_places(
+    listener: Given | Sequence[Given] | None,
+    host: str,
+    port: int,
+    family: PsSocketAddressFamily,
+) -> Sequence[Place]:
+    """The places that a server is to listen on, in their order.
+
+    Args:
+        listener: one, or several; ``None``: host and port say it.
+        host: as `PsServer` has it.
+        port: the same.
+        family: that of names, and of IPv4 addresses; a listener with an IPv6 address is IPv6.
+
+    Raises:
+        TypeError: something of it is of the wrong type.
+        ValueError: it is empty, has one twice, or a socket that can't be accepted from; or it is
+            given besides a host and a port.
+    """
+    check_host(host)
+    port = check_port(port, least=0)
+    check_address_family(family)
+    if listener is None:
+        path = unix_path(host)
+        return [TcpPlace(host, port, family) if path is None else UnixPlace(path)]
+    if (host, port) != (DEFAULT_HOST, DEFAULT_PORT):
+        where = format_address(host, port)
+        raise ValueError(
+            f"listener must not be given besides a host or a port ({where}), as {listener!r} is"
+        )
+    if isinstance(listener, list) or (isinstance(listener, tuple) and not _is_address(listener)):
+        several = list(listener)
+    else:
+        several = [cast("Given", listener)]
+    if not several:
+        raise ValueError(f"listener must have one listener or more, not {listener!r}")
+    places = [_place(one, family) for one in several]
+    known: set[object] = set()
+    for given, place in zip(several, places, strict=True):
+        if place.identity in known:
+            raise ValueError(f"listener must not have the same twice: {given!r}")
+        if place.identity is not None:
+            known.add(place.identity)
+    return places
+
+
+def check_reuse_port(places: Sequence[Place]) -> None:
+    """Raise `ValueError` where ``reuse_port=True`` has nothing to do, or can't be."""
+    if REUSE_PORT is None:
+        raise ValueError("reuse_port must not be True: this system has no SO_REUSEPORT")
+    if not any(isinstance(place, TcpPlace) for place in places):
+        where = ", ".join(map(str, places))
+        raise ValueError(f"reuse_port must not be True without a host and port, but for {where}")
+
+
+def open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
+    """Listen on all of them, or on none.
+
+    Raises:
+        PsServerError: it is not possible; it names the place.
+    """
+    opened: list[Listening] = []
+    try:
+        for place in places:
+            try:
+                opened.append(place.open(options))
+            except OSError as exc:
+                cause = exc.__cause__ if isinstance(exc.__cause__, OSError) else exc
+                text = f"cannot listen on {place}: {exc.strerror or exc}"
+                raise PsServerError(text) from cause
+    except BaseException:
+        for each in opened:
+            each.close()
+        raise
+    return opened
+
+
+def _is_address(given: tuple[object, ...]) -> bool:
+    return len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], int)
+
+
+def _place(given: object, family: PsSocketAddressFamily) -> Place:
+    if isinstance(given, bool):
+        raise TypeError(f"listener must be {WANTED}, not {given!r}")
+    if isinstance(given, int):
+        check_int("listener", given, 0, MAX_BUFFER)
+        return InheritedPlace(given)
+    if isinstance(given, str):
+        return _path(given)
+    if isinstance(given, tuple) and _is_address(given):
+        return _address(given, family)
+    if hasattr(given, "do_handshake"):
+        raise TypeError(
+            f"listener must be a socket without TLS, not {given!r}; give the server an ssl_context"
+        )
+    if callable(getattr(given, "fileno", None)):
+        return InheritedPlace(cast("HasFileno", given))
+    raise TypeError(f"listener must be {WANTED}, not {given!r}")
+
+
+def _address(given: tuple[object, ...], family: PsSocketAddressFamily) -> Place:
+    try:
+        host = check_host(given[0])
+        path = unix_path(host)
+        port = check_port(given[1], least=0)
+    except (TypeError, ValueError) as exc:
+        raise type(exc)(f"listener must be a host and a port, not {given!r}: {exc}") from exc
+    if path is None:
+        return TcpPlace(host, port, PsSocketAddressFamily.IPV6 if ":" in host else family)
+    if port:
+        raise ValueError(f"listener must have the port 0 for a Unix socket, not {given!r}")
+    return UnixPlace(path)
+
+
+def _path(given: str) -> Place:
+    try:
+        path = unix_path(check_host(given))
+    except ValueError as exc:
+        raise ValueError(f"listener must be 'unix:' and a path, not {given!r}: {exc}") from exc
+    if path is None:
+        raise ValueError(
+            f"listener must be 'unix:' and a path, or a tuple of host and port, not {given!r}"
+        )
+    return UnixPlace(path)
+
+
+def _descriptor(given: HasFileno | int) -> int:
+    if isinstance(given, int):
+        return given
+    try:
+        descriptor: object = given.fileno()
+    except (OSError, ValueError) as exc:  # of a file that is closed
+        raise ValueError(f"listener must be a socket that is open, not {given!r}: {exc}") from exc
+    if not isinstance(descriptor, int):
+        raise TypeError(f"listener must have a descriptor, which {given!r} has not")
+    if descriptor < 0:
+        raise ValueError(f"listener must be open, and {given!r} is closed")
+    return descriptor
+
+
+@contextlib.contextmanager
+def _looking_at(descriptor: int) -> Iterator[_socket.socket]:
+    """The socket that has that descriptor, without owning it."""
+    found = _socket.socket(fileno=descriptor)
+    try:
+        yield found
+    finally:
+        found.detach()
+
+
+def _listens(found: _socket.socket) -> bool:
+    try:
+        return found.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN) != 0
+    except OSError:
+        return True  # the system does not tell

@@ -1,0 +1,156 @@
+"""What a program has to do with systemd: the sockets that it is given, and what it tells.
+
+Socket activation (sd_listen_fds(3)) and the notification protocol (sd_notify(3)), without systemd's
+library. Where a program was not started by systemd, there are no sockets, and nobody is told.
+
+Nothing here waits, and nothing is remembered: the environment is read anew each time and left as it
+is. A child process inherits it, and what is not meant for it does no harm: the sockets have the
+process's id with them, and systemd heeds the main process only, unless the unit says otherwise.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import os
+import socket
+import stat
+
+__all__ = ["listen_sockets", "notify", "watchdog_timeout"]
+
+FIRST_DESCRIPTOR = 3
+"""SD_LISTEN_FDS_START (sd-daemon.h)."""
+NAMELESS = "unknown"
+"""The name of all sockets where there are no names (sd_listen_fds_with_names(3))."""
+
+
+def listen_sockets(name: str | None = None) -> list[socket.socket]:
+    """The sockets that systemd has opened for this process, for ``PsServer(listener=...)``.
+
+    They are duplicates, yours to close, so a second call gives them again. systemd's own
+    descriptors (3 and the following) stay open, and are not passed on to programs that this one
+    runs. Call it in the process that systemd has started, before a fork.
+
+    Args:
+        name: only those of that name: ``FileDescriptorName=`` in the socket unit, by default the
+            unit's own name (``echo.socket``). ``None``: all of them.
+
+    Returns:
+        The sockets in their order; none where systemd gave none.
+
+    Raises:
+        TypeError: `name` is no text.
+        ValueError: the environment's variables are none of systemd's, or something that was given
+            is no socket (a FIFO, a file).
+        OSError: a descriptor is not open.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be text or None, not {name!r}")
+    if _number("LISTEN_PID") != os.getpid():
+        return []
+    count = _number("LISTEN_FDS") or 0
+    joined = os.environ.get("LISTEN_FDNAMES")
+    names = [NAMELESS] * count if joined is None else joined.split(":")
+    if count and len(names) != count:
+        raise ValueError(f"LISTEN_FDNAMES must have {count} names, not {joined!r}")
+    descriptors = range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + count)
+    found: list[socket.socket] = []
+    try:
+        for descriptor, its_name in zip(descriptors, names, strict=False):
+            os.set_inheritable(descriptor, False)
+            if name in (None, its_name):
+                found.append(_duplicate(descriptor, its_name))
+    except BaseException:
+        for sock in found:
+            sock.close()
+        raise
+    return found
+
+
+def notify(state: str) -> bool:
+    r"""Tell systemd something: ``READY=1``, ``STOPPING=1``, ``WATCHDOG=1``, ``STATUS=...``.
+
+    From any greenlet and any OS thread; it does not wait.
+
+    Args:
+        state: one or several of them, with line ends (``\n``) between.
+
+    Returns:
+        Whether it was told. False: the program was not started by systemd (no NOTIFY_SOCKET),
+        nobody is at that socket, or it takes no more at the moment.
+
+    Raises:
+        TypeError: `state` is no text.
+    """
+    if not isinstance(state, str):
+        raise TypeError(f"state must be text, not {state!r}")
+    try:
+        return send(state)
+    except BlockingIOError:
+        return False
+
+
+def send(state: str) -> bool:
+    """`notify` that tells apart whether it may help to try again.
+
+    Raises:
+        BlockingIOError: it may.
+    """
+    if not has_manager():
+        return False
+    name = os.fsencode(os.environ["NOTIFY_SOCKET"])
+    if name.startswith(b"@"):  # in the abstract namespace
+        name = b"\0" + name[1:]
+    try:
+        with contextlib.closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)) as sending:
+            sending.setblocking(False)
+            sending.sendto(state.encode("utf-8", "surrogateescape"), name)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def has_manager() -> bool:
+    """Whether somebody is there to be told: a path, or a name in Linux's abstract namespace."""
+    return os.environ.get("NOTIFY_SOCKET", "").startswith(("/", "@"))
+
+
+def watchdog_timeout() -> float | None:
+    """Seconds within which systemd wants a ``WATCHDOG=1``, again and again; half of it is usual.
+
+    Returns:
+        ``None`` where it wants none of this process (sd_watchdog_enabled(3)).
+
+    Raises:
+        ValueError: the environment's variables are none of systemd's.
+    """
+    microseconds = _number("WATCHDOG_USEC")
+    process = _number("WATCHDOG_PID")
+    if not microseconds or process not in (None, os.getpid()):
+        return None
+    return microseconds / 1_000_000
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal() or not text.isascii():
+        raise ValueError(f"{variable} must be a number, not {text!r}")
+    return int(text)
+
+
+def _duplicate(descriptor: int, name: str) -> socket.socket:
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        raise ValueError(
+            f"descriptor {descriptor} of systemd's, named {name!r}, is no socket; "
+            "ask for the others by their names"
+        )
+    copy = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=copy)
+    except BaseException:
+        os.close(copy)
+        raise

@@ -1,0 +1,346 @@
+"""systemd: the sockets that it gives (LISTEN_FDS), and what it is told (NOTIFY_SOCKET)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.socket
+import pytest
+
+from helpers import (
+    LOOPBACK,
+    PythonProcess,
+    echo,
+    free_port,
+    python_process,
+)
+from psofa_gevent import PsServer, systemd
+from psofa_gevent.testing import ScriptedClient
+
+FIRST = 200
+"""Where the tests have what systemd has from 3 on."""
+needs_socket_activate = pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None, reason="no systemd-socket-activate here"
+)
+
+
+class Manager:
+    """The manager's end of NOTIFY_SOCKET."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = gevent.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address.replace("@", "\0"))
+        self.address = address
+        self.told: list[str] = []
+
+    def next(self, timeout: float = 20.0) -> str:
+        self.socket.settimeout(timeout)
+        self.told.append(self.socket.recv(4096).decode())
+        return self.told[-1]
+
+    def expect(self, state: str, timeout: float = 20.0) -> str:
+        """Wait for what begins with `state`."""
+        with gevent.Timeout(timeout, AssertionError(f"no {state} among {self.told}")):
+            while not self.next(timeout).startswith(state):
+                pass
+        return self.told[-1]
+
+    def expect_silence(self, seconds: float) -> None:
+        """Wait until nothing has come for so long."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.next(seconds)
+
+    def expect_nothing(self, seconds: float) -> None:
+        with pytest.raises(TimeoutError):
+            self.next(seconds)
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.delenv(name, raising=False)
+    started = Manager(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", started.address)
+    with started.socket:
+        yield started
+
+
+# The sockets
+
+
+Give = Callable[..., list[socket.socket]]
+
+
+@pytest.fixture
+def give(monkeypatch: pytest.MonkeyPatch) -> Iterator[Give]:
+    """Gives listening sockets, or other descriptors, to this process, as systemd does."""
+    monkeypatch.setattr(systemd, "FIRST_DESCRIPTOR", FIRST)
+    with contextlib.ExitStack() as stack:
+
+        def give(*given: int | None, names: str | None = None) -> list[socket.socket]:
+            sockets = []
+            for place, descriptor in enumerate(given, FIRST):
+                if descriptor is None:
+                    sock = stack.enter_context(socket.create_server((LOOPBACK, 0)))
+                    sockets.append(sock)
+                os.dup2(sock.fileno() if descriptor is None else descriptor, place)
+                stack.callback(os.close, place)
+            monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+            monkeypatch.setenv("LISTEN_FDS", str(len(given)))
+            monkeypatch.delenv("LISTEN_FDNAMES", raising=False)
+            if names is not None:
+                monkeypatch.setenv("LISTEN_FDNAMES", names)
+            return sockets
+
+        yield give
+
+
+def ports(name: str | None = None) -> list[int]:
+    """The ports of what `listen_sockets` returns."""
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(sock) for sock in systemd.listen_sockets(name)]
+        return [sock.getsockname()[1] for sock in found]
+
+
+def test_the_sockets_of_systemd_come_in_their_order_and_again(give: Give) -> None:
+    expected = [sock.getsockname()[1] for sock in give(None, None, None)]
+    assert ports() == expected
+    assert ports() == expected
+    assert ports("unknown") == expected
+    assert os.environ["LISTEN_FDS"] == "3"
+
+
+def test_sockets_of_systemd_are_found_by_their_names(give: Give) -> None:
+    expected = [
+        sock.getsockname()[1] for sock in give(None, None, None, names="echo:admin.socket:echo")
+    ]
+    assert ports() == expected
+    assert ports("echo") == [expected[0], expected[2]]
+    assert ports("admin.socket") == [expected[1]]
+    assert ports("") == []
+    assert ports("unknown") == []
+
+
+def test_descriptors_of_systemd_are_not_passed_on(give: Give) -> None:
+    give(None, None, names="a:b")
+    assert os.get_inheritable(FIRST)
+    for sock in systemd.listen_sockets("a"):
+        assert not sock.get_inheritable()
+        sock.close()
+    assert not os.get_inheritable(FIRST)
+    assert not os.get_inheritable(FIRST + 1)
+
+
+def test_there_are_no_sockets_for_other_processes(
+    give: Give, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(None)
+    monkeypatch.setenv("LISTEN_PID", str(os.getppid()))
+    assert systemd.listen_sockets() == []
+    monkeypatch.delenv("LISTEN_PID")
+    assert systemd.listen_sockets() == []
+
+
+def test_without_listen_fds_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.delenv("LISTEN_FDS", raising=False)
+    assert systemd.listen_sockets() == []
+    monkeypatch.setenv("LISTEN_FDS", "0")
+    monkeypatch.setenv("LISTEN_FDNAMES", "")
+    assert systemd.listen_sockets() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LISTEN_PID", "me"),
+        ("LISTEN_FDS", "-1"),
+        ("LISTEN_FDS", "two"),
+        ("LISTEN_FDS", ""),
+        ("LISTEN_FDNAMES", "one:two"),
+    ],
+)
+def test_an_environment_that_is_none_of_systemds_is_refused(
+    give: Give, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    give(None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=variable) as refused:
+        systemd.listen_sockets()
+    assert repr(value) in str(refused.value)
+
+
+def test_what_is_no_socket_is_told_unless_others_are_asked_for(give: Give) -> None:
+    with open(os.devnull) as file:
+        [sock] = give(None, file.fileno(), names="echo:fifo")
+    with pytest.raises(ValueError, match=r"'fifo', is no socket"):
+        systemd.listen_sockets()
+    assert ports("echo") == [sock.getsockname()[1]]
+
+
+def test_a_descriptor_that_is_not_open_is_told(give: Give, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(None)
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        systemd.listen_sockets()
+
+
+@pytest.mark.parametrize("name", [b"echo", 1, ["echo"]])
+def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
+    with pytest.raises(TypeError, match="name must be"):
+        systemd.listen_sockets(name)
+
+
+def test_a_server_takes_the_sockets_of_systemd_as_they_come(give: Give) -> None:
+    addresses = [sock.getsockname() for sock in give(None, None)]
+    sockets = systemd.listen_sockets()
+    server = PsServer(echo(), listener=sockets)
+    for _ in range(2):
+        with server:
+            assert server.addresses == addresses
+            for address in addresses:
+                with ScriptedClient(address) as client:
+                    client.send("x")
+                    client.expect("x")
+    for sock in sockets:
+        sock.close()
+
+
+ACTIVATE = """
+    import os, socket, sys
+
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for number, sock in enumerate(sockets, 3):
+        print("socket", sock.getsockname()[1], flush=True)
+        copy = os.dup(os.dup(os.dup(sock.fileno())))  # out of the way
+        sock.close()
+        os.dup2(copy, 50 + number)
+    for number in (3, 4):
+        os.dup2(50 + number, number)
+    os.environ.update(
+        LISTEN_PID=str(os.getpid()), LISTEN_FDS="2", LISTEN_FDNAMES="echo.socket:admin.socket"
+    )
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_psofa_serve_serves_the_sockets_of_systemd(tmp_path: Path) -> None:
+    program = tmp_path / "activate.py"
+    program.write_text(textwrap.dedent(ACTIVATE))
+    arguments = ("-m", "psofa_gevent", "serve", "--listener", "systemd")
+    with python_process(str(program), *arguments) as process:
+        found = [int(process.expect_line("socket").split()[1]) for _ in range(2)]
+        process.expect_line(f"Listening on 127.0.0.1:{found[0]}")
+        process.expect_line(f"and on      127.0.0.1:{found[1]}")
+        for port in found:
+            with ScriptedClient((LOOPBACK, port)) as client:
+                client.send("hello")
+                client.expect("hello")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+@contextlib.contextmanager
+def socket_activated(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> Iterator[tuple[PythonProcess, int]]:
+    """A Python program under systemd-socket-activate, which starts it when a client comes."""
+    port = free_port()
+    passed = ["PYTHONPATH", "PYTHONUNBUFFERED", *(environment or {})]
+    command = [
+        *("systemd-socket-activate", "--listen", f"{LOOPBACK}:{port}", "--fdname", "echo"),
+        *(f"--setenv={name}" for name in passed),
+        *(sys.executable, *arguments),
+    ]
+    run = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+    with python_process("-c", run, *command, environment=environment) as process:
+        process.expect_line("Listening on")
+        yield process, port
+
+
+@needs_socket_activate
+def test_a_client_starts_psofa_serve_by_way_of_systemd_and_is_served() -> None:
+    with socket_activated("-m", "psofa_gevent", "serve", "--listener", "systemd") as (
+        process,
+        port,
+    ):
+        with ScriptedClient((LOOPBACK, port), timeout=20) as client:
+            client.send("are you there?")
+            process.expect_line(f"Listening on {LOOPBACK}:{port}")
+            client.expect("are you there?")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+# Telling
+
+
+def test_notify_tells_the_manager(manager: Manager) -> None:
+    assert systemd.notify("READY=1\nSTATUS=Fine: ü")
+    assert manager.next() == "READY=1\nSTATUS=Fine: ü"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a namespace of Linux's")
+def test_notify_knows_the_abstract_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Manager(f"@psofa-test-{os.getpid()}")
+    monkeypatch.setenv("NOTIFY_SOCKET", started.address)
+    with started.socket:
+        assert systemd.notify("READY=1")
+        assert started.next() == "READY=1"
+
+
+@pytest.mark.parametrize(
+    "address", ["", "notify", "/", "@", "vsock:2:1234", "/nowhere/notify", "/" + "x" * 200, "@gone"]
+)
+def test_where_nobody_is_notify_says_so(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert not systemd.notify("READY=1")
+
+
+def test_without_a_manager_notify_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not systemd.notify("READY=1")
+
+
+def test_notify_does_not_wait_for_a_manager_that_does_not_read(manager: Manager) -> None:
+    with gevent.Timeout(10):
+        while systemd.notify("STATUS=" + "x" * 4_000):
+            pass
+    assert not systemd.notify("READY=1")
+    manager.next()
+    assert systemd.notify("READY=1")
+
+
+def test_a_state_that_is_no_text_is_refused() -> None:
+    state: Any
+    for state in (b"READY=1", None, 1):
+        with pytest.raises(TypeError, match="state must be"):
+            systemd.notify(state)
+
+
+def test_the_watchdog_is_for_the_process_that_systemd_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    assert systemd.watchdog_timeout() is None
+    monkeypatch.setenv("WATCHDOG_USEC", "1500000")
+    assert systemd.watchdog_timeout() == 1.5
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert systemd.watchdog_timeout() == 1.5
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
+    assert systemd.watchdog_timeout() is None
+    monkeypatch.setenv("WATCHDOG_USEC", "soon")
+    with pytest.raises(ValueError, match="WATCHDOG_USEC must be a number, not 'soon'"):
+        systemd.watchdog_timeout()
