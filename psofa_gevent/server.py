@@ -6,7 +6,7 @@ import contextlib
 import logging
 import resource
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +32,7 @@ from psofa_gevent.places import (
     check_reuse_port,
     open_all,
 )
+from psofa_gevent.service import Service
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
@@ -196,6 +197,7 @@ class PsServer(SessionOwner[M]):
         self._handshake_timeout = handshake_timeout
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
+        self._service: Service | None = None
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
@@ -269,6 +271,9 @@ class PsServer(SessionOwner[M]):
         once. On any other way out (an exception) the server is shut down too. Afterwards the
         program's own signal handlers work again.
 
+        Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
+        and feeds the unit's watchdog: see `psofa_gevent.systemd`.
+
         Args:
             shutdown_timeout: the ``timeout`` of that `shutdown`, in seconds.
             drain: the ``drain`` of that `shutdown`, in seconds.
@@ -291,17 +296,38 @@ class PsServer(SessionOwner[M]):
             if manager is not None:
                 manager.thread.call_soon(gevent.spawn, shut_down)
 
-        with ask_on_signals(ask):
+        with ask_on_signals(ask), self._telling_the_manager() as ready:
             try:
                 if self._manager is None:
                     self.start()
                 if not signals:  # one that came before there was a manager is for us too
+                    ready()
                     self.wait_for()
             except PsServerError:
                 if not signals:  # else it was shut down while it started
                     raise
             finally:
                 self.shutdown(shutdown_timeout, drain=drain)
+
+    @contextlib.contextmanager
+    def _telling_the_manager(self) -> Iterator[Callable[[], None]]:
+        if self._service is not None:  # another greenlet is in `serve_forever`, and tells
+            yield lambda: None
+            return
+        service = self._service = Service(gevent.get_hub().loop)
+
+        def ready() -> None:
+            if self.started:
+                where = [format_address(*address[:2]) for address in self.addresses]
+                service.ready(", ".join(where))
+            if not self.started:  # any more: a signal handler has shut it down meanwhile
+                service.stopping()
+
+        try:
+            yield ready
+        finally:
+            self._service = None
+            service.close()
 
     def stop_accepting(self) -> None:
         """Let new connections wait in the backlog; the open sessions go on.
@@ -382,6 +408,8 @@ class PsServer(SessionOwner[M]):
         self.shutdown()
 
     def _close_entrance(self) -> None:
+        if self._service is not None:
+            self._service.stopping()
         manager = self._manager
         if manager is not None and manager.entering:
             return  # called again when `start` has come to its end

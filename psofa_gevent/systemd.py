@@ -3,6 +3,9 @@
 Socket activation (sd_listen_fds(3)) and the notification protocol (sd_notify(3)), without systemd's
 library. Where a program was not started by systemd, there are no sockets, and nobody is told.
 
+`PsServer.serve_forever` tells by itself that the server is ready, that it stops, and that its hub
+is alive; a program with a ``start`` and ``wait_for`` of its own calls `notify`.
+
 Nothing here waits, and nothing is remembered: the environment is read anew each time and left as it
 is. A child process inherits it, and what is not meant for it does no harm: the sockets have the
 process's id with them, and systemd heeds the main process only, unless the unit says otherwise.

@@ -42,6 +42,7 @@ from psofa_gevent import (
     PsServerError,
     PsSession,
     PsSocketAddressFamily,
+    addresses,
 )
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
@@ -607,17 +608,17 @@ def test_a_shutdown_closes_all_listeners(several: list[Any], tmp_path: Path) -> 
 def test_a_start_that_on_start_fails_closes_all_listeners(
     several: list[Any], tmp_path: Path
 ) -> None:
-    addresses: list[tuple[Any, ...]] = []
+    bound: list[tuple[Any, ...]] = []
 
     class Fails(PsCallback):
         def on_start(self, owner: Any) -> None:
-            addresses.extend(owner.addresses)
+            bound.extend(owner.addresses)
             raise RuntimeError("no")
 
     server = PsServer(Fails(), listener=several)
     with pytest.raises(RuntimeError, match="no"):
         server.start()
-    assert not accepts_connections(addresses[0])
+    assert not accepts_connections(bound[0])
     assert os.listdir(tmp_path) == []
     assert is_open(several[2])
 
@@ -645,6 +646,21 @@ def test_a_server_that_is_shut_down_in_on_start_leaves_no_file(tmp_path: Path) -
     with pytest.raises(PsServerError, match="shut down while it started"):
         PsServer(Stops(), listener=[(LOOPBACK, 0), f"unix:{tmp_path}/app.sock"]).start()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_server_that_is_shut_down_while_it_binds_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(*arguments: Any) -> Any:
+        server.shutdown()
+        return addresses.resolve(*arguments)
+
+    monkeypatch.setattr("psofa_gevent.places.resolve", resolve)
+    server = PsServer(PsCallback(), listener=[f"unix:{tmp_path}/app.sock", (LOOPBACK, 0)])
+    with pytest.raises(PsServerError, match="shut down while it started"):
+        server.start()
+    assert os.listdir(tmp_path) == []
+    assert not server.started
 
 
 def test_a_stopped_server_keeps_nothing_of_its_listeners_alive(several: list[Any]) -> None:

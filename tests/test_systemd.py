@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import socket
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ import pytest
 from helpers import (
     LOOPBACK,
     PythonProcess,
+    close_reasons,
     echo,
     free_port,
+    local_server,
     python_process,
+    wait_until_accepting,
 )
-from psofa_gevent import PsServer, systemd
-from psofa_gevent.testing import ScriptedClient
+from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsServerError, PsSession, systemd
+from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 FIRST = 200
 """Where the tests have what systemd has from 3 on."""
@@ -344,3 +349,236 @@ def test_the_watchdog_is_for_the_process_that_systemd_says(
     monkeypatch.setenv("WATCHDOG_USEC", "soon")
     with pytest.raises(ValueError, match="WATCHDOG_USEC must be a number, not 'soon'"):
         systemd.watchdog_timeout()
+
+
+# serve_forever
+
+
+@contextlib.contextmanager
+def serving(server: PsServer) -> Iterator[gevent.Greenlet[..., Any]]:
+    """`serve_forever` in a greenlet; at the end of the block the server shuts down."""
+    greenlet = gevent.spawn(server.serve_forever)
+    try:
+        yield greenlet
+    finally:
+        server.shutdown()
+        greenlet.get()
+
+
+def test_serve_forever_tells_when_clients_can_come_and_when_it_stops(manager: Manager) -> None:
+    server = PsServer(echo(), listener=[(LOOPBACK, 0), (LOOPBACK, 0)])
+    with serving(server):
+        told = manager.next()
+        where = ", ".join(f"{LOOPBACK}:{address[1]}" for address in server.addresses)
+        assert told == f"READY=1\nSTATUS=Listening on {where}"
+        with ScriptedClient(server.address) as client:
+            client.send("x")
+            client.expect("x")
+        manager.expect_nothing(0.05)
+    assert manager.next().startswith("STOPPING=1\n")
+    manager.expect_nothing(0.05)
+    with serving(server):
+        assert manager.next().startswith("READY=1")
+
+
+def test_a_server_that_was_started_before_is_ready_at_once(manager: Manager) -> None:
+    server = local_server()
+    with server:
+        manager.expect_nothing(0.02)
+        with serving(server):
+            assert manager.next().startswith("READY=1")
+
+
+def test_stopping_is_told_when_the_shutdown_begins(manager: Manager) -> None:
+    callback = RecordingCallback()
+    server = local_server(callback)
+    with serving(server) as greenlet:
+        manager.expect("READY=1")
+        with ScriptedClient(server.address):
+            callback.wait_for("on_open")
+            stop = gevent.spawn(server.shutdown, drain=30)
+            manager.expect("STOPPING=1")
+            assert server.get_session_count() == 1
+            assert not greenlet.dead
+        stop.get()
+        greenlet.get()
+    assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
+
+
+def test_a_shutdown_from_a_callback_is_told(manager: Manager) -> None:
+    class Stops(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            assert isinstance(session.owner, PsServer)
+            session.owner.shutdown()
+
+    server = local_server(Stops())
+    with serving(server):
+        manager.expect("READY=1")
+        with ScriptedClient(server.address) as client:
+            client.send("stop")
+            manager.expect("STOPPING=1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_told_as_stopping(manager: Manager, number: signal.Signals) -> None:
+    arguments = ("--port", "0", "--drain", "30")
+    with python_process("-m", "psofa_gevent", "serve", *arguments) as process:
+        address = process.expect_line("Listening on ").rpartition(":")
+        status = manager.expect("READY=1").split("\n")[1]
+        assert status == f"STATUS=Listening on {LOOPBACK}:{address[2]}"
+        with ScriptedClient((LOOPBACK, int(address[2]))) as client:
+            client.send("x")
+            client.expect("x")
+            process.send_signal(number)
+            manager.expect("STOPPING=1")
+            client.send("still served, to drain")
+            client.expect("still served, to drain")
+        assert process.wait() == 0
+
+
+def test_a_shutdown_in_the_middle_of_telling_is_told_too(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a handler of `signal.signal`, which may run between any two lines."""
+    server = local_server()
+    send = systemd.send
+
+    def interrupted(state: str) -> bool:
+        if state.startswith("READY=1"):
+            monkeypatch.setattr(systemd, "send", send)
+            server._begin_stop(server._manager, PsCloseReason.SHUTDOWN, 5.0, 0.0)  # type: ignore[arg-type]  # it has one
+        return send(state)
+
+    monkeypatch.setattr(systemd, "send", interrupted)
+    server.serve_forever()
+    manager.expect("READY=1")
+    manager.expect("STOPPING=1")
+
+
+@pytest.mark.logs_errors
+def test_a_start_that_fails_tells_nothing(manager: Manager) -> None:
+    class Fails(PsCallback):
+        def on_start(self, owner: Any) -> None:
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        local_server(Fails()).serve_forever()
+    with local_server() as taken, pytest.raises(PsServerError):
+        PsServer(PsCallback(), host=LOOPBACK, port=taken.address[1]).serve_forever()
+    manager.expect_nothing(0.05)
+
+
+def test_the_last_of_two_servers_tells_that_it_stops(manager: Manager) -> None:
+    first, second = local_server(), local_server()
+    with serving(first):
+        manager.expect("READY=1")
+        with serving(second):
+            manager.expect("READY=1")
+        manager.expect_nothing(0.05)
+    assert manager.next().startswith("STOPPING=1")
+
+
+def test_two_greenlets_in_serve_forever_of_a_server_tell_once(manager: Manager) -> None:
+    server = local_server()
+    with serving(server):
+        manager.expect("READY=1")
+        second = gevent.spawn(server.serve_forever)
+        manager.expect_nothing(0.05)
+    second.get()
+    assert manager.next().startswith("STOPPING=1")
+    manager.expect_nothing(0.05)
+
+
+def test_what_the_manager_does_not_take_at_once_is_told_later(manager: Manager) -> None:
+    while systemd.notify("STATUS=" + "x" * 4_000):
+        pass
+    with serving(local_server()):
+        gevent.sleep(0.1)
+        manager.expect("READY=1")
+    manager.expect("STOPPING=1")
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "@gone", "vsock:2:1234"])
+def test_a_manager_that_is_not_there_is_no_harm(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    server = local_server(echo())
+    with serving(server):
+        eventually(lambda: server.started)
+        gevent.sleep(0.05)
+        with ScriptedClient(server.address) as client:
+            client.send("x")
+            client.expect("x")
+
+
+def test_the_watchdog_is_fed_as_long_as_the_server_serves_and_drains(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    callback = RecordingCallback()
+    server = local_server(callback)
+    with serving(server):
+        manager.expect("READY=1")
+        began = time.monotonic()
+        for _ in range(6):
+            assert manager.next() == "WATCHDOG=1"
+        assert time.monotonic() - began >= 0.2
+        with ScriptedClient(server.address):
+            callback.wait_for("on_open")
+            stop = gevent.spawn(server.shutdown, drain=30)
+            manager.expect("STOPPING=1")
+            manager.expect("WATCHDOG=1")
+        stop.get()
+    manager.expect_silence(0.2)
+
+
+def test_the_watchdog_of_another_process_is_not_fed(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
+    with serving(local_server()):
+        manager.expect("READY=1")
+        manager.expect_nothing(0.1)
+
+
+def test_a_watchdog_time_that_is_none_is_told_and_no_harm(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "soon")
+    with serving(local_server()), caplog.at_level(logging.WARNING):
+        manager.expect("READY=1")
+        eventually(lambda: "WATCHDOG_USEC must be a number, not 'soon'" in caplog.text)
+
+
+def test_a_blocked_hub_lets_the_watchdog_starve(manager: Manager) -> None:
+    program = """
+        import sys, time
+        from psofa_gevent import PsCallback, PsServer
+
+        class Blocks(PsCallback):
+            def on_message(self, session, message):
+                time.sleep(float(message))
+                session.send("woke up")
+
+        PsServer(Blocks(), host="127.0.0.1", port=int(sys.argv[1])).serve_forever()
+    """
+    port = free_port()
+    environment = {"WATCHDOG_USEC": "100000"}
+    arguments = ("-c", textwrap.dedent(program), str(port))
+    with python_process(*arguments, environment=environment) as process:
+        manager.expect("READY=1")
+        manager.expect("WATCHDOG=1")
+        wait_until_accepting((LOOPBACK, port))
+        with ScriptedClient((LOOPBACK, port), timeout=20) as client:
+            client.send("1.5")
+            manager.expect_silence(0.7)
+            client.expect("woke up")
+        manager.expect("WATCHDOG=1")
+        process.send_signal(signal.SIGTERM)
+        manager.expect("STOPPING=1")
+        assert process.wait() == 0
