@@ -42,8 +42,11 @@ ASK_TIMEOUT = "1.0"  # seconds: more than the steps between question and answer 
 
 
 def test_readme_lists_every_example() -> None:
-    listed = set(re.findall(r"\(([\w.]+\.py)\)", (EXAMPLES / "README.md").read_text()))
+    text = (EXAMPLES / "README.md").read_text()
+    listed = set(re.findall(r"\(([\w.]+\.py)\)", text))
     assert listed == {path.name for path in EXAMPLES.glob("*.py")}
+    for folder in {path.parent.name for path in EXAMPLES.glob("*/*.py")}:
+        assert f"({folder}/README.md)" in text
 
 
 # Counter
@@ -92,6 +95,7 @@ SERVERS_TO_PORT = [
     ["json_lines.py", "--port"],
     ["guessing_game.py", "--port"],
     ["file_server.py", ".", "--port"],
+    ["systemd/echo.py", "--port"],
     ["wsgi_flask.py", "--http-port", "0", "--device-port"],
     ["wsgi_flask.py", "--device-port", "0", "--http-port"],
 ]

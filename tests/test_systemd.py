@@ -17,8 +17,10 @@ from typing import Any
 
 import gevent
 import gevent.socket
+import gevent.subprocess
 import pytest
 
+from example_process import EXAMPLES, ended_well
 from helpers import (
     LOOPBACK,
     PythonProcess,
@@ -286,6 +288,42 @@ def test_a_client_starts_psofa_serve_by_way_of_systemd_and_is_served() -> None:
             client.expect("are you there?")
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
+
+
+# The example
+
+
+@needs_socket_activate
+def test_the_example_is_started_for_its_first_client(manager: Manager) -> None:
+    program = str(EXAMPLES / "systemd" / "echo.py")
+    environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000"}
+    with socket_activated(program, environment=environment) as (process, port):
+        with ScriptedClient((LOOPBACK, port), timeout=20) as client:
+            client.send("first")
+            client.expect("first")
+            process.expect_line(f"listening on {LOOPBACK}:{port}")
+            assert manager.expect("READY=1").endswith(f"STATUS=Listening on {LOOPBACK}:{port}")
+            manager.expect("WATCHDOG=1")
+            process.send_signal(signal.SIGTERM)
+            manager.expect("STOPPING=1")
+            client.send("still served")
+            client.expect("still served")
+        ended_well(process)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
+def test_the_units_of_the_example_are_as_systemd_wants_them(tmp_path: Path) -> None:
+    for name in ("echo.socket", "echo.service"):
+        text = (EXAMPLES / "systemd" / name).read_text()
+        installed = text.replace("/opt/echo/.venv/bin/python", sys.executable)
+        (tmp_path / name).write_text(installed)
+    assert str(sys.executable) in installed
+    command = ["systemd-analyze", "--man=no", "verify", "./echo.socket", "./echo.service"]
+    result = gevent.subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    ours = [line for line in result.stderr.splitlines() if "echo." in line]
+    assert ours == []
 
 
 # Telling
