@@ -186,20 +186,13 @@ class Turns:
         """Give it no turn any more."""
         if listener in self._waiting:
             self._waiting.remove(listener)
-        if not self._waiting:
-            self._semaphore.unlink(self._give)
-            self._is_linked = False
-
-    @property
-    def _semaphore(self) -> Any:
-        # As gevent's own servers do: it tells when a place is free, once for each `rawlink`.
-        pool: Any = self._pool
-        return pool._semaphore
 
     def _ask(self) -> None:
         if not self._is_linked:
             self._is_linked = True
-            self._semaphore.rawlink(self._give)
+            # As gevent's own servers do: it tells when a place is free, once.
+            pool: Any = self._pool
+            pool._semaphore.rawlink(self._give)
 
     def _give(self, _semaphore: object) -> None:
         """Give away the places that are free, one to each in turn."""

@@ -1186,6 +1186,22 @@ def test_server_at_its_descriptor_limit_warns_once_a_minute(
     assert levels == ["WARNING", "DEBUG", "DEBUG", "WARNING", "DEBUG", "WARNING"]
 
 
+def test_several_listeners_that_can_not_accept_warn_once(
+    failing_accept: FailingAccept, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="psofa_gevent")
+    server = ps_server(echo(), listener=[("127.0.0.1", 0), ("127.0.0.1", 0)])
+    failing_accept.always = errno.EMFILE
+    with ScriptedClient(server.addresses[0]) as one, ScriptedClient(server.addresses[1]) as other:
+        eventually(lambda: failing_accept.calls > 3)
+        failing_accept.always = None
+        for client in (one, other):
+            client.send("x")
+            client.expect("x")
+    [record] = caplog.records
+    assert "cannot accept" in record.message
+
+
 def test_reset_connection_at_accept_does_not_hold_back_the_warning_of_a_shortage(
     failing_accept: FailingAccept, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
