@@ -235,13 +235,14 @@ def test_disconnect_of_anything_else_is_a_type_error(value: Any) -> None:
         bundle.disconnect(value)
 
 
-def test_disconnect_of_a_session_is_a_type_error(ps_server: ServerFactory) -> None:
+def test_disconnect_of_a_session_ends_its_connection(ps_server: ServerFactory) -> None:
+    callback = RecordingCallback()
     address = ps_server(echo()).address
-    with PsMultiClient(PsCallback()) as bundle:
-        session: Any = bundle.connect(*address).session
-        with pytest.raises(TypeError, match="connection"):
-            bundle.disconnect(session)
-        assert session.is_open
+    with PsMultiClient(callback) as bundle:
+        session = bundle.connect(*address).session
+        bundle.disconnect(session)
+        callback.wait_for("on_close", session=session)
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
 # Destroying all
