@@ -239,9 +239,7 @@ def test_file_server_sends_files_whole_and_nothing_outside_of_its_directory(tmp_
             client.expect("- no such file\n")
 
 
-@pytest.mark.parametrize(
-    "command", [["nc", "-q", "10"], ["socat", "-t", "10", "-"]], ids=["nc", "socat"]
-)
+@pytest.mark.parametrize("command", [["nc", "-N"], ["socat", "-t", "10", "-"]], ids=["nc", "socat"])
 def test_file_server_is_used_with_programs_that_everyone_has(
     command: list[str], tmp_path: Path
 ) -> None:
