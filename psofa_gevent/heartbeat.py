@@ -3,9 +3,10 @@
 They keep the tables of NAT routers and firewalls from forgetting a connection, and let the peer's
 idle check know that this end is there. One greenlet looks at all sessions of an owner, ten times in
 the time of a heartbeat, so a heartbeat is late by a tenth at most, or a second if that is less. A
-look compares two numbers per session, and waits for nothing. A fixed message is posted
-(`PsSession.post`); a function runs in a greenlet that belongs to its session (`PsSession.spawn`),
-so a slow one delays nobody else's.
+look compares two numbers per session, and what it finds due leaves in small lots, between which
+others have their turn. A fixed message is posted (`PsSession.post`); a function runs in a greenlet
+that belongs to its session (`PsSession.spawn`), so a slow one delays nobody else's, and is not
+called again before it has returned.
 
 None is sent before ``on_open``, nor while a send waits for the peer: one that takes nothing has no
 use for more.
@@ -25,6 +26,8 @@ from psofa_gevent.aio import run_task
 from psofa_gevent.worker import Worker
 
 if TYPE_CHECKING:
+    from gevent import Greenlet
+
     from psofa_gevent.session import PsSession
 
 __all__ = ["Heartbeats"]
@@ -34,6 +37,8 @@ LOOKS = 10
 SHORTEST_PERIOD = 0.005
 LONGEST_PERIOD = 1.0
 """Seconds from one look to the next."""
+AT_A_TIME = 100
+"""Heartbeats that are sent in one go: thousands, of sessions that began together, take 0.1 s."""
 
 
 class Heartbeats:
@@ -43,14 +48,13 @@ class Heartbeats:
         self._seconds = milliseconds / 1_000
         self._period = min(max(self._seconds / LOOKS, SHORTEST_PERIOD), LONGEST_PERIOD)
         self._what = what
-        self._quiet: dict[PsSession[Any], list[float]] = {}
-        """For each session: bytes that it had sent, and since when it has sent no more."""
+        self._quiet: dict[PsSession[Any], _Quiet] = {}
         self._not_empty = Event()
         self._worker = Worker(self._look_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
         """Let `session` have heartbeats from now on."""
-        self._quiet[session] = [0, monotonic()]
+        self._quiet[session] = _Quiet(monotonic())
         if len(self._quiet) == 1:
             self._not_empty.set()
             self._worker.ensure()
@@ -78,24 +82,42 @@ class Heartbeats:
         now = monotonic()
         due = []
         for session, quiet in self._quiet.items():
-            if session._bytes_sent != quiet[0] or session._is_opening:
-                quiet[0], quiet[1] = session._bytes_sent, now
-            elif now - quiet[1] >= self._seconds and session._open and session._line is None:
-                quiet[1] = now
-                due.append(session)
-        for session in due:
-            self._beat(session)
+            if session._bytes_sent != quiet.sent or session._is_opening or not session._started:
+                quiet.sent, quiet.since = session._bytes_sent, now
+            elif now - quiet.since >= self._seconds:
+                due.append((session, quiet))
+        for number, (session, quiet) in enumerate(due, 1):
+            quiet.since = now
+            if session._open and session._line is None and session._bytes_sent == quiet.sent:
+                self._beat(session, quiet)
+            if number % AT_A_TIME == 0:
+                gevent.sleep(0)
 
-    def _beat(self, session: PsSession[Any]) -> None:
-        if not session._open or session._eof_requested:
+    def _beat(self, session: PsSession[Any], quiet: _Quiet) -> None:
+        if session._eof_requested:
             return
         if callable(self._what):
-            session.spawn(_ask_and_post, session, self._what)
+            if quiet.asked is None or quiet.asked.dead:
+                quiet.asked = session.spawn(_ask_and_post, session, self._what)
             return
         try:
             session.post(self._what)
         except Exception as exc:  # the session has gone over to a framing that can't carry it
             session._fail(exc)
+
+
+class _Quiet:
+    """What is kept for one session."""
+
+    __slots__ = ("asked", "sent", "since")
+
+    def __init__(self, now: float) -> None:
+        self.sent = 0
+        """Bytes that it had sent at the last look."""
+        self.since = now
+        """When it had sent them, or had the last heartbeat."""
+        self.asked: Greenlet[..., Any] | None = None
+        """What runs the function, or did."""
 
 
 def _ask_and_post(session: PsSession[Any], function: Callable[[PsSession[Any]], Any]) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
+import time
+from functools import partial
 from typing import Any
 
 import gevent
+import gevent.event
+import gevent.socket
 import pytest
 
 from acting import STALLING, wait_until_stalled
 from helpers import ScriptedServer, close_reasons, stalled_peer
 from psofa_gevent import PsCallback, PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
 from psofa_gevent.framing import Line
-from psofa_gevent.testing import ClientFactory, RecordingCallback, ServerFactory, eventually
+from psofa_gevent.testing import (
+    ClientFactory,
+    RecordingCallback,
+    ScriptedClient,
+    ServerFactory,
+    eventually,
+)
 
 
 def counting(session: PsSession[Any]) -> str:
@@ -135,6 +146,28 @@ def test_a_slow_function_delays_no_other_session(
     ps_client(server).expect("beatbeat")
 
 
+def test_a_function_is_not_called_again_before_it_has_returned() -> None:
+    asked: list[PsSession] = []
+    go_on = gevent.event.Event()
+
+    def slow(session: PsSession) -> bytes:
+        asked.append(session)
+        go_on.wait()
+        return b"beat"
+
+    with ScriptedServer() as scripted:
+        settings: dict[str, Any] = {"heartbeat": (10, slow)}
+        with PsMultiClient(PsCallback(), **settings) as bundle:
+            session = bundle.connect(*scripted.address).session
+            peer = scripted.accept()
+            for number in range(1, 10):  # each of the others is asked, while the first one is slow
+                bundle.connect(*scripted.address)
+                eventually(partial(lambda count: len(set(asked)) == count, number + 1))
+            assert asked.count(session) == 1
+            go_on.set()
+            peer.expect("beatbeat")
+
+
 @pytest.mark.logs_errors
 def test_a_function_that_raises_closes_its_session_only(
     ps_server: ServerFactory, ps_client: ClientFactory, caplog: pytest.LogCaptureFixture
@@ -232,6 +265,22 @@ def test_none_is_sent_before_the_session_opens(
     client = ps_client(ps_server(callback, ssl_context=context, **settings))
     client.expect_eof()
     assert not callback.named("on_open")
+
+
+def test_none_is_sent_before_on_open_of_many_that_come_at_once(ps_server: ServerFactory) -> None:
+    class Slow(PsCallback):
+        def on_open(self, session: PsSession) -> None:
+            time.sleep(0.01)
+            session.send("first")
+
+    server = ps_server(Slow(), heartbeat=(1, b"h"))
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(gevent.socket.socket()) for _ in range(100)]
+        for sock in sockets:  # with no turn of the hub in between
+            sock.setblocking(False)
+            sock.connect_ex(server.address)
+        clients = [ScriptedClient.from_socket(sock, timeout=20) for sock in sockets]
+        assert {client.receive(5) for client in clients} == {b"first"}
 
 
 def test_sessions_that_have_ended_leave_nothing(
