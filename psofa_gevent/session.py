@@ -765,10 +765,10 @@ class PsSession(SendingHalf[M]):
         if self._tls is not None and self._tls.has_progress:  # but a part of a record
             self._tls.has_progress = False
             self._waiting_since = monotonic()
-        if self._is_idle():
-            self._be_idle(may_call=not is_pulled)
-        elif self._framed is not None and monotonic() >= self._frame_deadline:
+        if self._framed is not None and monotonic() >= self._frame_deadline:
             self._framed.time_out(self)
+        elif self._is_idle():
+            self._be_idle(may_call=not is_pulled)
 
     def _be_idle(self, *, may_call: bool = True) -> None:
         """The idle time is over: close, unless there is a callback for that."""
@@ -777,6 +777,9 @@ class PsSession(SendingHalf[M]):
             self._request_close(PsCloseReason.TIMEOUT)
             return
         self._waiting_since = 0.0
+        self._waited = (0.0, 0)
+        if self._framed is not None:
+            self._framed.stop_clock(self)  # what a callback takes is not the peer's time
         if on_idle(self) is False:
             self._request_close(PsCloseReason.TIMEOUT)
         elif self._framed is not None:

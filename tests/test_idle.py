@@ -7,6 +7,7 @@ all, the look that finds the canary has seen every other session too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import resource
@@ -805,6 +806,58 @@ def test_on_idle_may_receive_messages_itself(
     callback.wait_for("on_message")
     assert asked == [b"pong"]
     assert callback.received() == b"more"
+
+
+def test_on_idle_may_wait_in_receive_for_an_answer_that_does_not_come_again_and_again(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def ask(session: PsSession) -> None:
+        session.send("ping")
+        with contextlib.suppress(TimeoutError):
+            session.receive(timeout=0.2)
+
+    callback = AskingCallback(ask)
+    client = ps_client(ps_server(callback, idle_milliseconds=250))
+    client.expect("ping" * 4)
+    assert not callback.named("on_close")
+
+
+def test_the_time_of_on_idle_is_not_the_frame_timeout_of_the_peer(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    go_on = Event()
+
+    def wait(_session: PsSession) -> None:
+        if len(callback.idle) == 1:
+            go_on.wait()
+
+    callback = AskingCallback(wait)
+    settings: dict[str, Any] = {"framing": Line(), "frame_timeout": 1.5, "idle_milliseconds": 50}
+    server = ps_server(callback, **settings)
+    client = ps_client(server)
+    client.send("half")
+    eventually(lambda: callback.idle)
+    client.send("ly\n")
+    ps_client(server).send("half")
+    (closed,) = callback.wait_for(
+        "on_close", timeout=20
+    )  # this one's time is over: so is the other's
+    assert closed.value is PsCloseReason.FAILED
+    go_on.set()
+    callback.wait_for("on_message")
+    assert callback.received() == b"halfly"
+
+
+def test_a_message_that_does_not_go_on_is_late_also_with_on_idle(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = AskingCallback(lambda _session: None)
+    settings: dict[str, Any] = {"framing": Line(), "frame_timeout": 2.5, "idle_milliseconds": 50}
+    client = ps_client(ps_server(callback, **settings))
+    client.send("half")
+    (closed,) = callback.wait_for("on_close", timeout=20)
+    assert closed.value is PsCloseReason.FAILED
+    assert callback.idle
 
 
 def test_a_callback_that_waits_in_receive_is_closed_without_on_idle(
