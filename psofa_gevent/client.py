@@ -18,7 +18,6 @@ from psofa_gevent.connecting import (
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
-from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
@@ -33,7 +32,7 @@ class PsClient(ConnectingOwner[M]):
     `connect` belongs to one thread, whose hub then serves the session; `disconnect` may be called
     from any greenlet and any OS thread. ``on_start`` runs before the first connect, and again for
     the first one after `disconnect`; ``on_stop`` at the end of `disconnect`. As a context manager
-    it is connected on entry, unless it is already, and disconnected on exit.
+    it is connected on entry, unless it is, or connects, already, and disconnected on exit.
     """
 
     def __init__(
@@ -134,8 +133,11 @@ class PsClient(ConnectingOwner[M]):
         others = all_endpoints(host, port, endpoints)
         self._target = Target(others, socket_address_family, None, server_hostname, source_address)
         self._target.check_tls(self._ssl_context)
-        self._link: Link | None = None
-        """What stays connected; None: nothing does, or did since the last start."""
+        by_itself = (
+            "does not connect by itself" if self._reconnect is None else "call connect first"
+        )
+        self._why_not_connected = f"{self!r}: {by_itself}"
+        """What `wait_connected` says when nothing connects."""
 
     def __repr__(self) -> str:
         state = "disconnected" if self.session is None else "connected"
@@ -144,8 +146,18 @@ class PsClient(ConnectingOwner[M]):
         return f"<PsClient {self._target} {state}>"
 
     @property
+    def _link(self) -> Link | None:
+        """What stays connected; ``None``: nothing does."""
+        links = list(self._links)  # at once, for callers in other threads
+        return links[0] if links else None
+
+    @property
     def _stays_connected(self) -> bool:
-        return self._link is not None and not self._link.has_ended
+        return self._link is not None
+
+    def _link_ended(self, link: Link) -> None:
+        super()._link_ended(link)
+        self._why_not_connected = str(link.not_connected())
 
     @property
     def session(self) -> PsSession[M] | None:
@@ -176,14 +188,16 @@ class PsClient(ConnectingOwner[M]):
         self._check_idle()
         was_started = self._manager is not None
         manager = self._manager or self._start()
+        link: Link | None = None
         try:
             if self._reconnect is None:
                 return self._connect(manager, target, timeout)
-            return self._stay_connected(manager, target, self._reconnect).wait(timeout)
+            link = self._new_link(manager, target, self._reconnect)
+            return link.wait(timeout)
         except BaseException:
-            if self._link is not None:
-                self._link.stop()
-            if not was_started:
+            if link is not None:
+                link.disconnect()  # it may have connected just now
+            if not (was_started or self._stays_connected):  # another greenlet may have come first
                 self._undo(manager)
             raise
 
@@ -205,12 +219,14 @@ class PsClient(ConnectingOwner[M]):
         if self._reconnect is None:
             raise PsClientError(f"{self!r}: connect_in_background needs reconnect")
         self._check_idle()
-        self._stay_connected(self._manager or self._start(), target, self._reconnect)
+        self._new_link(self._manager or self._start(), target, self._reconnect)
 
     def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
         """The open session; if there is none at the moment, the next one.
 
-        In any greenlet of the client's thread, but for its ``on_close``, and not in a coroutine.
+        In any greenlet of the client's thread; but not in a coroutine, nor where the next session
+        would wait for the caller: in ``on_close``, ``should_retry``, and other callbacks of the
+        session once it is closed.
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
@@ -221,13 +237,13 @@ class PsClient(ConnectingOwner[M]):
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
-        session = self.session
+        self._forget_if_hub_is_gone()
+        session, link = self.session, self._link
         if session is not None:
             return session
-        if self._link is None:
-            raise PsClientError(f"{self!r} does not connect by itself")
-        self._link.check_may_wait()
-        return self._link.wait(timeout)
+        if link is None:
+            raise PsClientError(self._why_not_connected)
+        return link.wait_connected(timeout)
 
     def _check_idle(self) -> None:
         """Raise unless it may begin to connect."""
@@ -238,12 +254,10 @@ class PsClient(ConnectingOwner[M]):
             )
         if self._is_starting:
             raise PsClientError(f"{self!r} is starting: on_start has not returned")
-        if self._connectors or self.session is not None or self._stays_connected:
+        # Of one that has stayed connected, an attempt may just be on its way to its end.
+        connects = self._stays_connected if self._reconnect else self._connectors
+        if connects or self.session is not None:
             raise PsClientError(f"{self!r} is connected, or connecting, already")
-
-    def _stay_connected(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
-        self._link = self._new_link(manager, target, policy)
-        return self._link
 
     def disconnect(self, timeout: float | None = 5.0) -> None:
         """Close the session (SELF_CLOSE) and return after ``on_close`` and ``on_stop``.
@@ -263,7 +277,7 @@ class PsClient(ConnectingOwner[M]):
         self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
-        if self.session is None:
+        if self.session is None and not self._stays_connected:
             self.connect()
         return self
 

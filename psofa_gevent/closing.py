@@ -21,6 +21,7 @@ from gevent.event import Event
 from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
+from psofa_gevent.errors import cut_traceback
 from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.worker import LibraryGreenlet, Worker
 
@@ -192,7 +193,7 @@ class CloseQueue:
             logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
         finally:
             if args and subject.close_cause is not None:
-                _cut_traceback(subject.close_cause)
+                cut_traceback(subject.close_cause)
 
     def _one_less(self) -> None:
         self.pending -= 1
@@ -206,22 +207,3 @@ def _call(function: Callable[[], object]) -> None:
 
 def _name(args: tuple[object, ...]) -> str:
     return "on_close" if args else "on_stop"
-
-
-def _cut_traceback(cause: BaseException | None) -> None:
-    """Take the traceback from `cause` and from all that it came from.
-
-    Their frames hold the session, which holds the cause: a cycle that would keep all of it until
-    the garbage collector runs. By now the failure is logged, and ``on_close`` has seen it.
-    """
-    seen: set[int] = set()
-    left: list[BaseException | None] = [cause]
-    while left:
-        exc = left.pop()
-        if exc is None or id(exc) in seen:
-            continue
-        seen.add(id(exc))
-        exc.__traceback__ = None
-        left += [exc.__cause__, exc.__context__]
-        if isinstance(exc, BaseExceptionGroup):
-            left += exc.exceptions

@@ -120,15 +120,22 @@ class ConnectingOwner(SessionOwner[M]):
         return manager
 
     def _connect(
-        self, manager: SessionManager, target: Target, timeout: float | None
+        self,
+        manager: SessionManager,
+        target: Target,
+        timeout: float | None,
+        each: float | None = None,
     ) -> PsSession[Any]:
-        """Connect to the first endpoint that answers, each within its share of `timeout`."""
+        """Connect to the first endpoint that answers.
+
+        Each within its share of `timeout`; without one, within `each` seconds.
+        """
         self._check_thread(manager)
         began = monotonic()
         errors: list[PsError] = []
         with manager.entrance():
             for untried in range(len(target.endpoints), 0, -1):
-                share = None
+                share = each
                 if timeout is not None:
                     share = max(timeout - monotonic() + began, 0.0) / untried
                 try:
@@ -137,9 +144,12 @@ class ConnectingOwner(SessionOwner[M]):
                     errors.append(exc)
                     if not self._is_still_wanted(manager):
                         raise
-        if len(errors) == 1:
-            raise errors[0]
-        raise self._error("; ".join(str(error) for error in errors)) from errors[-1]
+        try:
+            if len(errors) == 1:
+                raise errors[0]
+            raise self._error("; ".join(str(error) for error in errors)) from errors[-1]
+        finally:
+            errors.clear()  # an error and this frame would keep each other alive
 
     def _check_thread(self, manager: SessionManager) -> None:
         if not manager.thread.is_current():
@@ -177,15 +187,19 @@ class ConnectingOwner(SessionOwner[M]):
     def _new_link(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
         """What stays connected to `target`, and begins at once."""
         self._check_thread(manager)
+        self._check_still_wanted(manager, str(target))
 
         def connect(timeout: float | None) -> PsSession[Any]:
-            total = None if timeout is None else timeout * len(target.endpoints)
-            return self._connect(manager, target, total)
+            return self._connect(manager, target, None, timeout)
 
-        link = Link(manager, policy, self._error, str(target), connect, self._links.discard)
+        link = Link(manager, policy, self._error, str(target), connect, self._link_ended)
         self._links.add(link)
         link.start()
         return link
+
+    def _link_ended(self, link: Link) -> None:
+        """It connects no more. Does not switch."""
+        self._links.discard(link)
 
     def _is_still_wanted(self, manager: SessionManager) -> bool:
         return self._manager is manager and manager.stop is None
@@ -204,7 +218,7 @@ class ConnectingOwner(SessionOwner[M]):
         super()._stopped()
         for link in list(self._links):  # the hub was destroyed, and they with it
             link.has_ended = True
-        self._links.clear()
+            self._link_ended(link)
 
 
 def _context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None:

@@ -74,3 +74,22 @@ class PsRequestClosedError(PsRequestError):
 
 class PsTlsError(PsError):
     """A session could not go over to TLS."""
+
+
+def cut_traceback(cause: BaseException | None) -> None:
+    """Take the traceback from `cause` and from all that it came from.
+
+    Their frames hold what keeps the cause, such as its session: a cycle that would keep all of it
+    until the garbage collector runs. By then the failure is logged, and callbacks have seen it.
+    """
+    seen: set[int] = set()
+    left: list[BaseException | None] = [cause]
+    while left:
+        exc = left.pop()
+        if exc is None or id(exc) in seen:
+            continue
+        seen.add(id(exc))
+        exc.__traceback__ = None
+        left += [exc.__cause__, exc.__context__]
+        if isinstance(exc, BaseExceptionGroup):
+            left += exc.exceptions

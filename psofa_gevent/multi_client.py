@@ -66,7 +66,9 @@ class PsMultiClientConnection(Generic[M]):
     def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
         """The open session; if there is none at the moment, the next one.
 
-        In any greenlet of the client's thread, but for its ``on_close``, and not in a coroutine.
+        In any greenlet of the client's thread; but not in a coroutine, nor where the next session
+        would wait for the caller: in ``on_close``, ``should_retry``, and other callbacks of the
+        session once it is closed.
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
@@ -81,9 +83,7 @@ class PsMultiClientConnection(Generic[M]):
             if not self.session.is_open:
                 raise PsMultiClientError(f"{self!r} does not connect by itself")
             return self.session
-        if self._link.session is None or not self._link.session.is_open:
-            self._link.check_may_wait()
-        return self._link.wait(timeout)
+        return self._link.wait_connected(timeout)
 
 
 class PsMultiClient(ConnectingOwner[M]):
@@ -243,7 +243,7 @@ class PsMultiClient(ConnectingOwner[M]):
         try:
             link.wait(timeout)
         except BaseException:
-            link.stop()
+            link.disconnect()  # it may have connected just now
             raise
         return PsMultiClientConnection(host, port, None, link)
 

@@ -16,9 +16,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent
+from gevent import getcurrent
 from gevent.event import Event
 
-from psofa_gevent.errors import PsError
+from psofa_gevent.errors import PsError, cut_traceback
 from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.worker import Worker, may_wait
@@ -139,18 +140,21 @@ class Link:
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
-        self._worker = Worker(self._stay_connected, lambda: not self.has_ended)
+        self._worker: Worker | None = Worker(self._stay_connected, lambda: not self.has_ended)
+        """None when it has ended: the two would keep each other alive, and the last session."""
 
     def start(self) -> None:
         """Begin to connect. Does not switch."""
-        self._worker.ensure()
+        if self._worker is not None:
+            self._worker.ensure()
 
     def stop(self) -> None:
         """Connect no more; a session that is open stays. Does not switch; again without effect."""
-        if not self.has_ended:
+        worker = self._worker
+        if worker is not None:
             self._end()
-            if self._worker.greenlet is not None:
-                self._worker.greenlet.kill(block=False)
+            if worker.greenlet is not None:
+                worker.greenlet.kill(block=False)
 
     def disconnect(self) -> None:
         """Connect no more, and ask for the close of the session. Does not switch."""
@@ -158,34 +162,57 @@ class Link:
         if self.session is not None:
             self.session.close()
 
-    def wait(self, timeout: float | None) -> PsSession[Any]:
+    def wait_connected(self, timeout: float | None) -> PsSession[Any]:
         """The open session; if there is none, the next one.
 
         Raises:
             PsClientError, PsMultiClientError: there was none in that time, or none will come any
-                more.
+                more; or the caller may not wait for it.
         """
+        if not (self.has_ended or self._is_connected):
+            self._check_may_wait()
+        return self.wait(timeout)
+
+    def wait(self, timeout: float | None) -> PsSession[Any]:
+        """The same for who has made the link: may wait anywhere for the first session."""
         deadline = None if timeout is None else monotonic() + timeout
         while self.session is None or not self.session.is_open:
             if self.has_ended:
-                raise self._not_connected(self._why_ended)
+                raise self.not_connected()
+            if self.session is not None:
+                self._check_may_wait()
             left = None if deadline is None else deadline - monotonic()
-            if (left is not None and left <= 0) or not self._changed.wait(left):
-                raise self._not_connected(f"not connected within {timeout:g} s")
+            if left is not None and left <= 0:
+                raise self.not_connected(f"not connected within {timeout:g} s")
+            self._changed.wait(left)
         return self.session
 
-    def check_may_wait(self) -> None:
+    @property
+    def _is_connected(self) -> bool:
+        return self.session is not None and self.session.is_open
+
+    def _check_may_wait(self) -> None:
         """Raise in the wrong thread, and where the next session would wait for the caller."""
-        if not self.manager.thread.is_current():
-            raise self._not_connected("wait_connected belongs to the client's own thread")
-        if not may_wait() or self.manager.closing.is_me():
-            raise self._not_connected(
-                "wait_connected can't wait in on_close, in a coroutine or in the hub"
+        if not self.manager.thread.is_current() or self.manager.thread.is_destroyed():
+            raise self.not_connected("wait_connected belongs to the client's own thread")
+        current = getcurrent()
+        if self.session is not None and self.session._greenlet is current:
+            raise self.not_connected("the session that has closed can't wait for the next one")
+        is_me = self._worker is not None and self._worker.is_me()
+        if is_me or not may_wait() or self.manager.closing.is_me():
+            raise self.not_connected(
+                "wait_connected can't wait in on_close, in should_retry, in a coroutine or in the "
+                "hub"
             )
 
-    def _not_connected(self, why: str) -> PsError:
-        last = "" if self._last_error is None else f"; the last error: {self._last_error}"
-        return self._error(f"{self._name}: {why}{last}")
+    def not_connected(self, why: str | None = None) -> PsError:
+        """The error for it; by default: why nothing comes any more."""
+        last = ""
+        if self._last_error is not None:
+            last = f"; the last error: {self._last_error}"
+        elif self.session is not None and not self.session.is_open:
+            last = f"; the last session ended: {_how_it_ended(self.session)}"
+        return self._error(f"{self._name}: {why or self._why_ended}{last}")
 
     def _tell(self) -> None:
         """Let those who wait look again."""
@@ -194,6 +221,7 @@ class Link:
 
     def _end(self) -> None:
         self.has_ended = True
+        self._worker = None
         self._ended(self)
         self._tell()
 
@@ -216,13 +244,12 @@ class Link:
                 self._failures += 1
                 self._attempt_failed(exc)
             return self.has_ended
-        if self.has_ended:  # it was stopped in the moment in which the peer answered
-            session.close()
-            return True
         self._session_is_over.clear()
         self.manager.when_over(session, self._session_is_over.set)
         self._opened_at = monotonic()
         self.session = session
+        if self.has_ended:  # it was stopped in the moment in which the peer answered
+            session.close()
         self._tell()
         return True
 
@@ -237,6 +264,7 @@ class Link:
             exc,
             exc_info=None if has_cause else exc,
         )
+        cut_traceback(self._last_error)  # it is kept, and its frames hold this link
 
     def _session_ended(self) -> None:
         assert self.session is not None
@@ -248,16 +276,18 @@ class Link:
         else:
             self._failures += 1
         self._last_error = None
-        reason = self.session._reason.name
-        log_safely(logging.INFO, "%s: the connection ended (%s)", self._name, reason)
+        how = _how_it_ended(self.session)
+        log_safely(logging.INFO, "%s: the connection ended: %s", self._name, how)
         self._wait_or_give_up()
 
     def _wait_or_give_up(self) -> None:
         delay = self._policy.delay(self._failures)
         why = self._why_to_give_up(delay)
+        if self.has_ended:  # should_retry has disconnected
+            return
         if why is not None:
             self._why_ended = f"gave up {why}"
-            log_safely(logging.WARNING, "%s", self._not_connected(self._why_ended))
+            log_safely(logging.WARNING, "%s", self.not_connected())
             self._end()
             return
         gevent.sleep(delay)
@@ -278,3 +308,8 @@ class Link:
                 log_safely(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
                 return f"as should_retry failed: {exc!r}"
         return None
+
+
+def _how_it_ended(session: PsSession[Any]) -> str:
+    cause = session.close_cause
+    return session._reason.name if cause is None else f"{session._reason.name} ({cause!r})"

@@ -27,6 +27,7 @@ from psofa_gevent import (
     run_coroutine,
 )
 from psofa_gevent.manager import SessionManager
+from psofa_gevent.reconnecting import Link
 from psofa_gevent.testing import RecordingCallback, eventually
 from psofa_gevent.worker import LibraryGreenlet
 
@@ -332,7 +333,145 @@ def test_wait_connected_is_refused_where_it_would_wait_for_itself() -> None:
     assert "on_close" in str(errors[0])
 
 
+@pytest.mark.parametrize("name", ["on_open", "on_message"])
+def test_a_callback_of_the_closed_session_does_not_wait_for_the_next(name: str) -> None:
+    errors: list[PsError] = []
+
+    def close_and_wait(session: PsSession, *_args: object) -> None:
+        assert isinstance(session.owner, PsClient)
+        assert session.owner.wait_connected() is session
+        session.close()
+        try:
+            session.owner.wait_connected()
+        except PsClientError as exc:
+            errors.append(exc)
+
+    callback = ActingCallback(**{name: close_and_wait})
+    with ScriptedServer() as scripted:
+        client = PsClient(callback, *scripted.address, reconnect=SLOW)
+        client.connect_in_background()
+        scripted.accept().send("hello")
+        eventually(lambda: errors)
+        client.disconnect()
+    assert "can't wait for the next" in str(errors[0])
+
+
+@pytest.mark.logs_errors
+def test_should_retry_does_not_wait_for_itself(address: tuple[str, int]) -> None:
+    def should_retry(_failures: int, _error: PsError | None) -> None:
+        client.wait_connected()
+
+    client = PsClient(PsCallback(), *address, reconnect=PsReconnect(should_retry=should_retry))
+    with pytest.raises(PsClientError, match=r"should_retry failed.*can't wait"):
+        client.connect(timeout=None)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_connect_where_the_next_session_would_wait_for_it_waits_for_the_first_only(
+    is_async: bool,
+) -> None:
+    """In on_close of another session, and in a coroutine, with a peer that lets nobody stay."""
+    errors: list[PsError] = []
+
+    def connect(bundle: PsMultiClient) -> None:
+        try:
+            bundle.connect(*scripted.address, timeout=None)
+        except PsMultiClientError as exc:
+            errors.append(exc)
+
+    async def connect_async(bundle: PsMultiClient) -> None:
+        connect(bundle)
+
+    def close(session: PsSession) -> None:
+        session.close()
+
+    def connect_once(session: PsSession, _reason: PsCloseReason) -> None:
+        assert isinstance(session.owner, PsMultiClient)
+        if not is_async and not errors:
+            connect(session.owner)
+
+    callback = ActingCallback(on_open=close, on_close=connect_once)
+    with ScriptedServer() as scripted, PsMultiClient(callback, reconnect=SLOW) as bundle:
+        if is_async:
+            run_coroutine(connect_async(bundle))
+        else:
+            bundle.connect_in_background(*scripted.address)
+        eventually(lambda: errors)
+    assert "the last session ended: SELF_CLOSE" in str(errors[0])
+
+
+def test_entering_the_context_while_it_connects_goes_on(address: tuple[str, int]) -> None:
+    client = PsClient(PsCallback(), *address, reconnect=QUICK)
+    client.connect_in_background()
+    with client, server_at(address):
+        assert client.wait_connected(20).is_open
+    assert not client.started
+
+
 # The end
+
+
+@pytest.mark.parametrize("was_started", [False, True])
+def test_a_timeout_around_connect_leaves_nothing(was_started: bool) -> None:
+    """Also in the very moment in which it has connected."""
+    policy = PsReconnect(first_delay=0.01, longest_delay=0.01, attempts=1)
+    with ScriptedServer() as scripted:
+        client = PsClient(PsCallback(), *scripted.address, reconnect=policy)
+        if was_started:
+            client.connect().close()
+            eventually(lambda: not client._stays_connected)
+        for number in range(100):
+            try:
+                with gevent.Timeout(0.00003 * number):
+                    client.connect()
+            except gevent.Timeout:
+                pass
+            else:
+                client._link.disconnect()  # type: ignore[union-attr]
+            eventually(lambda: client.get_session_count() == 0)
+            assert not client._stays_connected
+        client.disconnect()
+
+
+def test_a_connect_that_fails_leaves_alone_the_one_that_came_after_it(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = PsReconnect(first_delay=0.01, longest_delay=0.01, attempts=1)
+    client = PsClient(PsCallback(), *address, reconnect=policy)
+    server = server_at(address)
+    later: list[gevent.Greenlet[[], PsSession]] = []
+    end = Link._end
+
+    def end_and_connect(link: Link) -> None:
+        if not later:
+            server.start()
+            later.append(gevent.spawn(client.connect))  # before the first one knows of the end
+        end(link)
+
+    monkeypatch.setattr(Link, "_end", end_and_connect)
+    with pytest.raises(PsClientError, match="gave up"):
+        client.connect()
+    assert later[0].get().is_open
+    assert client.wait_connected(20).is_open
+    client.disconnect()
+    server.shutdown()
+
+
+def test_disconnect_that_does_not_wait_for_on_start_ends_it(address: tuple[str, int]) -> None:
+    go_on = gevent.event.Event()
+
+    class Slow(PsCallback):
+        def on_start(self, owner: Any) -> None:
+            go_on.wait()
+
+    client = PsClient(Slow(), *address, reconnect=QUICK)
+    outcome = error_of(client.connect_in_background)
+    client.disconnect(timeout=0)
+    assert not client.started
+    go_on.set()
+    assert "disconnected" in str(outcome.get())
+    assert not client._links
+    assert "disconnected" in repr(client)
 
 
 def test_disconnect_ends_a_delay_at_once() -> None:
@@ -399,6 +538,27 @@ def test_it_gives_up_after_so_many_attempts(
     assert not client.started
 
 
+def test_attempt_timeout_is_for_each_endpoint(address: tuple[str, int]) -> None:
+    """The second one gets no time that the first one has left."""
+    with black_hole() as silent:
+        policy = PsReconnect(attempt_timeout=3, attempts=1)
+        client = PsClient(PsCallback(), *address, endpoints=[silent], reconnect=policy)
+        with pytest.raises(PsClientError, match="timed out after 3 s"), takes(3, most=3):
+            client.connect(timeout=None)
+
+
+@pytest.mark.logs_errors
+def test_the_error_tells_how_the_last_session_ended() -> None:
+    def fail(_session: PsSession) -> None:
+        raise KeyError("no such device")
+
+    with ScriptedServer() as scripted:
+        client = PsClient(ActingCallback(on_open=fail), *scripted.address, reconnect=SLOW)
+        expected = pytest.raises(PsClientError, match=r"FAILED \(KeyError\('no such device'\)\)")
+        with expected:
+            client.connect(timeout=0.3)
+
+
 def test_it_gives_up_after_a_time(address: tuple[str, int]) -> None:
     policy = PsReconnect(first_delay=0.01, longest_delay=0.02, give_up_after=0.2)
     client = PsClient(PsCallback(), *address, reconnect=policy)
@@ -446,13 +606,22 @@ def test_should_retry_is_asked_and_can_say_no(address: tuple[str, int]) -> None:
     assert all("refused" in str(error) for _failures, error in asked)
 
 
-def test_should_retry_may_disconnect(address: tuple[str, int]) -> None:
-    policy = PsReconnect(first_delay=60, should_retry=lambda *_args: client.disconnect())
+def test_should_retry_may_disconnect(
+    address: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def disconnect(_failures: int, _error: PsError | None) -> bool:
+        client.disconnect()
+        return False
+
+    policy = PsReconnect(first_delay=60, should_retry=disconnect)
     callback = RecordingCallback()
     client = PsClient(callback, *address, reconnect=policy)
     client.connect_in_background()
     callback.wait_for("on_stop")
     assert not client.started
+    with pytest.raises(PsClientError, match="disconnected"):
+        client.wait_connected()
+    assert "gave up" not in caplog.text
 
 
 @pytest.mark.logs_errors
@@ -476,8 +645,10 @@ def test_a_stranger_that_kills_all_greenlets_does_not_end_it() -> None:
         for number in range(3):
             peer = scripted.accept(timeout=20)
             callback.wait_for("on_open", number + 1)
-            assert isinstance(link._worker.greenlet, LibraryGreenlet)
-            gevent.kill(link._worker.greenlet)
+            worker = link._worker
+            assert worker is not None
+            assert isinstance(worker.greenlet, LibraryGreenlet)
+            gevent.kill(worker.greenlet)
             peer.close()
         client.disconnect()
     assert len(callback.named("on_open")) >= 3
