@@ -133,23 +133,25 @@ class ConnectingOwner(SessionOwner[M]):
         self._check_thread(manager)
         began = monotonic()
         errors: list[PsError] = []
-        with manager.entrance():
-            for untried in range(len(target.endpoints), 0, -1):
-                share = each
-                if timeout is not None:
-                    share = max(timeout - monotonic() + began, 0.0) / untried
-                try:
-                    return self._connect_to(manager, target, target.endpoints[-untried], share)
-                except self._error as exc:
-                    errors.append(exc)
-                    if not self._is_still_wanted(manager):
-                        raise
         try:
+            with manager.entrance():
+                for untried in range(len(target.endpoints), 0, -1):
+                    share = each
+                    if timeout is not None:
+                        share = max(timeout - monotonic() + began, 0.0) / untried
+                    try:
+                        return self._connect_to(manager, target, target.endpoints[-untried], share)
+                    except self._error as exc:
+                        errors.append(exc)
+                        if not self._is_still_wanted(manager):
+                            raise
             if len(errors) == 1:
                 raise errors[0]
             raise self._error("; ".join(str(error) for error in errors)) from errors[-1]
         finally:
-            errors.clear()  # an error and this frame would keep each other alive
+            # They and the frames of this and its callers would keep each other alive, and a session
+            # that came of a later one with them.
+            errors.clear()
 
     def _check_thread(self, manager: SessionManager) -> None:
         if not manager.thread.is_current():

@@ -21,8 +21,18 @@ import gevent.event
 import pytest
 
 from acting import STALLING, wait_until_stalled
-from helpers import NativeThread, stalled_peer
-from psofa_gevent import PsCallback, PsCloseReason, PsMultiClient, PsSendError, PsServer, PsSession
+from helpers import NativeThread, ScriptedServer, free_port, stalled_peer
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsClientError,
+    PsCloseReason,
+    PsMultiClient,
+    PsReconnect,
+    PsSendError,
+    PsServer,
+    PsSession,
+)
 from psofa_gevent.framing import LengthPrefix
 from psofa_gevent.testing import (
     ClientFactory,
@@ -607,3 +617,39 @@ def test_a_user_who_keeps_a_closed_session_keeps_no_other_and_no_greenlet(
     eventually(lambda: len(callback.reasons) == 3)
     # No more than that one, when the greenlets that run now have ended.
     eventually(lambda: [each for ref in callback.references if (each := ref())] == kept)
+
+
+def test_a_client_that_stayed_connected_goes_at_once() -> None:
+    """And so do its sessions, each as the next one comes, and what its attempts left."""
+    callback = Forgetful()
+    policy = PsReconnect(first_delay=0.001, longest_delay=0.001)
+    with ScriptedServer() as scripted:
+        nobody = ("127.0.0.1", free_port())
+        client = PsClient(callback, *nobody, endpoints=[scripted.address], reconnect=policy)
+        client.connect_in_background()
+        for _ in range(20):
+            scripted.accept().reset()
+        last = scripted.accept()
+        eventually(lambda: len(callback.references) == 42 and len(callback.alive()) == 2)
+        scripted.close()
+        last.reset()
+        eventually(lambda: len(callback.reasons) == 21)
+        with pytest.raises(PsClientError, match=r"refused.*refused"):
+            client.wait_connected(0.2)
+        client.disconnect()
+    reference = weakref.ref(client)
+    del client
+    callback.assert_freed(21)
+    eventually(lambda: reference() is None)
+
+
+def test_a_connection_of_a_multi_client_that_stayed_connected_goes_at_once() -> None:
+    callback = Forgetful()
+    with ScriptedServer() as scripted, PsMultiClient(callback, reconnect=True) as bundle:
+        connection = bundle.connect(*scripted.address)
+        reference = weakref.ref(connection._link)
+        bundle.disconnect(connection)
+        eventually(lambda: callback.reasons)
+        del connection
+        callback.assert_freed()
+        eventually(lambda: reference() is None)
