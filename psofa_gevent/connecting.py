@@ -53,6 +53,10 @@ __all__ = [
 ]
 
 
+SHORTEST_TIMER = 0.001
+"""Seconds: libuv knows no shorter timer, and warns of one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What to connect to, and how.
@@ -336,7 +340,7 @@ class Connector:
         """
         where = format_address(self._host, self._port)
         self._greenlet = getcurrent()
-        limit = Timeout(timeout)
+        limit = Timeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
         try:
             limit.start()
             connected, address = self._try_all(timeout)
@@ -387,7 +391,7 @@ class Connector:
     def _try_unix(self, path: str, timeout: float | None) -> _socket.socket:
         connecting = socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
-            connecting.settimeout(None if timeout is None else max(timeout, 0.001))
+            connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(path)
             return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, connecting.detach())
         finally:
@@ -403,7 +407,7 @@ class Connector:
             if self.source_address is not None:
                 connecting.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
                 connecting.bind(resolve(*self.source_address, self._family)[0])
-            connecting.settimeout(None if timeout is None else max(timeout, 0.001))
+            connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(address)
             return _socket.socket(family, _socket.SOCK_STREAM, 0, connecting.detach())
         finally:

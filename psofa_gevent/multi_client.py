@@ -296,6 +296,7 @@ class PsMultiClient(ConnectingOwner[M]):
         Raises:
             TypeError: it is neither.
         """
+        self._forget_if_hub_is_gone()
         if isinstance(connection, PsSession):
             links = [link for link in list(self._links) if link.session is connection]
             connection.close()

@@ -32,6 +32,9 @@ __all__ = ["Link", "PsReconnect", "check_reconnect"]
 
 logger = logging.getLogger("psofa_gevent")
 
+SHORTEST_WAIT = 0.001
+"""Seconds; libuv knows no shorter timer, and warns of one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PsReconnect:
@@ -151,7 +154,7 @@ class Link:
     def stop(self) -> None:
         """Connect no more; a session that is open stays. Does not switch; again without effect."""
         worker = self._worker
-        if worker is not None:
+        if worker is not None and not self.has_ended:
             self._end()
             if worker.greenlet is not None:
                 worker.greenlet.kill(block=False)
@@ -184,7 +187,7 @@ class Link:
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
                 raise self.not_connected(f"not connected within {timeout:g} s")
-            self._changed.wait(left)
+            self._changed.wait(None if left is None else max(left, SHORTEST_WAIT))
         return self.session
 
     @property
@@ -290,7 +293,7 @@ class Link:
             log_safely(logging.WARNING, "%s", self.not_connected())
             self._end()
             return
-        gevent.sleep(delay)
+        gevent.sleep(max(delay, SHORTEST_WAIT))
 
     def _why_to_give_up(self, delay: float) -> str | None:
         policy = self._policy

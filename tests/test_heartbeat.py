@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import ssl
-import time
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ import gevent
 import gevent.event
 import gevent.socket
 import pytest
+from gevent import monkey
 
 from acting import STALLING, wait_until_stalled
 from helpers import ScriptedServer, close_reasons, stalled_peer
@@ -270,8 +270,10 @@ def test_none_is_sent_before_the_session_opens(
 def test_none_is_sent_before_on_open_of_many_that_come_at_once(ps_server: ServerFactory) -> None:
     class Slow(PsCallback):
         def on_open(self, session: PsSession) -> None:
-            time.sleep(0.01)
+            block(0.01)
             session.send("first")
+
+    block = monkey.get_original("time", "sleep")
 
     server = ps_server(Slow(), heartbeat=(1, b"h"))
     with contextlib.ExitStack() as stack:
