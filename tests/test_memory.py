@@ -628,7 +628,7 @@ def test_a_client_that_stayed_connected_goes_at_once() -> None:
         client = PsClient(callback, *nobody, endpoints=[scripted.address], reconnect=policy)
         client.connect_in_background()
         for _ in range(20):
-            scripted.accept().reset()
+            scripted.accept().close()
         last = scripted.accept()
         eventually(lambda: len(callback.references) == 42 and len(callback.alive()) == 2)
         scripted.close()
