@@ -8,6 +8,7 @@ last ``on_close`` has returned. All of it belongs to the hub's thread.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import random
 from collections.abc import Callable
@@ -82,6 +83,8 @@ class PsReconnect:
         check_seconds("steady_after", self.steady_after, optional=False)
         if self.should_retry is not None and not callable(self.should_retry):
             raise TypeError(f"should_retry must be a function or None, not {self.should_retry!r}")
+        if inspect.iscoroutinefunction(self.should_retry):
+            raise TypeError(f"should_retry must be a plain function, not {self.should_retry!r}")
 
     def delay(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row; each call has its own `jitter`."""
@@ -177,12 +180,12 @@ class Link:
         return self.wait(timeout)
 
     def wait(self, timeout: float | None) -> PsSession[Any]:
-        """The same for who has made the link: may wait anywhere for the first session."""
+        """The same for who has made the link: may wait in a coroutine for the first session."""
         deadline = None if timeout is None else monotonic() + timeout
         while self.session is None or not self.session.is_open:
             if self.has_ended:
                 raise self.not_connected()
-            if self.session is not None:
+            if self.session is not None or getcurrent() is self.manager.thread.hub:
                 self._check_may_wait()
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:

@@ -71,6 +71,11 @@ def is_interrupted(connect: Callable[[], object]) -> bool:
     return False
 
 
+async def asking(_failures: int, _error: PsError | None) -> bool:
+    """What nobody would await."""
+    return False
+
+
 # The policy
 
 
@@ -105,6 +110,7 @@ def test_a_part_of_each_delay_is_left_to_chance(jitter: float) -> None:
         ("attempt_timeout", 0, ValueError),
         ("steady_after", None, TypeError),
         ("should_retry", True, TypeError),
+        ("should_retry", asking, TypeError),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(
@@ -407,6 +413,24 @@ def test_connect_where_the_next_session_would_wait_for_it_waits_for_the_first_on
             bundle.connect_in_background(*scripted.address)
         eventually(lambda: errors)
     assert "the last session ended: SELF_CLOSE" in str(errors[0])
+
+
+def test_connect_is_refused_in_the_hub_and_leaves_nothing() -> None:
+    errors: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            client.connect()
+        except PsClientError as exc:
+            errors.append(exc)
+
+    with ScriptedServer() as scripted:
+        client = PsClient(PsCallback(), *scripted.address, reconnect=QUICK)
+        gevent.get_hub().loop.run_callback(connect)
+        eventually(lambda: errors)
+        eventually(lambda: not client.started)
+        client.connect()
+        client.disconnect()
 
 
 def test_entering_the_context_while_it_connects_goes_on(address: tuple[str, int]) -> None:
