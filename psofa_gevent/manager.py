@@ -15,6 +15,8 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gevent import getcurrent
@@ -75,7 +77,7 @@ class SessionManager:
         """The same by their ids, from the first time on that somebody asks."""
         self._has_duplicates = False
         """Whether two sessions ever had the same id."""
-        self._when_over: dict[PsSession[Any], Callable[[], object]] = {}
+        self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
         self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
@@ -160,9 +162,10 @@ class SessionManager:
             self._tell_that_over(session)
             log_safely(logging.DEBUG, "%r: closed", session)
 
-    def when_over(self, session: PsSession[Any], function: Callable[[], object]) -> None:
+    def when_over(self, session: PsSession[Any], function: Callable[[float], object]) -> None:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.
 
+        With the moment of the monotonic clock in which the session had ended, before ``on_close``.
         It is called in the close greenlet, also if no ``on_close`` was due. Not so in a stop, for a
         session that it drops or leaves behind.
         """
@@ -170,7 +173,7 @@ class SessionManager:
 
     def _tell_that_over(self, session: PsSession[Any]) -> None:
         if self._when_over and (function := self._when_over.pop(session, None)) is not None:
-            self.closing.put_call(function)
+            self.closing.put_call(partial(function, monotonic()))
 
     def forget(self, session: PsSession[Any]) -> bool:
         """Count the session no more; false if it did not count any longer."""

@@ -143,6 +143,8 @@ class Link:
         self._failures = 0
         self._tried_since = monotonic()
         self._opened_at = 0.0
+        """When the session began whose end was not looked at yet; 0: there is none."""
+        self._ended_at = 0.0
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
@@ -251,13 +253,18 @@ class Link:
                 self._attempt_failed(exc)
             return self.has_ended
         self._session_is_over.clear()
-        self.manager.when_over(session, self._session_is_over.set)
+        self.manager.when_over(session, self._note_end)
         self._opened_at = monotonic()
         self.session = session
         if self.has_ended:  # it was stopped in the moment in which the peer answered
             session.close()
         self._tell()
         return True
+
+    def _note_end(self, at: float) -> None:
+        """The session has ended at that moment, and its ``on_close`` has returned since."""
+        self._ended_at = at
+        self._session_is_over.set()
 
     def _attempt_failed(self, exc: Exception) -> None:
         is_first, has_cause = self._last_error is None, isinstance(exc, PsError)
@@ -274,7 +281,7 @@ class Link:
 
     def _session_ended(self) -> None:
         assert self.session is not None
-        lasted = monotonic() - self._opened_at
+        lasted = self._ended_at - self._opened_at
         self._opened_at = 0.0
         if lasted >= self._policy.steady_after:
             self._failures = 0

@@ -638,6 +638,15 @@ def test_sessions_that_do_not_last_count_as_failures() -> None:
         client.disconnect()
 
 
+def test_a_slow_on_close_lets_no_session_last() -> None:
+    policy = PsReconnect(first_delay=0.01, longest_delay=0.01, attempts=2, steady_after=1)
+    callback = ActingCallback(on_close=lambda _session, _reason: gevent.sleep(1.1))
+    with ScriptedServer() as scripted, PsClient(callback, *scripted.address, reconnect=policy) as c:
+        for _ in range(2):
+            scripted.accept(timeout=20).close()
+        eventually(lambda: not c._stays_connected)
+
+
 def test_a_session_that_lasted_ends_the_row_of_failures() -> None:
     policy = PsReconnect(first_delay=0.01, longest_delay=0.01, attempts=2, steady_after=0)
     with ScriptedServer() as scripted, PsClient(PsCallback(), *scripted.address, reconnect=policy):
