@@ -317,7 +317,7 @@ class Link:
             try:
                 if policy.should_retry(self._failures, self._last_error) is False:
                     return "as should_retry says"
-            except Exception as exc:
+            except (Exception, gevent.Timeout) as exc:
                 log_safely(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
                 return f"as should_retry failed: {exc!r}"
         return None

@@ -688,9 +688,12 @@ def test_should_retry_may_disconnect(
 
 
 @pytest.mark.logs_errors
-def test_a_should_retry_that_raises_ends_it(address: tuple[str, int]) -> None:
+@pytest.mark.parametrize("kind", [KeyError, gevent.Timeout])
+def test_a_should_retry_that_raises_ends_it(
+    kind: type[BaseException], address: tuple[str, int]
+) -> None:
     def should_retry(_failures: int, _error: PsError | None) -> bool:
-        raise KeyError("no such setting")
+        raise kind(None, "no such setting")
 
     policy = PsReconnect(should_retry=should_retry)
     client = PsClient(PsCallback(), *address, reconnect=policy)
