@@ -255,6 +255,7 @@ class Link:
         self._session_is_over.clear()
         self.manager.when_over(session, self._note_end)
         self._opened_at = monotonic()
+        self._last_error = None
         self.session = session
         if self.has_ended:  # it was stopped in the moment in which the peer answered
             session.close()
@@ -288,7 +289,6 @@ class Link:
             self._tried_since = monotonic()
         else:
             self._failures += 1
-        self._last_error = None
         how = _how_it_ended(self.session)
         log_safely(logging.INFO, "%s: the connection ended: %s", self._name, how)
         self._wait_or_give_up()

@@ -613,6 +613,23 @@ def test_the_error_tells_how_the_last_session_ended() -> None:
             client.connect(timeout=0.3)
 
 
+def test_an_error_from_before_a_session_is_told_no_more(address: tuple[str, int]) -> None:
+    go_on = gevent.event.Event()
+    callback = ActingCallback(on_close=lambda _session, _reason: go_on.wait())
+    client = PsClient(callback, *address, reconnect=QUICK)
+    with pytest.raises(PsClientError, match="refused"):
+        client.connect(timeout=0.1)
+    client.connect_in_background()
+    gevent.sleep(0.1)  # it fails meanwhile; if not, all the better
+    with server_at(address):
+        client.wait_connected(20).close()
+        callback.wait_for("on_close")
+        with pytest.raises(PsClientError, match="the last session ended: SELF_CLOSE"):
+            client.wait_connected(0.1)
+        go_on.set()
+        client.disconnect()
+
+
 def test_it_gives_up_after_a_time(address: tuple[str, int]) -> None:
     policy = PsReconnect(first_delay=0.01, longest_delay=0.02, give_up_after=0.2)
     client = PsClient(PsCallback(), *address, reconnect=policy)
