@@ -8,6 +8,8 @@ timeout for all: an address that does not answer gets its share of it.
 from __future__ import annotations
 
 import _socket
+import errno
+import os
 import ssl
 import uuid
 from dataclasses import dataclass
@@ -409,6 +411,10 @@ class Connector:
                 connecting.bind(resolve(*self.source_address, self._family)[0])
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(address)
+            if connecting.getsockname() == connecting.getpeername():
+                # Where nobody listens on a port of those that clients get, one that tries again and
+                # again gets that very port in the end, and is connected with itself.
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             return _socket.socket(family, _socket.SOCK_STREAM, 0, connecting.detach())
         finally:
             connecting.close()

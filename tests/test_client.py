@@ -359,6 +359,19 @@ def test_name_is_resolved_without_blocking_others(
         assert answers > 5
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_client_does_not_connect_with_itself(host: str) -> None:
+    """As TCP allows (RFC 9293, section 3.5), by chance too, where nobody listens."""
+    port = free_port(host)
+    family = PsSocketAddressFamily.IPV6 if ":" in host else PsSocketAddressFamily.IPV4
+    client = PsClient(
+        PsCallback(), host, port, source_address=(host, port), socket_address_family=family
+    )
+    with pytest.raises(PsClientError, match="Connection refused"):
+        client.connect()
+    assert not client.started
+
+
 def test_failed_connect_leaves_a_client_that_can_connect(ps_server: ServerFactory) -> None:
     port = free_port()
     callback = RecordingCallback()
