@@ -11,7 +11,7 @@ import logging
 from psofa_gevent.aio import await_greenlet, hub_loop, run_coroutine, spawn_coroutine
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.client import PsClient
-from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
+from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import (
     PsCallbackError,
     PsClientError,
@@ -30,6 +30,7 @@ from psofa_gevent.errors import (
 from psofa_gevent.group import PsGroup
 from psofa_gevent.handler import PsHandler
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
+from psofa_gevent.proxy_protocol import PsProxyInfo, PsProxyTls
 from psofa_gevent.reconnecting import PsReconnect
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
@@ -56,7 +57,10 @@ __all__ = [
     "PsMultiClientConnection",
     "PsMultiClientError",
     "PsOverflow",
+    "PsProxyInfo",
+    "PsProxyTls",
     "PsReconnect",
+    "PsRefusal",
     "PsRequestClosedError",
     "PsRequestError",
     "PsRequestTimeoutError",

@@ -3,8 +3,9 @@
 One `PsCallback` object serves all sessions of its server or client, so what belongs to one session
 is kept on the session (`PsSession.set_value`). Which greenlet runs what:
 
-- ``on_open``, ``on_message``, ``on_eof``, ``on_idle``: the session's own greenlet, one at a time
-  for a session, sessions side by side. They may block, in gevent's way, for as long as they like.
+- ``on_accept``, ``on_open``, ``on_message``, ``on_eof``, ``on_idle``: the session's own greenlet,
+  one at a time for a session, sessions side by side. They may block, in gevent's way, for as long
+  as they like.
 - ``on_close`` and ``on_stop``: the one close greenlet of the server or client. A slow one delays
   other ``on_close`` calls and nothing else.
 - ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.errors import PsCallbackError
 from psofa_gevent.messages import M
+from psofa_gevent.tcp import Endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["PsCallback", "check_callback", "is_overridden"]
 
 METHODS = {
+    "on_accept": ("peer",),
     "on_open": ("session",),
     "on_message": ("session", "message"),
     "on_eof": ("session",),
@@ -48,10 +51,22 @@ class PsCallback(Generic[M]):
     An exception in ``on_open``, ``on_message``, ``on_eof`` or ``on_idle`` is logged and closes that
     session with `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged. No other
     session notices.
+    One in ``on_accept`` is logged, and refuses the connection.
     """
 
     use_async_callback: bool = False
     """True: the ``*_async`` methods are called, and the others are not."""
+
+    def on_accept(self, peer: Endpoint | None) -> bool | None:
+        """A server has accepted a connection, which is no session yet: ``False`` refuses it.
+
+        Called before the TLS handshake. No other callback hears of one that is refused. It may
+        wait, for a database, say: no other connection is held up. Clients never call it.
+
+        Args:
+            peer: who it is, as `PsSession.remote_endpoint` will tell; with ``proxy_protocol`` the
+                load balancer's client. ``None`` for a Unix socket without a name.
+        """
 
     def on_open(self, session: PsSession[M]) -> None:
         """A connection was accepted, or made. Runs once, before anything else of the session."""
@@ -89,6 +104,9 @@ class PsCallback(Generic[M]):
 
     def on_stop(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
         """After the last ``on_close``, before ``shutdown`` (``disconnect``, …) returns."""
+
+    async def on_accept_async(self, peer: Endpoint | None) -> bool | None:
+        """`on_accept` for ``use_async_callback``."""
 
     async def on_open_async(self, session: PsSession[M]) -> None:
         """`on_open` for ``use_async_callback``."""

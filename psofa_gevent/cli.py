@@ -234,6 +234,11 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s, from the limit of file descriptors)",
     )
     listening.add_argument(
+        "--refuse-when-full",
+        action="store_true",
+        help="close further clients at once (default: they wait)",
+    )
+    listening.add_argument(
         "--unix-mode",
         type=lambda text: int(text, 8),
         metavar="MODE",
@@ -255,6 +260,47 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         "--key",
         metavar="FILE",
         help="the certificate's private key (PEM; default: it is in the certificate's file)",
+    )
+
+    clients = parser.add_argument_group("who is let in")
+    clients.add_argument(
+        "--allow-network",
+        action="append",
+        metavar="NETWORK",
+        help="serve clients of this network only, 10.0.0.0/8 or 192.0.2.7; may be given several "
+        "times (default: all of them)",
+    )
+    clients.add_argument(
+        "--deny-network",
+        action="append",
+        metavar="NETWORK",
+        help="do not serve clients of this one, even if it is allowed; may be given several times",
+    )
+    clients.add_argument(
+        "--max-sessions-per-peer",
+        type=word_or(int, "none"),
+        default="none",
+        metavar="SESSIONS",
+        help="so many at once for one address; 'none': any number (default: %(default)s)",
+    )
+    clients.add_argument(
+        "--farewell",
+        metavar="TEXT",
+        help="what clients get to read that are refused for their number; not with a certificate "
+        "(default: nothing)",
+    )
+    clients.add_argument(
+        "--proxy-protocol",
+        action="store_true",
+        help="serve clients of a load balancer that sends the header of the PROXY protocol before "
+        "each connection, and nobody without it",
+    )
+    clients.add_argument(
+        "--trusted-proxy",
+        action="append",
+        metavar="NETWORK",
+        help="the address or network of a load balancer that may send it; may be given several "
+        "times (default: this machine's, 127.0.0.0/8 and ::1)",
     )
 
     reading = parser.add_argument_group("reading and writing")
@@ -384,7 +430,8 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         type=word_or(seconds, "none"),
         default=10.0,
         metavar="SECONDS",
-        help="how long a TLS handshake may take; 'none': any time (default: %(default)s)",
+        help="how long a client may take for all that comes before on_open, the header of the "
+        "PROXY protocol and the TLS handshake; 'none': any time (default: %(default)s)",
     )
 
     running = parser.add_argument_group("running and stopping")

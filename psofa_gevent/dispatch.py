@@ -23,6 +23,7 @@ from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.tcp import Endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
@@ -53,6 +54,10 @@ class Dispatch:
         self.on_close: Callable[[PsSession[Any], PsCloseReason], None] = self._of_close_greenlet(
             self._of_session(callback, "on_close", limited=False), "on_close"
         )
+        self.on_accept: Callable[[PsSession[Any], Endpoint | None], object] | None = (
+            self._of_accept(callback)
+        )
+        """None: nobody asks."""
         self.on_start: Callable[[Owner], None] = self._of_owner(callback, "on_start")
         self.on_stop: Callable[[Owner], None] = self._of_close_greenlet(
             self._of_owner(callback, "on_stop"), "on_stop"
@@ -76,6 +81,21 @@ class Dispatch:
         if self._timeout is None or not limited:
             return call
         return _limited_in_session(call, name, self._timeout)
+
+    def _of_accept(
+        self, callback: PsCallback[Any]
+    ) -> Callable[[PsSession[Any], Endpoint | None], object] | None:
+        name = "on_accept_async" if self._is_async else "on_accept"
+        if not is_overridden(callback, name):
+            return None
+        method = getattr(callback, name)
+
+        def ask(session: PsSession[Any], peer: Endpoint | None) -> object:
+            if not self._is_async:
+                return method(peer)
+            return run_task(method(peer), context=session._context, in_turn=True)
+
+        return ask if self._timeout is None else _limited_answer(ask, self._timeout)
 
     def _of_owner(self, callback: PsCallback[Any], name: str) -> Callable[..., None]:
         if not self._is_async:
@@ -110,6 +130,20 @@ def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> 
                 session._limit = None
 
     return call_limited
+
+
+def _limited_answer(
+    ask: Callable[[PsSession[Any], Endpoint | None], object], timeout: float
+) -> Callable[[PsSession[Any], Endpoint | None], object]:
+    def ask_limited(session: PsSession[Any], peer: Endpoint | None) -> object:
+        errors: list[TimeoutError] = []
+        with Limit("on_accept", timeout, errors.append):
+            answer = ask(session, peer)
+        if errors:  # and it was swallowed
+            raise errors[0]
+        return answer
+
+    return ask_limited
 
 
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:

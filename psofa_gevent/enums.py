@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["PsCloseReason", "PsOverflow", "PsSocketAddressFamily"]
+__all__ = ["PsCloseReason", "PsOverflow", "PsRefusal", "PsSocketAddressFamily"]
 
 
 class PsCloseReason(enum.Enum):
@@ -33,6 +33,21 @@ class PsOverflow(enum.Enum):
     """The message is dropped."""
     DROP_OLDEST = enum.auto()
     """Messages that wait are dropped, the oldest first, until there is room."""
+
+
+class PsRefusal(enum.Enum):
+    """Why a server has refused a connection, before it became a session (`PsServer.refused`)."""
+
+    NETWORK = enum.auto()
+    """Its address is in ``denied_networks``, or not in ``allowed_networks``."""
+    PEER = enum.auto()
+    """Its address has ``max_sessions_per_peer`` sessions."""
+    FULL = enum.auto()
+    """There are ``max_sessions`` sessions, with ``refuse_when_full``."""
+    CALLBACK = enum.auto()
+    """``on_accept`` returned ``False``, or raised."""
+    PROXY = enum.auto()
+    """It is none of ``trusted_proxies``, with ``proxy_protocol``."""
 
 
 class PsSocketAddressFamily(enum.Enum):

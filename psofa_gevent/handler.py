@@ -36,7 +36,8 @@ class PsHandler(PsCallback[M]):
 
         PsServer(echo).serve_forever()
 
-    Or subclass it and override `handle`, beside ``on_close``, ``on_start`` and ``on_stop``.
+    Or subclass it and override `handle`, beside ``on_accept``, ``on_close``, ``on_start`` and
+    ``on_stop``.
 
     The loop ends when no message will come any more: at the peer's FIN, and when the session closes
     for any other reason, which ``on_close`` is told. With ``allow_half_open`` the function may send

@@ -12,6 +12,9 @@ Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a secon
 by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
 session notices, and a warning tells, once a minute at most.
 
+What the server's rules refuse never gets to the manager (`psofa_gevent.admission`); where it is to
+be refused when the pool is full, the listeners go on accepting then.
+
 If a listening socket itself is gone, that is an error in the log, and the open sessions go on.
 
 But for what makes the sockets, `pause` and `resume`, all of it runs in the hub, where nothing may
@@ -224,6 +227,8 @@ class Listener(StreamServer):
         knows = self.endpoint[0] not in EVERY_ADDRESS
         self._local_endpoint = self.endpoint if knows else None
         """That of all accepted sockets, if the server listens on one address only."""
+        self._admission = manager.admission
+        self._refuses_when_full = self._admission is not None and self._admission.refuse_when_full
         self._set_options = set_options
         self._has_options = ARE_INHERITED
         """Whether accepted sockets have their options by themselves."""
@@ -242,7 +247,7 @@ class Listener(StreamServer):
 
     def full(self) -> bool:
         """Whether to leave connections where they are. gevent asks, and pauses if so."""
-        return self._turns.must_wait(self)
+        return not self._refuses_when_full and self._turns.must_wait(self)
 
     def take_turn(self) -> bool:
         """Accept one connection; false when none waits, or none may be accepted."""
@@ -301,8 +306,12 @@ class Listener(StreamServer):
         return _socket.socket(*self._kind, descriptor), address
 
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
-        """Give an accepted connection to the manager."""
+        """Give an accepted connection to the manager, unless the rules refuse it."""
         try:
+            if self._admission is not None and self._admission.refuses(
+                accepted, address, self._manager
+            ):
+                return
             if not self._has_options:
                 self._set_options(accepted, self._manager.settings)
             self._manager.open(accepted, address, None, self._local_endpoint)

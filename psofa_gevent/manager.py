@@ -37,6 +37,7 @@ from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
 
 if TYPE_CHECKING:
+    from psofa_gevent.admission import Admission
     from psofa_gevent.session import Owner
     from psofa_gevent.stopping import Stop
 
@@ -59,6 +60,8 @@ class SessionManager:
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
         self.prologue: Callable[[PsSession[Any]], None] | None = None
+        self.admission: Admission | None = None
+        """Who is let in; None: everyone, and nobody is counted."""
         self.pool = Pool(max_sessions)
         self.changed = Event()
         """Set when a session ended, or the close queue ran empty: look again."""
@@ -111,6 +114,8 @@ class SessionManager:
         self._idle.add(session)
         if self._heartbeats is not None:
             self._heartbeats.add(session)
+        if self.admission is not None:
+            self.admission.opened(session)
         # Never waits: a server accepts only while the pool has room.
         self.pool.start(greenlet)
         return session
@@ -185,6 +190,8 @@ class SessionManager:
         self._idle.discard(session)
         if self._heartbeats is not None:
             self._heartbeats.discard(session)
+        if self.admission is not None:
+            self.admission.ended(session)
         if not self.sessions:
             self.changed.set()
         return True

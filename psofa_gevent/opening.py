@@ -1,8 +1,11 @@
-"""What an accepted connection goes through before its session opens: the TLS handshake.
+"""What an accepted connection goes through before its session opens.
 
-It runs in the session's own greenlet and within one time limit, so a silent peer holds up nobody.
-What fails closes the session with FAILED and one record in the log; ``on_close`` is told, and
-``on_open`` was not. A session that is closed meanwhile for another reason gets neither.
+That is the header of the PROXY protocol, the rules about its peer with ``on_accept``, and the TLS
+handshake, in this order. It runs in the session's own greenlet, and what the peer has to do has one
+time limit, so a silent peer holds up nobody. What fails closes the session with FAILED and one
+record in the log; ``on_close`` is told, and ``on_open`` was not. A session that is refused, or
+closed meanwhile for another reason, gets neither; nor does one whose peer leaves without having
+sent a byte where one is due: a load balancer that looks whether somebody is there.
 
 A handshake in the middle of a session (`begin_tls`, `begin_tls_async`) is a callback's: it runs in
 the session's own greenlet, or in the task for which that waits. What others send meanwhile waits,
@@ -25,6 +28,7 @@ from gevent import getcurrent
 from psofa_gevent.aio import greenlet_that_waits
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
+from psofa_gevent.first_bytes import SilentPeerError, read_header, wait_for_word
 from psofa_gevent.send_line import Parking, SendLine, TaskParking, run_in_greenlet
 from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.tls import TlsSocket
@@ -47,19 +51,35 @@ class Prologue:
     """The steps of one server, for each accepted connection."""
 
     def __init__(
-        self, ssl_context: Callable[[], ssl.SSLContext | None], timeout: float | None
+        self,
+        ssl_context: Callable[[], ssl.SSLContext | None],
+        timeout: float | None,
+        admits: Callable[[PsSession[Any]], bool],
+        *,
+        proxy_protocol: bool,
     ) -> None:
         self._ssl_context = ssl_context
         self._timeout = timeout
+        self._admits = admits
+        self._proxy_protocol = proxy_protocol
 
     def __call__(self, session: PsSession[Any]) -> None:
         """Take the steps. In the session's own greenlet; may switch."""
         deadline = NEVER if self._timeout is None else monotonic() + self._timeout
+        if self._proxy_protocol and not read_header(session, deadline):
+            return
+        asked_at = monotonic()
+        if not self._admits(session):
+            return
+        deadline += monotonic() - asked_at  # which was not the peer's time
         try:
             context = self._ssl_context()
             if context is not None:
+                wait_for_word(session, deadline)
                 handshake = Handshake(context, deadline, server_side=True)
                 run_in_greenlet(handshake.shake_hands(session, SessionParking(session)))
+        except SilentPeerError:
+            session._request_close(PsCloseReason.PEER_CLOSE, linger=False)
         except OSError as exc:
             if session._open:
                 session._request_close(PsCloseReason.FAILED, exc)

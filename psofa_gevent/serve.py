@@ -59,6 +59,16 @@ FRAMINGS: dict[str, Framing[bytes] | None] = {
 """What ``--framing`` may be. Others, and their settings, are for programs."""
 OVERFLOWS = {each.name.lower().replace("_", "-"): each for each in PsOverflow}
 """What ``--overflow`` may be."""
+THIS_MACHINE = ("127.0.0.0/8", "::1/128")
+"""Who is trusted to be a load balancer, unless others are named."""
+HEADER_BY_HAND = r"(printf 'PROXY UNKNOWN\r\n'; cat) | "
+"""What a load balancer would send before all else."""
+REPEATED = {
+    "allowed_networks": "allow_network",
+    "denied_networks": "deny_network",
+    "trusted_proxies": "trusted_proxy",
+}
+"""Settings whose options are given once for each of their values."""
 
 
 class EchoCallback(PsCallback):
@@ -87,6 +97,13 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         max_sessions=args.max_sessions,
         ssl_context=tls_context(args.certificate, args.key),
         handshake_timeout=args.handshake_timeout,
+        proxy_protocol=args.proxy_protocol,
+        trusted_proxies=args.trusted_proxy or THIS_MACHINE,
+        allowed_networks=args.allow_network,
+        denied_networks=args.deny_network or (),
+        max_sessions_per_peer=args.max_sessions_per_peer,
+        refuse_when_full=args.refuse_when_full,
+        farewell=args.farewell,
         read_buffer_size=args.read_buffer_size,
         divide=args.divide,
         idle_milliseconds=args.idle_milliseconds,
@@ -209,7 +226,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(_as_typed(str(exc), args)) from exc
     server.start()
     serving = args.target or "an echo"
-    text = where_to_reach(*server.addresses, serving=serving, has_tls=args.certificate is not None)
+    text = where_to_reach(
+        *server.addresses,
+        serving=serving,
+        has_tls=args.certificate is not None,
+        has_header=args.proxy_protocol,
+    )
     # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
     # script may send a signal as soon as it has read the first line.
     gevent.spawn(announce, text)
@@ -231,6 +253,7 @@ def _of_the_module(trace: TracebackType | None) -> TracebackType | None:
 def _as_typed(message: str, args: argparse.Namespace) -> str:
     """The message of a setting's error, which begins with its name, with the option's instead."""
     setting, _, rest = message.partition(" ")
+    setting = REPEATED.get(setting, setting)
     return f"--{setting.replace('_', '-')} {rest}" if setting in args else message
 
 
@@ -347,22 +370,25 @@ def raise_descriptor_limit() -> None:
             return
 
 
-def where_to_reach(*addresses: tuple[object, ...], serving: str, has_tls: bool = False) -> str:
+def where_to_reach(
+    *addresses: tuple[object, ...], serving: str, has_tls: bool = False, has_header: bool = False
+) -> str:
     """What ``serve`` prints when it listens there; its first line is for scripts too."""
+    header = HEADER_BY_HAND if has_header and not has_tls else ""
     address, *others = addresses
     lines = [f"Listening on {_where(address)}"]
     lines += [_row("" if row else "and on", _where(other)) for row, other in enumerate(others)]
     lines.append(_row("serving", serving))
     path = unix_path(str(address[0]))
     if path is not None:
-        attempt = f"nc -U {path}"
+        attempt = f"{header}nc -U {path}"
     else:
         host, port = _host_with_zone(address), address[1]
         nearest = host
         if ipaddress.ip_address(host).is_unspecified:
             nearest = "::1" if ":" in host else "127.0.0.1"
             lines += _reached_at(host, port)
-        attempt = f"nc {nearest} {port}"
+        attempt = f"{header}nc {nearest} {port}"
         if has_tls:
             attempt = f"openssl s_client -quiet -connect {format_address(nearest, port)}"
     lines += [_row("try", attempt), _row("stop", "Ctrl-C")]

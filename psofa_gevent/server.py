@@ -6,7 +6,7 @@ import contextlib
 import logging
 import resource
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,12 +14,14 @@ import gevent
 from gevent import getcurrent
 
 from psofa_gevent.addresses import format_address
+from psofa_gevent.admission import Admission
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
+from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
 from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listeners
+from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Prologue
 from psofa_gevent.owner import SessionOwner
@@ -80,6 +82,13 @@ class PsServer(SessionOwner[M]):
         max_sessions: int | None = None,
         ssl_context: ssl.SSLContext | None = None,
         handshake_timeout: float | None = 10.0,
+        proxy_protocol: bool = False,
+        trusted_proxies: Collection[str] = ("127.0.0.0/8", "::1/128"),
+        allowed_networks: Collection[str] | None = None,
+        denied_networks: Collection[str] = (),
+        max_sessions_per_peer: int | None = None,
+        refuse_when_full: bool = False,
+        farewell: bytes | str | None = None,
         read_buffer_size: int = 65536,
         divide: int = 10,
         idle_milliseconds: int | None = 60_000,
@@ -119,11 +128,25 @@ class PsServer(SessionOwner[M]):
             reuse_port: SO_REUSEPORT for each host and port: further servers, of this process and of
                 others, may listen there too if they set it, and share the connections.
             max_sessions: sessions at a time, of all listeners together. At the cap, further clients
-                wait in the backlog. ``None``: as many as the process has file descriptors, less a
-                reserve.
+                wait in the backlog, or with `refuse_when_full` are refused. ``None``: as many as
+                the process has file descriptors, less a reserve.
             ssl_context: TLS with this certificate (`ssl.SSLContext.load_cert_chain`), made with
                 ``ssl.PROTOCOL_TLS_SERVER``; ``None``: plain TCP.
-            handshake_timeout: seconds that the TLS handshake may take; ``None``: any time.
+            handshake_timeout: seconds that a peer has for all that comes before ``on_open``, the
+                header of the PROXY protocol and the TLS handshake; ``None``: any time.
+            proxy_protocol: every connection begins with the header of the PROXY protocol, in which
+                a load balancer says who its client is, version 1 or 2.
+            trusted_proxies: who may send it, addresses and networks ("10.0.0.0/8"); all others are
+                refused. An IPv4-mapped address counts as its IPv4 address. Peers on Unix sockets
+                are trusted.
+            allowed_networks: the addresses and networks of clients that are let in, with peers on
+                Unix sockets; ``None``: all.
+            denied_networks: those that are not, even if they are among the allowed ones.
+            max_sessions_per_peer: sessions that one address may have at a time; ``None``: any
+                number. Peers on Unix sockets have none in common.
+            refuse_when_full: at `max_sessions` further clients are accepted, and closed at once.
+            farewell: what clients get to read that are refused at `max_sessions` or
+                `max_sessions_per_peer`, text (as UTF-8) or bytes, 4,096 at most. Not with TLS.
             read_buffer_size: the most bytes that one ``on_message`` gets.
             divide: slices of the idle scan.
             idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
@@ -195,6 +218,20 @@ class PsServer(SessionOwner[M]):
         self._ssl_context = ssl_context
         check_seconds("handshake_timeout", handshake_timeout, more_than_zero=True)
         self._handshake_timeout = handshake_timeout
+        self._admission = Admission(
+            allowed_networks=allowed_networks,
+            denied_networks=denied_networks,
+            max_sessions_per_peer=max_sessions_per_peer,
+            refuse_when_full=refuse_when_full,
+            farewell=farewell,
+            proxy_protocol=proxy_protocol,
+            trusted_proxies=trusted_proxies,
+        )
+        if farewell is not None and ssl_context is not None:
+            raise ValueError(
+                f"farewell must be None where there is an ssl_context, not {farewell!r}: it would "
+                "be sent before the handshake, unencrypted"
+            )
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
         self._service: Service | None = None
@@ -224,8 +261,7 @@ class PsServer(SessionOwner[M]):
                 for each in opened:
                     each.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
-            if self._ssl_context is not None:
-                manager.prologue = Prologue(lambda: self._ssl_context, self._handshake_timeout)
+            self._set_entrance(manager)
             listeners = self._listeners = Listeners(opened, manager)
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
@@ -380,6 +416,11 @@ class PsServer(SessionOwner[M]):
         self._stop_all(PsCloseReason.SHUTDOWN, timeout, drain)
 
     @property
+    def refused(self) -> dict[PsRefusal, int]:
+        """How many connections were refused since the server was made, for each reason."""
+        return self._admission.refused
+
+    @property
     def address(self) -> Endpoint:
         """What the server is bound to: (host, port), or (host, port, flow info, scope id).
 
@@ -407,6 +448,21 @@ class PsServer(SessionOwner[M]):
     ) -> None:
         self.shutdown()
 
+    def _set_entrance(self, manager: SessionManager) -> None:
+        """Say who is let in, and what comes before ``on_open``."""
+        admission = self._admission
+        if admission.has_rules:
+            admission.begin()
+            manager.admission = admission
+        asks = manager.dispatch.on_accept is not None
+        if self._ssl_context is not None or admission.proxy_protocol or asks:
+            manager.prologue = Prologue(
+                lambda: self._ssl_context,
+                self._handshake_timeout,
+                admission.admits,
+                proxy_protocol=admission.proxy_protocol,
+            )
+
     def _close_entrance(self) -> None:
         if self._service is not None:
             self._service.stopping()
@@ -416,6 +472,7 @@ class PsServer(SessionOwner[M]):
         listeners, self._listeners = self._listeners, None
         if listeners is not None:
             listeners.close()
+        self._admission.close()
 
     def _stopped(self) -> None:
         manager = self._manager

@@ -47,6 +47,7 @@ from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Handshake, begin_tls, begin_tls_async
+from psofa_gevent.proxy_protocol import PsProxyInfo
 from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.receiving import receive_next
 from psofa_gevent.sending import SendingHalf
@@ -160,6 +161,7 @@ class PsSession(SendingHalf[M]):
         "_memberships",
         "_messages_received",
         "_opened_at",
+        "_proxy",
         "_ready",
         "_remote_endpoint",
         "_slice",
@@ -186,6 +188,7 @@ class PsSession(SendingHalf[M]):
         sock.setblocking(False)
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
+        self._proxy: PsProxyInfo | None = None
         self._watcher: Any = self._loop.io(sock.fileno(), READ)
         self._ready = host.ready
         self._keeps_watching = host.ready.keeps_watching
@@ -249,8 +252,22 @@ class PsSession(SendingHalf[M]):
 
     @property
     def remote_endpoint(self) -> Endpoint | None:
-        """The peer's end, in the form of `local_endpoint`; still known after the close."""
+        """The peer's end, in the form of `local_endpoint`; still known after the close.
+
+        With ``proxy_protocol`` it is the client's, as the load balancer has told.
+        """
         return self._remote_endpoint
+
+    @property
+    def proxy(self) -> PsProxyInfo | None:
+        """What the load balancer's header says, with ``proxy_protocol``. Known after the close."""
+        return self._proxy
+
+    def _use_proxy(self, proxy: PsProxyInfo) -> None:
+        """The peer is the one of whom the header tells."""
+        self._proxy = proxy
+        if not proxy.is_local:
+            self._remote_endpoint = proxy.source
 
     @property
     def is_open(self) -> bool:

@@ -798,10 +798,17 @@ def test_help_of_serve_names_every_option_with_its_default(tmp_path: Path) -> No
     text = " ".join(run(tmp_path, "serve", "--help").stdout.split())
     for name in [*server_settings(), "certificate", "key"]:
         if name not in ("socket_address_family", "ssl_context"):
-            assert f"--{name.replace('_', '-')} " in text
+            option = serve.REPEATED.get(name, name).replace("_", "-")
+            assert re.search(rf"--{option}\s", text)
     for default in ("8710", "1024", "65536", "60000", "1.5", "5.0"):
         assert f"(default: {default}" in text
     assert "usage: python -m psofa_gevent serve [options] [module:attribute]" in text
+
+
+def test_behind_a_load_balancer_serve_tells_how_to_try_it_without_one() -> None:
+    text = serve.where_to_reach(("127.0.0.1", 8710), serving="an echo", has_header=True)
+    assert r"(printf 'PROXY UNKNOWN\r\n'; cat) | nc 127.0.0.1 8710" in text
+    assert "printf" not in serve.where_to_reach(("127.0.0.1", 8710), serving="an echo")
 
 
 # -- options and settings
@@ -867,6 +874,13 @@ def test_every_setting_of_the_server_has_an_option(
         "heartbeat": (16, "é\n".encode()),
         "unix_mode": 0o660,
         "ssl_context": None,
+        "proxy_protocol": True,
+        "trusted_proxies": ["10.0.0.1", "10.0.0.2"],
+        "allowed_networks": ["10.0.0.0/8", "::1"],
+        "denied_networks": ["10.1.0.0/16"],
+        "max_sessions_per_peer": 16,
+        "refuse_when_full": True,
+        "farewell": "busy",
         "listener": [16],
         "reuse_port": True,
     }
@@ -877,8 +891,12 @@ def test_every_setting_of_the_server_has_an_option(
     arguments += ["--heartbeat", r"16,é\n"]
     arguments += ["--listener", "fd:16", "--reuse-port"]
     for name, value in expected.items():
-        if type(value) in (int, float) and name != "unix_mode":
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
+        option = f"--{serve.REPEATED.get(name, name).replace('_', '-')}"
+        if type(value) in (int, float, str) and name != "unix_mode":
+            arguments += [option, str(value)]
+        elif isinstance(value, list) and name != "listener":
+            arguments += [text for each in value for text in (option, each)]
+    arguments += ["--proxy-protocol", "--refuse-when-full"]
     settings = settings_from(monkeypatch, *arguments)
     assert isinstance(settings["ssl_context"], ssl.SSLContext)
     assert {**settings, "ssl_context": None} == expected
@@ -914,7 +932,7 @@ def test_a_certificate_that_cannot_be_used_is_told_in_one_line(
 def test_a_word_switches_a_limit_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     names = (
         *("idle_milliseconds", "send_timeout", "callback_timeout", "frame_timeout"),
-        *("handshake_timeout", "keep_alive", "user_timeout"),
+        *("handshake_timeout", "keep_alive", "user_timeout", "max_sessions_per_peer"),
     )
     arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", word)]
     settings = settings_from(monkeypatch, *arguments)

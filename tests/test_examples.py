@@ -1,4 +1,7 @@
-"""Every example runs as its first lines say, and ends well; the proxy: test_example_proxy.py."""
+"""Every example runs as its first lines say, and ends well.
+
+The proxy: test_example_proxy.py, and the one behind HAProxy: test_balancers.py.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +99,7 @@ SERVERS_TO_PORT = [
     ["guessing_game.py", "--port"],
     ["file_server.py", ".", "--port"],
     ["systemd/echo.py", "--port"],
+    ["behind_haproxy.py", "--port"],
     ["wsgi_flask.py", "--http-port", "0", "--device-port"],
     ["wsgi_flask.py", "--device-port", "0", "--http-port"],
 ]

@@ -7,6 +7,7 @@ import enum
 import inspect
 import math
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,11 @@ SECONDS_OUT_OF_RANGE: list[Any] = [
     *(1e300, TOO_LARGE_FOR_A_FLOAT),  # more than an event loop can wait
 ]
 NOT_BOOLS: list[Any] = [0, 1, "yes", "", None, 1.0]
+NOT_NETWORKS: list[Any] = ["10.0.0.0/8", "", b"10.0.0.1", 10, True, [10], [None], [b"::1"], object]
+NO_NETWORKS: list[Any] = [
+    *([""], ["localhost"], ["10.0.0"], ["10.0.0.0/33"], ["::1/129"], ["10.0.0.0/-1"]),
+    *(["10.0.0.1/8"], ["::1", "0x7f.0.0.1"], ["010.0.0.1"], ["unix:/run/x"], ["10.0.0.1:80"]),
+]
 
 WRONG_TYPES: dict[str, list[Any]] = {
     "read_buffer_size": [*NOT_WHOLE_NUMBERS, None],
@@ -111,6 +117,13 @@ WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "backlog": [*NOT_WHOLE_NUMBERS, None],
     "receive_buffer_size": NOT_WHOLE_NUMBERS,
     "max_sessions": NOT_WHOLE_NUMBERS,
+    "proxy_protocol": NOT_BOOLS,
+    "trusted_proxies": [*NOT_NETWORKS, None],
+    "allowed_networks": NOT_NETWORKS,
+    "denied_networks": [*NOT_NETWORKS, None],
+    "max_sessions_per_peer": NOT_WHOLE_NUMBERS,
+    "refuse_when_full": NOT_BOOLS,
+    "farewell": [1, True, ["busy"], bytearray(b"busy"), object],
 }
 OUT_OF_RANGE_OF_SERVERS: dict[str, list[Any]] = {
     "host": ["", "127.0.0.1\0", "local\0host"],
@@ -122,6 +135,11 @@ OUT_OF_RANGE_OF_SERVERS: dict[str, list[Any]] = {
     "backlog": [-1, 2**31],
     "receive_buffer_size": [0, -1, 2**31],
     "max_sessions": [0, -1],
+    "trusted_proxies": NO_NETWORKS,
+    "allowed_networks": NO_NETWORKS,
+    "denied_networks": NO_NETWORKS,
+    "max_sessions_per_peer": [0, -1, 2**31],
+    "farewell": ["", b"", b"x" * 4_097],
 }
 
 
@@ -315,6 +333,26 @@ def test_session_setting_within_its_range_is_taken(make: Make, name: str, value:
     make(**{name: value})
 
 
+GOOD_VALUES_OF_SERVERS: dict[str, list[Any]] = {
+    "trusted_proxies": [(), [], {"10.0.0.0/8"}, ("::1", "fe80::/10"), {"192.0.2.7": "the front"}],
+    "allowed_networks": [None, [], ["0.0.0.0/0", "::/0"], frozenset({"::ffff:10.0.0.0/104"})],
+    "denied_networks": [(), ["192.0.2.7"]],
+    "max_sessions_per_peer": [None, 1, 2**31 - 1],
+    "farewell": [None, "too many of us", b"\xff", "x" * 4_096],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), each(GOOD_VALUES_OF_SERVERS))
+def test_server_setting_within_its_range_is_taken(name: str, value: object) -> None:
+    make_server(**{name: value})
+
+
+def test_a_farewell_that_tls_would_not_understand_is_refused() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with pytest.raises(ValueError, match=r"farewell must be None.*'busy'.*unencrypted"):
+        make_server(farewell="busy", ssl_context=context)
+
+
 @pytest.mark.parametrize("owner", [PsServer, PsClient, PsMultiClient])
 def test_session_settings_and_their_defaults_are_the_same_on_all_owners(owner: type) -> None:
     parameters = inspect.signature(owner).parameters
@@ -342,6 +380,13 @@ def test_server_defaults_are_those_of_the_original_where_it_has_them() -> None:
         "reuse_port": False,
         "ssl_context": None,
         "handshake_timeout": 10.0,
+        "proxy_protocol": False,
+        "trusted_proxies": ("127.0.0.0/8", "::1/128"),
+        "allowed_networks": None,
+        "denied_networks": (),
+        "max_sessions_per_peer": None,
+        "refuse_when_full": False,
+        "farewell": None,
     }
 
 

@@ -607,11 +607,33 @@ def test_a_client_that_goes_in_the_handshake(
     callback = RecordingCallback()
     server = ps_server(callback, ssl_context=server_context())
     with ScriptedClient(server.address) as client:
+        client.send(b"\x16")
         eventually(lambda: server.get_session_count() == 1)
         client.eof() if end == "FIN" else client.reset()
         (closed,) = callback.wait_for("on_close")
     assert closed.value is PsCloseReason.FAILED
     one_warning(caplog)
+
+
+@pytest.mark.parametrize("end", ["FIN", "RST", "RST at once"])
+def test_a_client_that_only_looks_whether_somebody_is_there_is_no_failure(
+    end: str, ps_server: ServerFactory, peer: MakePeer, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = Echo()
+    server = ps_server(callback, ssl_context=server_context())
+    with ScriptedClient(server.address) as client:
+        if end != "RST at once":
+            eventually(lambda: server.get_session_count() == 1)
+        client.eof() if end == "FIN" else client.reset()
+        if end == "FIN":
+            client.expect_eof()
+    client = peer(server)
+    client.say(b"x")
+    assert client.hear(1) == b"x"
+    assert len(callback.named("on_open")) == 1
+    eventually(lambda: server.get_session_count() == 1)
+    assert not callback.named("on_close")
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_a_shutdown_ends_handshakes_at_once_and_no_callback_hears_of_them(
