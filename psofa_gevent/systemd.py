@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import itertools
 import os
 import socket
 import stat
+from collections.abc import Iterable
 
 __all__ = ["listen_sockets", "notify", "watchdog_timeout"]
 
@@ -25,6 +27,8 @@ FIRST_DESCRIPTOR = 3
 """SD_LISTEN_FDS_START (sd-daemon.h)."""
 NAMELESS = "unknown"
 """The name of all sockets where there are no names (sd_listen_fds_with_names(3))."""
+LONGEST_NUMBER = 20
+"""Digits of a uint64_t, the widest of systemd's numbers."""
 
 
 def listen_sockets(name: str | None = None) -> list[socket.socket]:
@@ -53,9 +57,11 @@ def listen_sockets(name: str | None = None) -> list[socket.socket]:
         return []
     count = _number("LISTEN_FDS") or 0
     joined = os.environ.get("LISTEN_FDNAMES")
-    names = [NAMELESS] * count if joined is None else joined.split(":")
-    if count and len(names) != count:
-        raise ValueError(f"LISTEN_FDNAMES must have {count} names, not {joined!r}")
+    names: Iterable[str] = itertools.repeat(NAMELESS)
+    if count and joined is not None:
+        names = joined.split(":")
+        if len(names) != count:
+            raise ValueError(f"LISTEN_FDNAMES must have {count} names, not {joined!r}")
     descriptors = range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + count)
     found: list[socket.socket] = []
     try:
@@ -140,7 +146,7 @@ def _number(variable: str) -> int | None:
     text = os.environ.get(variable)
     if text is None:
         return None
-    if not text.isdecimal() or not text.isascii():
+    if not text.isdecimal() or not text.isascii() or len(text) > LONGEST_NUMBER:
         raise ValueError(f"{variable} must be a number, not {text!r}")
     return int(text)
 

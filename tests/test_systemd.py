@@ -175,6 +175,7 @@ def test_without_listen_fds_there_are_none(monkeypatch: pytest.MonkeyPatch) -> N
         ("LISTEN_FDS", "-1"),
         ("LISTEN_FDS", "two"),
         ("LISTEN_FDS", ""),
+        ("LISTEN_FDS", "1" * 5_000),
         ("LISTEN_FDNAMES", "one:two"),
     ],
 )
@@ -196,9 +197,12 @@ def test_what_is_no_socket_is_told_unless_others_are_asked_for(give: Give) -> No
     assert ports("echo") == [sock.getsockname()[1]]
 
 
-def test_a_descriptor_that_is_not_open_is_told(give: Give, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", ["2", "9" * 20])
+def test_a_descriptor_that_is_not_open_is_told(
+    give: Give, monkeypatch: pytest.MonkeyPatch, count: str
+) -> None:
     give(None)
-    monkeypatch.setenv("LISTEN_FDS", "2")
+    monkeypatch.setenv("LISTEN_FDS", count)
     with pytest.raises(OSError, match="Bad file descriptor"):
         systemd.listen_sockets()
 
@@ -384,9 +388,10 @@ def test_the_watchdog_is_for_the_process_that_systemd_says(
     assert systemd.watchdog_timeout() == 1.5
     monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
     assert systemd.watchdog_timeout() is None
-    monkeypatch.setenv("WATCHDOG_USEC", "soon")
-    with pytest.raises(ValueError, match="WATCHDOG_USEC must be a number, not 'soon'"):
-        systemd.watchdog_timeout()
+    for wrong in ("soon", "9" * 500):
+        monkeypatch.setenv("WATCHDOG_USEC", wrong)
+        with pytest.raises(ValueError, match=f"WATCHDOG_USEC must be a number, not '{wrong}'"):
+            systemd.watchdog_timeout()
 
 
 # serve_forever
