@@ -51,7 +51,7 @@ from psofa_gevent.tcp import (
     set_all_options,
     set_options,
 )
-from psofa_gevent.unix_sockets import UnixFile, make_room
+from psofa_gevent.unix_sockets import UnixFile, make_room, starting_in_turn
 
 __all__ = ["Listeners", "Listening", "bind", "bind_unix", "duplicate"]
 
@@ -126,24 +126,25 @@ def bind(
 
 
 def bind_unix(path: str, *, backlog: int, mode: int | None) -> Listening:
-    """A socket that listens on the file `path`, which it makes.
+    """A socket that listens on the file `path`, which it makes. Switches.
 
     Raises:
         OSError: a server listens there, or another file is there, or it can't be made.
     """
-    make_room(path)
-    listening = _SystemSocket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    made: UnixFile | None = None
-    try:
-        listening.bind(path)
-        made = UnixFile.of(path)
-        if mode is not None:
-            os.chmod(path, mode)  # nobody can connect before the next line
-        listening.listen(backlog)
-        listening.setblocking(False)
-    except BaseException:
-        Listening(listening, made).close()
-        raise
+    with starting_in_turn(path):
+        make_room(path)
+        listening = _SystemSocket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        made: UnixFile | None = None
+        try:
+            listening.bind(path)
+            made = UnixFile.of(path)
+            if mode is not None:
+                os.chmod(path, mode)  # nobody can connect before the next line
+            listening.listen(backlog)
+            listening.setblocking(False)
+        except BaseException:
+            Listening(listening, made).close()
+            raise
     return Listening(listening, made)
 
 

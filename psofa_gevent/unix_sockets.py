@@ -4,7 +4,8 @@ They are hosts that begin with ``unix:``, as in ``unix:/run/app.sock``; the port
 
 Resource handling: the file belongs to the server that made it, which removes it when it stops. A
 file that is left of a server that ended without a word is replaced; one on which a server listens,
-or that is no socket, is refused.
+or that is no socket, is refused. Between bind(2) and listen(2) a server's file looks like one that
+is left: so servers that start in one directory take turns (`starting_in_turn`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,23 @@ from __future__ import annotations
 import _socket
 import contextlib
 import errno
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["UnixFile", "make_room", "unix_endpoint", "unix_path"]
+import gevent
+
+__all__ = ["UnixFile", "make_room", "starting_in_turn", "unix_endpoint", "unix_path"]
 
 PREFIX = "unix:"
 LONGEST_PATH = 107
 """Bytes (unix(7): sun_path has 108, with a null byte). macOS has 104."""
+TURN_PERIOD = 0.01
+"""Seconds between two looks whether it is our turn to start."""
+MOST_TURNS = 100
+"""Looks, then it goes without: who has the lock for so long is no server that starts."""
 
 
 def unix_path(host: str) -> str | None:
@@ -66,9 +75,30 @@ class UnixFile(NamedTuple):
         if os.getpid() != self.process:
             return
         with contextlib.suppress(OSError):
-            found = os.stat(self.path)
+            found = os.lstat(self.path)
             if (found.st_dev, found.st_ino) == (self.device, self.inode):
                 os.unlink(self.path)
+
+
+@contextlib.contextmanager
+def starting_in_turn(path: str) -> Iterator[None]:
+    """The time in which a server makes the file `path` and begins to listen. Switches, to wait.
+
+    Its directory is locked (flock(2)), which leaves nothing behind; where it can't be, it goes
+    without.
+    """
+    with contextlib.ExitStack() as unlocking:
+        with contextlib.suppress(OSError):
+            directory = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
+            unlocking.callback(os.close, directory)
+            for _ in range(MOST_TURNS):
+                try:
+                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    gevent.sleep(TURN_PERIOD)
+                else:
+                    break
+        yield
 
 
 def make_room(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gevent
 import gevent.socket
 import gevent.subprocess
 import pytest
@@ -24,6 +26,7 @@ from psofa_gevent import (
     PsMultiClient,
     PsServer,
     PsServerError,
+    unix_sockets,
 )
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
@@ -135,6 +138,47 @@ def test_a_file_on_which_a_server_listens_is_refused(path: Path) -> None:
         with connect(path) as client:
             client.send("still here")
             client.expect("still here")
+
+
+def test_of_servers_that_start_at_the_same_time_one_listens(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one comes when the first has its file, and does not listen yet."""
+    chmod = os.chmod
+    second = PsServer(PsCallback(), host=f"unix:{path}")
+    starting: list[gevent.Greenlet[..., None]] = []
+
+    def start_second() -> None:
+        with pytest.raises(PsServerError, match="in use"):
+            second.start()
+
+    def slow_chmod(path: str, mode: int) -> None:
+        starting.append(gevent.spawn(start_second))
+        gevent.sleep(0.05)
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", slow_chmod)
+    with PsServer(echo(), host=f"unix:{path}", unix_mode=0o600):
+        starting[0].get()
+        with connect(path) as client:
+            client.send("x")
+            client.expect("x")
+
+
+@pytest.mark.parametrize("turns", [1, 100])
+def test_a_directory_that_somebody_has_locked_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """As a program may that has a directory of its own in /tmp (systemd-tmpfiles(8))."""
+    monkeypatch.setattr(unix_sockets, "MOST_TURNS", turns)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    unlock = gevent.spawn_later(0.02, os.close, directory)
+    with PsServer(echo(), host=f"unix:{tmp_path}/app.sock"), connect(tmp_path / "app.sock") as one:
+        one.send("x")
+        one.expect("x")
+        assert unlock.ready() is (turns > 1)
+    unlock.get()
 
 
 def test_a_server_whose_backlog_is_full_is_alive(path: Path) -> None:
