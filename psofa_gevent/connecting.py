@@ -216,11 +216,14 @@ class ConnectingOwner(SessionOwner[M]):
         if not self._is_still_wanted(manager):
             raise self._error(f"cannot connect to {where}: disconnected meanwhile")
 
-    def _close_entrance(self) -> None:
+    def _bar_entrance(self) -> None:
         for link in list(self._links):
             link.stop()
         for connector in list(self._connectors):
             connector.abort()
+
+    def _close_entrance(self) -> None:
+        self._bar_entrance()
 
     def _stopped(self) -> None:
         super()._stopped()

@@ -237,13 +237,17 @@ class SessionOwner(Generic[M]):
         """
         stop = manager.set_stop(Stop(manager, reason, self._close_entrance, self._stopped))
         if self._manager is manager:
-            self._close_entrance()
+            self._bar_entrance()
         stop.shorten(timeout, drain)
         stop.begin(manager)
         return stop
 
+    def _bar_entrance(self) -> None:
+        """Let no new connection in from now on. At any line of any greenlet, again and again."""
+        raise NotImplementedError
+
     def _close_entrance(self) -> None:
-        """Let no new connection in. Does not switch, and may be called again."""
+        """Release what lets connections in. In the stop's greenlet, when nobody starts any more."""
         raise NotImplementedError
 
     def _stopped(self) -> None:

@@ -463,15 +463,16 @@ class PsServer(SessionOwner[M]):
                 proxy_protocol=admission.proxy_protocol,
             )
 
-    def _close_entrance(self) -> None:
+    def _bar_entrance(self) -> None:
         if self._service is not None:
             self._service.stopping()
-        manager = self._manager
-        if manager is not None and manager.entering:
-            return  # called again when `start` has come to its end
-        listeners, self._listeners = self._listeners, None
-        if listeners is not None:
-            listeners.close()
+        # A flag for each, and no more: this may be in the middle of an accept, or of closing them.
+        self.stop_accepting()
+
+    def _close_entrance(self) -> None:
+        if self._listeners is not None:
+            self._listeners.close()
+            self._listeners = None
         self._admission.close()
 
     def _stopped(self) -> None:

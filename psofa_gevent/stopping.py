@@ -68,7 +68,7 @@ class Stop:
         Args:
             manager: what is to be stopped.
             reason: SHUTDOWN, or SELF_CLOSE for clients.
-            close_entrance: lets no new connection in; called when nobody starts any more.
+            close_entrance: releases what lets connections in; called when nobody starts any more.
             finished: called at the end, before those who wait go on.
         """
         self._changed = manager.changed

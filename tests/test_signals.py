@@ -551,6 +551,70 @@ def test_shutdown_in_a_signal_handler_that_hits_any_line_of_a_shutdown(caller: s
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
 
 
+A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING = """
+    import contextlib
+    import signal
+    import sys
+
+    import gevent
+    from psofa_gevent import PsServer, testing
+    from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
+
+    testing.POLL_SECONDS = 0.001
+
+    def trace_call(frame, event, arg):
+        if frame.f_code.co_filename.endswith("listener.py"):
+            return trace_line
+
+    def trace_line(frame, event, arg):
+        global lines
+        if event == "line":
+            lines += 1
+            functions.add(frame.f_code.co_name)
+            if lines == line:
+                signal.raise_signal(signal.SIGUSR1)
+        return trace_line
+
+    def served(count):
+        return lambda: len(callback.named("on_open")) == count or not server.started
+
+    signal.signal(signal.SIGUSR1, lambda number, frame: server.shutdown())
+    hub = gevent.get_hub()
+    functions = set()
+    line = lines = 0
+    while line <= lines:
+        line += 1
+        lines = 0
+        callback = RecordingCallback()
+        server = PsServer(callback, listener=[("127.0.0.1", 0)] * 2, max_sessions=1)
+        server.start()
+        one, other = server.addresses
+        hub.loop.run_callback(sys.settrace, trace_call)
+        with contextlib.suppress(ConnectionError):  # to whom it is stopped already
+            with ScriptedClient(one) as first, ScriptedClient(one), ScriptedClient(other):
+                eventually(served(1))
+                gevent.sleep(0.001)
+                first.close()
+                eventually(served(2))
+        hub.loop.run_callback(sys.settrace, None)
+        sys.settrace(trace_call)
+        server.shutdown()
+        sys.settrace(None)
+        names = [event.name for event in callback.events]
+        assert names.count("on_open") == names.count("on_close"), (line, names)
+        # Nobody was let in meanwhile.
+        assert names[-1] == "on_stop", (line, names)
+        assert gevent.wait(timeout=10), (line, "something is left")
+    assert functions >= {"full", "take_turn", "do_read", "do_handle", "_give", "pause"}, functions
+    print("survived")
+"""
+
+
+def test_shutdown_in_a_signal_handler_that_hits_any_line_of_accepting() -> None:
+    done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING, timeout=60.0)
+    assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
+
+
 # serve_forever
 
 SERVE = """
