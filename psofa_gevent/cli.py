@@ -240,7 +240,7 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
     )
     listening.add_argument(
         "--unix-mode",
-        type=lambda text: int(text, 8),
+        type=permissions,
         metavar="MODE",
         help="the permissions of a Unix socket's file: 660 (default: what the umask leaves)",
     )
@@ -465,6 +465,11 @@ def seconds(text: str) -> float:
     if not 0 <= value <= LONGEST_TIME:
         raise ValueError(text)
     return value
+
+
+def permissions(text: str) -> int:
+    """A file's mode on the command line, in octal digits."""
+    return int(text, 8)
 
 
 def word_or(number: Callable[[str], N], word: str) -> Callable[[str], N | None]:

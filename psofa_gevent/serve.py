@@ -80,6 +80,8 @@ class EchoCallback(PsCallback):
 
 def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
     """The server that the command line describes; raises as `PsServer` does."""
+    if args.listener is not None and args.host is not None:
+        raise UsageError(f"--listener must not be given besides a --host ({args.host})")
     host = args.host or ""
     ipv6 = args.ipv6 or (":" in host and not host.startswith("unix:"))
     loopback = "::1" if ipv6 else "127.0.0.1"

@@ -648,6 +648,8 @@ BROKEN_APP = """
         (["serve", "--listener", "fd:0"], " --listener must be a listening socket, not 0"),
         (["serve", "--listener", "systemd"], "no sockets of systemd's (LISTEN_FDS)"),
         (["serve", "--port", "1", "--listener", "a:2"], " --listener must not be given besides"),
+        (["serve", "--host", "0.0.0.0", "--listener", "a:2"], "besides a --host (0.0.0.0)"),
+        (["serve", "--unix-mode", "999"], "--unix-mode: invalid permissions value: '999'"),
         (["serve", "--reuse-port", "--host", "unix:/tmp/x"], " --reuse-port must not be True"),
         (["serve", "--no-delay", "maybe"], "--no-delay"),
         (["serve", "app"], "'app' is not of the form module:attribute"),
