@@ -296,6 +296,10 @@ class Listener(StreamServer):
 
     def _accept(self) -> tuple[_socket.socket, Any] | None:
         listening: Any = self.socket
+        if self._listening.is_inherited:
+            # Others may have set it otherwise since: systemd does for each service that it starts
+            # (NonBlocking=), and a hub that waits here serves nobody.
+            listening.setblocking(False)
         try:
             descriptor, address = listening._accept()
         except BlockingIOError:

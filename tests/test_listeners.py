@@ -219,6 +219,25 @@ def test_settings_hold_for_sessions_from_an_inherited_socket(
         assert (sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0) is set_before
 
 
+def test_a_socket_that_others_make_blocking_again_blocks_nothing() -> None:
+    program = """
+        import socket
+        from psofa_gevent import PsServer
+        from psofa_gevent.testing import RecordingCallback, ScriptedClient
+
+        listening = socket.create_server(("127.0.0.1", 0))
+        with PsServer(RecordingCallback(bytes.upper), listener=listening) as server:
+            for _ in range(3):
+                listening.setblocking(True)
+                with ScriptedClient(server.address) as client:
+                    client.send("x")
+                    client.expect("X")
+        print("served")
+    """
+    result = run_python(program, timeout=10.0)
+    assert (result.stdout, result.stderr) == ("served\n", "")
+
+
 PREFORK = """
     import logging, os, signal, socket, sys
 
