@@ -38,7 +38,7 @@ from gevent import monkey
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from psofa_gevent.addresses import SocketAddress, socket_family
+from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
@@ -280,7 +280,10 @@ class Listener(StreamServer):
     def start_accepting(self) -> None:
         """Watch for connections, unless paused. Called by gevent too, after a pause of its own."""
         if not self._paused:
-            super().start_accepting()
+            try:
+                super().start_accepting()
+            except OSError as exc:  # a stranger has closed the descriptor
+                self._accept_failed(exc)
 
     def do_read(  # type: ignore[override]  # no gevent socket, which would cost two watchers
         self,
@@ -296,11 +299,11 @@ class Listener(StreamServer):
 
     def _accept(self) -> tuple[_socket.socket, Any] | None:
         listening: Any = self.socket
-        if self._listening.is_inherited:
-            # Others may have set it otherwise since: systemd does for each service that it starts
-            # (NonBlocking=), and a hub that waits here serves nobody.
-            listening.setblocking(False)
         try:
+            if self._listening.is_inherited:
+                # Others may have set it otherwise since: systemd does for each service that it
+                # starts (NonBlocking=), and a hub that waits here serves nobody.
+                listening.setblocking(False)
             descriptor, address = listening._accept()
         except BlockingIOError:
             raise
@@ -332,7 +335,9 @@ class Listener(StreamServer):
         owner = self._manager.owner
         self.stop_accepting()
         if exc.errno in LISTENER_IS_GONE:
-            log_from_hub(logging.ERROR, "%r: the listening socket is gone: %s", owner, exc)
+            where = format_address(*self.endpoint[:2])
+            why = os.strerror(exc.errno)
+            log_from_hub(logging.ERROR, "%r: the listener %s is gone: %s", owner, where, why)
             return
         if self._backoff == self.min_delay:
             log_from_hub(

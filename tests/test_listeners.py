@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -21,6 +22,7 @@ import gevent
 import gevent.socket
 import pytest
 from gevent import monkey
+from gevent.server import StreamServer
 
 from helpers import (
     NativeThread,
@@ -609,6 +611,43 @@ def test_a_pause_while_all_places_are_taken_holds_when_one_is_free() -> None:
             assert server.get_session_count() == 0
             server.resume_accepting()
             waiting.expect("x")
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("when", ["while it accepts", "while it waits for a place"])
+def test_a_listener_that_its_owner_shuts_down_is_told_and_costs_the_others_nothing(
+    when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        listening() as sock,
+        PsServer(echo(), listener=[sock, (LOOPBACK, 0), (LOOPBACK, 0)], max_sessions=1) as server,
+        contextlib.ExitStack() as clients,
+    ):
+        gone, *others = server.addresses
+        if when == "while it waits for a place":
+            clients.enter_context(connect(others[0]))
+            eventually(lambda: server.sessions)
+            clients.enter_context(connect(gone)).expect_nothing(0.02)
+        sock.shutdown(socket.SHUT_RDWR)
+        clients.close()
+        eventually(lambda: f"the listener {LOOPBACK}:{gone[1]} is gone: " in caplog.text)
+        for address in others:
+            assert_echoes(address)
+
+
+@pytest.mark.logs_errors
+def test_a_listener_that_can_not_be_watched_any_more_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a stranger has closed its descriptor."""
+
+    def refuse(_listener: StreamServer) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    with PsServer(echo(), listener=(LOOPBACK, 0)) as server:
+        monkeypatch.setattr(StreamServer, "start_accepting", refuse)
+        server.resume_accepting()
+        eventually(lambda: f"{server.address[1]} is gone: Bad file descriptor" in caplog.text)
 
 
 def test_a_shutdown_closes_all_listeners(several: list[Any], tmp_path: Path) -> None:
