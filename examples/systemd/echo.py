@@ -34,7 +34,8 @@ def main() -> None:
     except (OSError, ValueError, PsServerError) as error:
         sys.exit(str(error))
     for host, port, *_ in server.addresses:
-        print(f"listening on {host}:{port}", flush=True)
+        where = host if host.startswith("unix:") else f"{host}:{port}"
+        print(f"listening on {where}", flush=True)
     # Tells systemd that it is ready, feeds the watchdog, and on SIGTERM tells that it stops.
     server.serve_forever(drain=30)
 
