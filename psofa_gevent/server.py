@@ -267,7 +267,6 @@ class PsServer(SessionOwner[M]):
             manager.dispatch.on_start(self)
             manager.has_started = True
             if self._manager is not manager or not self.started:
-                listeners.close()
                 raise PsServerError(f"{self!r} was shut down while it started")
             listeners.start()
         logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
