@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import errno
 import ipaddress
 import ssl
 import weakref
@@ -35,6 +36,9 @@ __all__ = ["PsTlsInfo", "TlsSocket", "TlsWatcher"]
 ENCRYPTED_AT_A_TIME = 65_536
 """Bytes of a message that are encrypted for one system call. A session that has sent so much keeps
 a third more than that, as OpenSSL's memory never shrinks; four times as much is no faster."""
+MOST_UNTAKEN = 4 * ENCRYPTED_AT_A_TIME
+"""Bytes encrypted, and not taken by the kernel, beyond which a peer that asks for ever more of them
+(key updates, RFC 8446, section 4.6.3) has failed. A message alone never makes so many."""
 RECORD = 16_384
 """Bytes of a TLS record, at most (RFC 8446, section 5.1)."""
 OVERHEAD = 2_048
@@ -101,7 +105,7 @@ class TlsSocket:
         self.has_more = False
         """Whether `recv` may return more without anything coming from the socket."""
         self.has_progress = False
-        """Whether bytes have come, since the last look, that made no whole record yet."""
+        """Whether bytes have come, since the last look, that are nothing to receive yet."""
         self.watcher: TlsWatcher | None = None
         """What is told of that."""
         self.wire_sent = 0
@@ -178,46 +182,50 @@ class TlsSocket:
         parts: list[bytes] = []
         left = size
         try:
-            # To be told so by OpenSSL costs more than to read.
-            if reads and not may_have_more:
-                self._read_from_socket(size)
-            while left:
-                data = self._next(left, reads=reads and not parts)
-                if not data:
-                    break
+            data = self._first(size, may_be_here=may_have_more) if reads else self._next(size)
+            while data:
                 parts.append(data)
                 left -= len(data)
-                if not self._has_pending():
-                    break
+                data = self._next(left) if left and self._has_pending() else None
         except OSError as exc:
             if not parts and reads:
                 raise
-            if not isinstance(exc, BlockingIOError):
-                self._error = exc  # after what came before it
+            self._error = exc  # after what came before it
         finally:
             if self._outgoing.pending:
-                # A key update, an alert: what can't leave now leaves with what is sent next.
-                with contextlib.suppress(OSError):
-                    self._flush()
+                self._answer()
         return parts[0] if len(parts) == 1 else b"".join(parts), not left and self._has_pending()
 
-    def _next(self, size: int, *, reads: bool) -> bytes:
-        """Decrypted bytes of one record; nothing: there are none, or the stream is at its end."""
-        while True:
-            try:
-                data = self.ssl_object.read(size if size < RECORD else RECORD)
-            except ssl.SSLWantReadError:
-                if not reads:
-                    return b""
-                self._read_from_socket(size)
-            except ssl.SSLZeroReturnError:
-                break
-            else:
-                if data:
-                    return data
-                break
-        self._at_end = True  # close_notify
-        return b""
+    def _first(self, size: int, *, may_be_here: bool) -> bytes:
+        """`_next`, of what is here or what the socket has. To try the first costs more."""
+        data = self._next(size) if may_be_here else None
+        if data is None:
+            self._read_from_socket(size)
+            data = self._next(size)
+        if data is None:
+            # Not once more: a peer that sends nothing but key updates would hold the hub.
+            self.has_progress = True
+            raise BlockingIOError(errno.EAGAIN, "no whole record of data has come")
+        return data
+
+    def _next(self, size: int) -> bytes | None:
+        """Decrypted bytes of one record; nothing: the stream is at its end; ``None``: no record."""
+        try:
+            data = self.ssl_object.read(size if size < RECORD else RECORD)
+        except ssl.SSLWantReadError:
+            return None
+        except ssl.SSLZeroReturnError:
+            data = b""
+        if not data:
+            self._at_end = True  # close_notify
+        return data
+
+    def _answer(self) -> None:
+        """Send a key update, an alert: what can't leave now leaves with what is sent next."""
+        with contextlib.suppress(OSError):
+            self._flush()
+        if len(self._encrypted) > MOST_UNTAKEN:
+            self._error = ssl.SSLError("the peer asks for answers of TLS, and takes none")
 
     def _has_pending(self) -> bool:
         return self._incoming.pending > 0 or self.ssl_object.pending() > 0
@@ -225,7 +233,6 @@ class TlsSocket:
     def _read_from_socket(self, size: int) -> None:
         data = self._sock.recv((size if size > RECORD else RECORD) + OVERHEAD)
         if data:
-            self.has_progress = True
             self._incoming.write(data)
         else:
             self._incoming.write_eof()

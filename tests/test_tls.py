@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes.util
 import gc
 import logging
 import socket
 import ssl
 import subprocess
+import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ import gevent.subprocess
 import pytest
 
 from acting import sending
-from helpers import NativeThread, close_reasons, takes
+from helpers import NativeThread, close_reasons, python_process, takes
 from marks import sync_and_async
 from psofa_gevent import (
     PsCallback,
@@ -45,6 +47,7 @@ from psofa_gevent import (
 from psofa_gevent.client_hello import server_name
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
+from psofa_gevent.tls import TlsSocket
 
 trustme = pytest.importorskip("trustme")
 
@@ -518,6 +521,106 @@ def test_bytes_of_a_record_that_is_not_whole_are_no_idleness(
         gevent.sleep(0.3)
     eventually(lambda: callback.received() == bytes(16_000))
     assert not callback.named("on_close")
+
+
+def test_the_idle_time_is_no_longer_than_on_plain_connections(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    callback = RecordingCallback()
+    client = peer(ps_server(callback, ssl_context=server_context(), idle_milliseconds=3_000))
+    client.say(b"hello")
+    callback.wait_for("on_message")
+    with takes(3.0, most=3.9):
+        (closed,) = callback.wait_for("on_close", timeout=10)
+    assert closed.value is PsCloseReason.TIMEOUT
+
+
+KEY_UPDATES = """
+    import ctypes, ctypes.util, socket, sys
+
+    class Ssl:
+        def __getattr__(self, name):
+            function = getattr(library, name)
+            if name.endswith(("_new", "_method")):
+                function.restype = ctypes.c_void_p
+            return lambda *args: function(*(ctypes.c_void_p(arg) for arg in args))
+
+    library = ctypes.CDLL(ctypes.util.find_library("ssl"))
+    openssl = Ssl()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", int(sys.argv[1])))
+        ssl = openssl.SSL_new(openssl.SSL_CTX_new(openssl.TLS_client_method()))
+        openssl.SSL_set_fd(ssl, sock.fileno())
+        assert openssl.SSL_connect(ssl) == 1
+        while openssl.SSL_key_update(ssl, 1) == 1 and openssl.SSL_do_handshake(ssl) == 1:
+            pass  # and nothing is read
+"""
+
+
+@pytest.mark.skipif(ctypes.util.find_library("ssl") is None, reason="needs libssl")
+def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobody(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Callback(RecordingCallback):
+        def on_open(self, session: PsSession[Any]) -> None:
+            super().on_open(session)
+            session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    callback, echo = Callback(), Echo()
+    server = ps_server(callback, ssl_context=server_context(), linger_timeout=0.0)
+    other = peer(ps_server(echo, ssl_context=server_context()))
+    source = textwrap.dedent(KEY_UPDATES)
+    with python_process("-c", source, str(server.address[1])) as process:
+        callback.wait_for("on_open", timeout=10)
+        answered = 0
+        while not callback.named("on_close"):
+            other.say(b"hello")
+            assert other.hear(5) == b"hello"
+            answered += 1
+        assert answered > 1
+        assert process.wait() == 0
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is PsCloseReason.FAILED
+    assert closed.session is not None
+    assert "takes none" in str(closed.session.close_cause)
+
+
+def test_a_look_at_a_socket_that_has_no_whole_record_reads_it_once() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = TlsSocket(ours, server_context(), server_side=True)
+        client = client_context().wrap_bio(
+            incoming := ssl.MemoryBIO(), outgoing := ssl.MemoryBIO(), server_hostname="localhost"
+        )
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        done = False
+        while not done:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+            theirs.sendall(outgoing.read())
+            with contextlib.suppress(BlockingIOError):
+                connection.shake_hands()
+                done = True
+            with contextlib.suppress(BlockingIOError):
+                incoming.write(theirs.recv(65536))
+        client.write(bytes(16_000))
+        record = outgoing.read()
+
+        class Dripping:
+            def __init__(self) -> None:
+                self.at = 0
+
+            def recv(self, size: int) -> bytes:
+                self.at += 1
+                return record[self.at - 1 : self.at]
+
+        connection._sock = dripping = Dripping()  # type: ignore[assignment]
+        with pytest.raises(BlockingIOError):
+            connection.recv(65536)
+        assert dripping.at == 1
+        assert connection.has_progress
 
 
 def test_a_stream_that_is_cut_off_is_no_clean_end(
