@@ -127,7 +127,7 @@ class FileSource:
         self._pending: bytes | memoryview = b""
         """What the kernel has not taken of a piece that was read; with its framing."""
         self._pending_size = 0
-        """Bytes of the file that this is."""
+        """Bytes of the file that this is; 0: there is none."""
         self._turn = 0
         self.sent = 0
         """Bytes of the file that have left."""
@@ -145,7 +145,7 @@ class FileSource:
 
     def give(self, session: SendingHalf[Any]) -> Gave:
         """See `psofa_gevent.send_line.Source`."""
-        if self._pending:
+        if self._pending_size:
             return self._give_piece(session)
         if self._left == 0:
             return Gave.ALL
@@ -202,8 +202,9 @@ class FileSource:
             self._pending = self._pending[taken:]
             self._turn = 0
             return Gave.SOME
+        size, self._pending_size = self._pending_size, 0
         self._pending = b""
-        self._count(self._pending_size)
+        self._count(size)
         if self._left == 0:
             return Gave.ALL
         if self._turn < TURN:
@@ -286,6 +287,9 @@ def _open(file: Any, offset: int) -> _RegularFile | _Stream:
     if isinstance(file, type) or not callable(getattr(file, "read", None)):
         kind = f"the class {file.__name__}" if isinstance(file, type) else type(file).__name__
         raise TypeError(f"file must be a path, or an object with a method read, not {kind}")
+    readable = getattr(file, "readable", None)
+    if readable is not None and not readable():
+        raise TypeError(f"file must be opened for reading, not {file!r}")
     descriptor = _descriptor(file)
     if descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
         if file.writable():
@@ -322,7 +326,7 @@ def _descriptor(file: Any) -> int | None:
     """
     kinds = (io.BufferedReader, io.BufferedRandom)
     raw = file.raw if type(file) in kinds else file
-    return raw.fileno() if type(raw) is io.FileIO and raw.readable() else None
+    return raw.fileno() if type(raw) is io.FileIO else None
 
 
 def _seek(file: Any, offset: int) -> None:

@@ -82,11 +82,13 @@ class Parking(Protocol):
 class GreenletParking:
     """Waits by switching to the hub."""
 
-    __slots__ = ("_greenlet", "_hub")
+    __slots__ = ("_greenlet", "_hub", "_is_woken")
 
     def __init__(self) -> None:
         self._hub = get_hub()
         self._greenlet: Any = None
+        self._is_woken = False
+        """Whether a switch is on its way: another one would end the next wait."""
 
     def __await__(self) -> Generator[Any, None, None]:
         self._greenlet = getcurrent()
@@ -98,11 +100,13 @@ class GreenletParking:
 
     def wake(self) -> bool:
         """Switch back, soon."""
-        if self._greenlet is not None:
+        if self._greenlet is not None and not self._is_woken:
+            self._is_woken = True
             self._hub.loop.run_callback(self._switch)
         return True
 
     def _switch(self) -> None:
+        self._is_woken = False
         # Since the wake-up the greenlet may have gone on, and wait for something else now.
         if self._greenlet is not None:
             self._greenlet.switch()

@@ -42,6 +42,7 @@ from psofa_gevent import (
 )
 from psofa_gevent.files import TURN
 from psofa_gevent.framing import LengthPrefix, Line
+from psofa_gevent.send_line import GreenletParking, run_in_greenlet
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -567,6 +568,33 @@ def test_text_files_and_fifos_are_refused_at_once(path: Path, pair: Callable[...
         session.send_file(fifo)
 
 
+@pytest.mark.parametrize("mode", ["wb", "ab", "xb"])
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_a_file_that_is_written_is_refused_and_left_where_it_is(
+    mode: str, buffering: int, tmp_path: Path, pair: Callable[..., Pair]
+) -> None:
+    session, _peer, _callback = pair()
+    with (tmp_path / "log").open(mode, buffering) as file:
+        file.write(b"first")
+        with pytest.raises(TypeError, match="opened for reading"):
+            session.send_file(cast("Any", file))
+        file.write(b"second")
+    assert (tmp_path / "log").read_bytes() == b"firstsecond"
+    assert session.is_open
+
+
+def test_pieces_of_which_a_framing_makes_nothing_count_as_sent(pair: Callable[..., Pair]) -> None:
+    class Sparse(LengthPrefix):
+        def encode(self, message: Any) -> bytes:
+            return super().encode(message) if any(message) else b""
+
+    session, peer, _callback = pair(framing=Sparse(1))
+    assert (
+        session.send_file(io.BytesIO(bytes(4) + b"text" + bytes(4)), count=12, piece_size=4) == 12
+    )
+    peer.expect(b"\4text")
+
+
 def test_a_piece_that_the_framing_can_not_carry_is_refused(pair: Callable[..., Pair]) -> None:
     session, peer, _callback = pair(framing=LengthPrefix(1, max_size=100))
     with pytest.raises(PsFramingError):
@@ -658,6 +686,30 @@ def test_other_sessions_have_their_turn_after_each_megabyte(
         looking.kill()
     steps = [after - before for before, after in itertools.pairwise(seen)]
     assert max(steps) <= 1_048_576
+
+
+def test_a_sender_that_is_woken_twice_at_once_takes_one_turn() -> None:
+    parking = GreenletParking()
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await parking
+            turns += 1
+
+    sender = gevent.spawn(run_in_greenlet, turn())
+    try:
+        gevent.sleep(0)
+        parking.wake()
+        parking.wake()
+        eventually(lambda: turns)
+        gevent.sleep(0.01)
+        assert turns == 1
+        parking.wake()
+        eventually(lambda: turns == 2)
+    finally:
+        sender.kill()
 
 
 # The peer takes nothing
