@@ -393,7 +393,7 @@ class SendLine:
         self._closed = False
         self._is_writable = False
         self._giver: Any = None
-        """The greenlet in which the first one's source is just giving."""
+        """The greenlet in which the first one's source is just giving, or who holds the line."""
         self._watcher = session._loop.io(session._sock.fileno(), WRITE)
 
     async def send(
@@ -530,8 +530,8 @@ class SendLine:
     def _check_progress(self, sender: _Sender, timeout: float | None) -> None:
         acknowledged = self._count_acknowledged()
         now = monotonic()
-        # A socket that the first sender has not come to write to, or a source that waits for
-        # something of its own: not the peer is what is slow.
+        # A socket that the first sender has not come to write to, a source that waits for something
+        # of its own, one who holds the line: not the peer is what is slow.
         is_idle = self._is_writable or self._giver is not None
         if acknowledged > self._acknowledged or is_idle:
             self._acknowledged = acknowledged
@@ -557,4 +557,11 @@ class SendLine:
         """
         holder = _Sender(Buffers(b""), parking, begun=True, in_callback=False)
         self._senders.appendleft(holder)
-        return partial(self._leave, holder)
+        self._giver = holder
+
+        def release() -> None:
+            self._giver = None
+            self._progress_at = monotonic()
+            self._leave(holder)
+
+        return release

@@ -1038,6 +1038,43 @@ def test_what_others_send_in_the_handshake_leaves_encrypted_after_it(
 
 
 @sync_and_async
+def test_who_waits_for_a_handshake_is_not_timed_out(
+    use_async_callback: bool, ps_server: ServerFactory
+) -> None:
+    server = ps_server(StartTls(use_async_callback=use_async_callback), framing=Line())
+    with asking_for_tls(server) as client:
+        (session,) = server.sessions
+        sender = sending(session, b"sent", timeout=0.2)
+        client.expect_nothing(0.6)
+        client.go_over(client_context())
+        assert client.hear(5) == b"sent\n"
+        assert sender.get(timeout=5) is None
+
+
+def test_bytes_before_starttls_do_not_hide_what_the_peer_takes_after_it(
+    ps_server: ServerFactory,
+) -> None:
+    server = ps_server(StartTls(), framing=Line(max_size=BIG), linger_timeout=0.0)
+    client = TlsPeer.__new__(TlsPeer)
+    ScriptedClient.__init__(client, server.address, receive_buffer_size=32_768)
+    with client:
+        (session,) = eventually(lambda: server.sessions)
+        plain = sending(session, bytes(BIG))
+        client.expect(bytes(BIG) + b"\n")
+        assert plain.get(timeout=5) is None
+        client.send("STARTTLS\n")
+        client.expect("go ahead\n")
+        sender = sending(session, bytes(BIG), timeout=0.5)
+        client.expect_nothing()
+        client.go_over(client_context())
+        for _ in range(40):
+            client.hear(7_500)
+            gevent.sleep(0.05)
+            assert session.is_open
+        sender.kill()
+
+
+@sync_and_async
 @pytest.mark.parametrize("end", ["timeout", "close", "shutdown", "garbage"])
 def test_what_others_send_in_a_handshake_that_fails_never_leaves(
     end: str, use_async_callback: bool, ps_server: ServerFactory
