@@ -43,6 +43,7 @@ from psofa_gevent import (
     PsTlsError,
     await_greenlet,
     run_coroutine,
+    tls,
 )
 from psofa_gevent.client_hello import server_name
 from psofa_gevent.framing import LengthPrefix, Line
@@ -547,6 +548,7 @@ KEY_UPDATES = """
 
     library = ctypes.CDLL(ctypes.util.find_library("ssl"))
     openssl = Ssl()
+    data = ctypes.create_string_buffer(16_000)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", int(sys.argv[1])))
@@ -554,14 +556,24 @@ KEY_UPDATES = """
         openssl.SSL_set_fd(ssl, sock.fileno())
         assert openssl.SSL_connect(ssl) == 1
         while openssl.SSL_key_update(ssl, 1) == 1 and openssl.SSL_do_handshake(ssl) == 1:
-            pass  # and nothing is read
+            if sys.argv[2] == "between data":
+                openssl.SSL_write(ssl, ctypes.addressof(data), 16_000)
 """
 
 
 @pytest.mark.skipif(ctypes.util.find_library("ssl") is None, reason="needs libssl")
+@pytest.mark.parametrize(
+    ("how", "error"), [("at once", "too many"), ("between data", "takes none")]
+)
 def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobody(
-    ps_server: ServerFactory, peer: MakePeer
+    how: str,
+    error: str,
+    ps_server: ServerFactory,
+    peer: MakePeer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tls, "MOST_UNTAKEN", 4_096)
+
     class Callback(RecordingCallback):
         def on_open(self, session: PsSession[Any]) -> None:
             super().on_open(session)
@@ -571,7 +583,7 @@ def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobo
     server = ps_server(callback, ssl_context=server_context(), linger_timeout=0.0)
     other = peer(ps_server(echo, ssl_context=server_context()))
     source = textwrap.dedent(KEY_UPDATES)
-    with python_process("-c", source, str(server.address[1])) as process:
+    with python_process("-c", source, str(server.address[1]), how) as process:
         callback.wait_for("on_open", timeout=10)
         answered = 0
         while not callback.named("on_close"):
@@ -583,7 +595,7 @@ def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobo
     (closed,) = callback.wait_for("on_close")
     assert closed.value is PsCloseReason.FAILED
     assert closed.session is not None
-    assert "takes none" in str(closed.session.close_cause)
+    assert error in str(closed.session.close_cause)
 
 
 def test_a_look_at_a_socket_that_has_no_whole_record_reads_it_once() -> None:
