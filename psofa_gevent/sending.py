@@ -327,7 +327,8 @@ class SendingHalf(Generic[M]):
             OSError: the file could not be opened or read.
             PsFramingError: the session's framing can't carry a piece.
             PsSendError: as for `send`; or the file ended before `count`.
-            TypeError: `file` is none of these, or gives text; or an argument has the wrong type.
+            TypeError: `file` is none of these, can't be read, or gives text; or an argument has the
+                wrong type.
             ValueError: an argument is out of range; the path is that of a FIFO or a device; an
                 `offset` in something that can't seek.
         """
