@@ -229,9 +229,13 @@ class TlsSocket:
         with contextlib.suppress(OSError):
             self._flush()
         if asked > MOST_ANSWERS:
-            self._error = ssl.SSLError("the peer asks for too many answers of TLS")
+            self._error = ssl.SSLError(
+                ssl.SSL_ERROR_SSL, "the peer asks for too many answers of TLS"
+            )
         elif len(self._encrypted) > MOST_UNTAKEN:
-            self._error = ssl.SSLError("the peer asks for answers of TLS, and takes none")
+            self._error = ssl.SSLError(
+                ssl.SSL_ERROR_SSL, "the peer asks for answers of TLS, and takes none"
+            )
 
     def _has_pending(self) -> bool:
         return self._incoming.pending > 0 or self.ssl_object.pending() > 0
@@ -254,9 +258,11 @@ class TlsSocket:
             try:
                 self._taken = self.ssl_object.write(data)
             except ssl.SSLWantReadError as exc:
-                raise ssl.SSLError("the peer wants to renegotiate, which is not supported") from exc
+                raise ssl.SSLError(
+                    ssl.SSL_ERROR_SSL, "the peer wants to renegotiate, which is not supported"
+                ) from exc
         elif len(data) < self._taken:
-            raise ssl.SSLError("another message was half sent")
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, "another message was half sent")
         self._flush()
         taken, self._taken = self._taken, 0
         return taken
