@@ -894,7 +894,7 @@ def test_every_setting_of_the_server_has_an_option(
     arguments += ["--listener", "fd:16", "--reuse-port"]
     for name, value in expected.items():
         option = f"--{serve.REPEATED.get(name, name).replace('_', '-')}"
-        if type(value) in (int, float, str) and name != "unix_mode":
+        if type(value) in (int, float, str) and name not in ("host", "unix_mode"):
             arguments += [option, str(value)]
         elif isinstance(value, list) and name != "listener":
             arguments += [text for each in value for text in (option, each)]
