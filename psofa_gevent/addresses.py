@@ -14,7 +14,7 @@ from gevent import socket
 
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.settings import MAX_PORT, check_instance, check_int
-from psofa_gevent.unix_sockets import unix_path
+from psofa_gevent.unix_sockets import is_unix, unix_path
 
 __all__ = [
     "SocketAddress",
@@ -83,8 +83,10 @@ def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketA
 def format_address(host: object, port: object) -> str:
     """``host:port``, with brackets round an IPv6 address (RFC 3986, section 3.2.2).
 
-    A Unix socket has no port.
+    A Unix socket has no port. What can't be printed of its name, which its peer has chosen, is
+    escaped.
     """
-    if isinstance(host, str) and unix_path(host) is not None:
-        return host
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    text = str(host)
+    if is_unix(host):
+        return text if text.isprintable() else ascii(text)[1:-1]
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"

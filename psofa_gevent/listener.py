@@ -316,6 +316,9 @@ class Listener(StreamServer):
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager, unless the rules refuse it."""
         try:
+            if address is None and accepted.family != _socket.AF_UNIX:
+                # macOS. With no address it would pass for a Unix socket, which has rights.
+                raise ConnectionResetError("it has no address any more")
             if self._admission is not None and self._admission.refuses(
                 accepted, address, self._manager
             ):

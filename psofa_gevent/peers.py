@@ -14,6 +14,7 @@ import ipaddress
 from collections.abc import Collection
 
 from psofa_gevent.tcp import Endpoint
+from psofa_gevent.unix_sockets import is_unix
 
 __all__ = ["Networks", "peer_address"]
 
@@ -23,15 +24,12 @@ MAPPED_BITS = 96
 
 def peer_address(endpoint: Endpoint | None) -> bytes | None:
     """The packed address, of 4 or 16 bytes; ``None`` for a Unix socket."""
-    if endpoint is None:
+    if endpoint is None or is_unix(endpoint[0]):
         return None
     host: str = endpoint[0]
     if ":" not in host:
         return _socket.inet_aton(host)
-    try:
-        packed = _socket.inet_pton(_socket.AF_INET6, host.partition("%")[0])
-    except OSError:
-        return None  # the path of a Unix socket
+    packed = _socket.inet_pton(_socket.AF_INET6, host.partition("%")[0])
     return packed[12:] if packed.startswith(MAPPED) else packed
 
 
@@ -45,7 +43,8 @@ class Networks:
 
         Args:
             name: the setting's.
-            networks: addresses and networks in CIDR notation.
+            networks: addresses, and networks in CIDR notation: no address with a prefix that is
+                shorter than it ("10.0.0.1/8"), which may be meant either way.
 
         Raises:
             TypeError: it is no collection of strings.
@@ -65,6 +64,8 @@ class Networks:
                     f"{networks!r}"
                 )
             try:
+                if "%" in text:
+                    raise ValueError("with a zone, and peers are told by their addresses only")
                 self._add(ipaddress.ip_network(text))
             except ValueError as exc:
                 raise ValueError(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import gevent
 
-__all__ = ["UnixFile", "make_room", "starting_in_turn", "unix_endpoint", "unix_path"]
+__all__ = ["UnixFile", "is_unix", "make_room", "starting_in_turn", "unix_endpoint", "unix_path"]
 
 PREFIX = "unix:"
 LONGEST_PATH = 107
@@ -30,6 +30,11 @@ TURN_PERIOD = 0.01
 """Seconds between two looks whether it is our turn to start."""
 MOST_TURNS = 100
 """Looks, then it goes without: who has the lock for so long is no server that starts."""
+
+
+def is_unix(host: object) -> bool:
+    """Whether a host is a Unix socket, of whatever name: also one that nobody could ask for."""
+    return isinstance(host, str) and host.startswith(PREFIX)
 
 
 def unix_path(host: str) -> str | None:

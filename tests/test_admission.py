@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _socket
 import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,8 +118,85 @@ def test_networks_agree_with_the_standard_library(case: tuple[Any, Any, int]) ->
 
 
 def test_a_peer_on_a_unix_socket_has_no_address() -> None:
+    for name in ("/run/client", "::1", "@abstract", "\udcff", "x" * 108):
+        assert peer_address((f"unix:{name}", 0)) is None
     assert peer_address(None) is None
-    assert peer_address(("unix:/run/client", 0)) is None
+
+
+ODD_NAMES = {
+    "no UTF-8": b"%s/\xff",
+    "a new line": b"%s/\nERROR all is lost",
+    "longest": b"\0" + b"x" * 107,
+}
+"""What a Unix socket may be called; in the first two, ``%s`` is a directory."""
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+@pytest.mark.parametrize("proxy_protocol", [False, True], ids=["direct", "proxied"])
+def test_whatever_a_unix_peer_is_called_it_is_served_and_told_in_one_line(
+    ps_server: ServerFactory,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: bytes,
+    proxy_protocol: bool,
+) -> None:
+    caplog.set_level(logging.DEBUG, "psofa_gevent")
+    if name.startswith(b"\0") and sys.platform != "linux":
+        pytest.skip("the abstract namespace is Linux's")
+    server = ps_server(
+        echo(),
+        host=f"unix:{tmp_path}/s",
+        denied_networks=ELSEWHERE,
+        max_sessions_per_peer=1,
+        proxy_protocol=proxy_protocol,
+    )
+    name = name.replace(b"%s", os.fsencode(tmp_path))
+    with gevent.socket.socket(socket.AF_UNIX) as sock:
+        if not proxy_protocol:
+            sock.bind(name)
+        sock.connect(f"{tmp_path}/s")
+        client = ScriptedClient.from_socket(sock)
+        client.send(v2(name, b"/s") if proxy_protocol else b"")
+        ask(client)
+        (session,) = server.sessions
+        assert str(session.remote_endpoint[0]).startswith("unix:")  # type: ignore[index]
+        texts = [repr(session), *(record.getMessage() for record in caplog.records)]
+    assert [text for text in texts if not text.isprintable()] == []
+
+
+def test_a_unix_peer_that_is_refused_is_told_in_one_line(
+    ps_server: ServerFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = Door(lambda _peer: False)
+    server = ps_server(callback, host=f"unix:{tmp_path}/s")
+    with gevent.socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"{tmp_path}/\n\udcff")
+        sock.connect(f"{tmp_path}/s")
+        assert is_closed(ScriptedClient.from_socket(sock))
+    eventually(lambda: caplog.records)
+    assert server.refused[PsRefusal.CALLBACK] == 1
+    assert callback.peers == [(f"unix:{tmp_path}/\n\udcff", 0)]
+    assert [
+        each.getMessage() for each in caplog.records if not each.getMessage().isprintable()
+    ] == []
+
+
+@pytest.mark.parametrize("reason", ["rules", "on_accept"])
+def test_a_connection_without_an_address_is_nobody_s(ps_server: ServerFactory, reason: str) -> None:
+    """A system such as macOS accepts one that was reset, and does not say whose it was."""
+    callback = Door(lambda _peer: None)
+    rules: dict[str, Any] = {"allowed_networks": ELSEWHERE} if reason == "rules" else {}
+    server = ps_server(callback, **rules)
+    assert server._listeners is not None
+    (listener,) = server._listeners._all
+    ours, theirs = socket.socketpair()
+    with ours:
+        accepted = _socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, theirs.detach())
+        listener.do_handle(accepted, None)
+        ours.settimeout(5)
+        assert ours.recv(1) == b""
+    assert callback.peers == []
+    assert server.get_session_count() == 0
 
 
 @pytest.mark.parametrize(
