@@ -143,7 +143,7 @@ class Admission:
                 del self._counts[key]
 
     def close(self) -> None:
-        """Nothing is accepted any more: close what is on its way out."""
+        """The server has stopped, or its hub is gone: close what is on its way out."""
         self._farewells.close()
 
     def _why_not(self, peer: Endpoint | None) -> PsRefusal | None:

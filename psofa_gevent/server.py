@@ -435,6 +435,7 @@ class PsServer(SessionOwner[M]):
         return list(self._bound_to or [place.asked_for for place in self._places])
 
     def __enter__(self) -> Self:
+        self._forget_if_hub_is_gone()
         if self._manager is None:
             self.start()
         return self
@@ -472,7 +473,6 @@ class PsServer(SessionOwner[M]):
         if self._listeners is not None:
             self._listeners.close()
             self._listeners = None
-        self._admission.close()
 
     def _stopped(self) -> None:
         manager = self._manager
@@ -484,6 +484,7 @@ class PsServer(SessionOwner[M]):
         if listeners is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed
             with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
                 listeners.close()
+        self._admission.close()
         if has_started:
             log_safely(logging.INFO, "%s: stopped", stopped)
 

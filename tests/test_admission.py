@@ -11,13 +11,14 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gevent
 import gevent.socket
 import pytest
+from gevent import monkey
 from gevent.event import Event
 from hypothesis import given
 from hypothesis import strategies as st
@@ -597,6 +598,105 @@ def test_an_address_that_is_not_allowed_does_not_learn_that_the_server_is_full(
     assert refusals(server) == {PsRefusal.NETWORK: 1, PsRefusal.FULL: 1}
 
 
+# Several listeners
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Iterator[list[Any]]:
+    """A listener of each kind: TCP, Unix, inherited."""
+    with monkey.get_original("socket", "socket")() as sock:
+        sock.bind((LOOPBACK, 0))
+        sock.listen(100)
+        yield [(LOOPBACK, 0), f"unix:{tmp_path}/s", sock]
+
+
+def connect(address: tuple[Any, ...]) -> ScriptedClient:
+    """A client of any of them."""
+    host = str(address[0])
+    if not host.startswith("unix:"):
+        return ScriptedClient(address)
+    sock = gevent.socket.socket(socket.AF_UNIX)
+    sock.connect(host.removeprefix("unix:"))
+    return ScriptedClient.from_socket(sock)
+
+
+def test_when_all_listeners_together_are_full_each_of_them_refuses(several: list[Any]) -> None:
+    settings: dict[str, Any] = {"max_sessions": 2, "refuse_when_full": True, "farewell": "full"}
+    with PsServer(echo(), listener=several, **settings) as server:
+        for _ in range(3):
+            with connect(server.addresses[0]) as first, connect(server.addresses[1]) as second:
+                ask(first)
+                ask(second)
+                for address in server.addresses:
+                    with connect(address) as third:
+                        assert third.receive_until_eof() == b"full"
+                second.close()
+                eventually(lambda: server.get_session_count() == 1)
+                with connect(server.addresses[2]) as in_its_place:
+                    ask(in_its_place)
+            eventually(lambda: not server.get_session_count())
+        assert refusals(server) == {PsRefusal.FULL: 9}
+
+
+def test_a_peer_s_sessions_of_all_listeners_are_counted_together(several: list[Any]) -> None:
+    with PsServer(echo(), listener=several, max_sessions_per_peer=2) as server:
+        tcp, unix, inherited = server.addresses
+        with connect(tcp) as first, connect(inherited) as second, connect(unix) as without_address:
+            for client in (first, second, without_address):
+                ask(client)
+            assert counted_peers(server) == {b"\x7f\0\0\x01": 2}
+            for address in (tcp, inherited):
+                with connect(address) as third:
+                    assert is_closed(third)
+            first.close()
+            eventually(lambda: server.get_session_count() == 2)
+            with connect(inherited) as third:
+                ask(third)
+        eventually(lambda: not server.get_session_count())
+        assert counted_peers(server) == {}
+        assert refusals(server) == {PsRefusal.PEER: 2}
+
+
+def test_networks_are_for_all_listeners_and_no_turn_is_lost_on_who_is_refused(
+    several: list[Any],
+) -> None:
+    """While the server is full they wait; a free place goes to the first who is let in."""
+    with PsServer(echo(), listener=several, max_sessions=1, denied_networks=HERE) as server:
+        tcp, unix, inherited = server.addresses
+        with contextlib.ExitStack() as stack:
+            first = connect(unix)
+            ask(first)
+            waiting = [
+                stack.enter_context(connect(address)) for address in [tcp, inherited] * 3 + [unix]
+            ]
+            waiting[-1].send("x")
+            waiting[-1].expect_nothing(0.05)
+            assert refusals(server) == {}
+            first.close()
+            waiting[-1].expect("x")
+            waiting[-1].close()
+            assert all(map(is_closed, waiting[:-1]))
+        with connect(unix) as client:
+            ask(client)
+        assert refusals(server) == {PsRefusal.NETWORK: 6}
+
+
+def test_a_header_is_due_on_all_listeners(several: list[Any]) -> None:
+    callback = echo()
+    with PsServer(
+        callback, listener=several, proxy_protocol=True, max_sessions_per_peer=3
+    ) as server:
+        for address in server.addresses:
+            with connect(address) as honest, connect(address) as silent:
+                honest.send(v1())
+                ask(honest)
+                assert list(counted_peers(server)) == [bytes([203, 0, 113, 7])]
+                silent.send("x")
+                assert is_closed(silent)
+            eventually(lambda: not server.get_session_count())
+    assert len(callback.named("on_open")) == 3
+
+
 # Farewell
 
 
@@ -663,6 +763,33 @@ def test_a_shutdown_does_not_wait_for_farewells(ps_server: ServerFactory) -> Non
         with takes(most=0.5):
             server.shutdown()
         assert not server._admission._farewells._leaving
+
+
+@pytest.mark.skipif(
+    "libuv" in type(gevent.get_hub().loop).__module__,
+    reason="gevent does not destroy a libuv loop in which something is watched",
+)
+def test_farewells_end_with_their_hub() -> None:
+    """The next start does not find them, and counts anew."""
+
+    def serve_until_somebody_is_refused() -> None:
+        server.start()
+        eventually(lambda: leaving and not server.get_session_count())
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    server = local_server(echo(), max_sessions=1, refuse_when_full=True, farewell="full")
+    leaving = server._admission._farewells._leaving
+    thread = NativeThread(serve_until_somebody_is_refused)
+    eventually(lambda: server.address[1])
+    with ScriptedClient(server.address) as first, ScriptedClient(server.address) as second:
+        ask(first)
+        second.expect("full")
+        first.close()
+        thread.wait()
+        assert leaving
+        with server, ScriptedClient(server.address) as third:
+            assert not leaving
+            ask(third)
 
 
 @pytest.mark.parametrize("says", [b"", b"hello"])
