@@ -1,11 +1,4 @@
-"""What an accepted connection goes through before its session opens.
-
-That is the header of the PROXY protocol, the rules about its peer with ``on_accept``, and the TLS
-handshake, in this order. It runs in the session's own greenlet, and what the peer has to do has one
-time limit, so a silent peer holds up nobody. What fails closes the session with FAILED and one
-record in the log; ``on_close`` is told, and ``on_open`` was not. A session that is refused, or
-closed meanwhile for another reason, gets neither; nor does one whose peer leaves without having
-sent a byte where one is due: a load balancer that looks whether somebody is there.
+"""The TLS handshake of a session: before it opens (`psofa_gevent.prologue`), or in its middle.
 
 A handshake in the middle of a session (`begin_tls`, `begin_tls_async`) is a callback's: it runs in
 the session's own greenlet, or in the task for which that waits. What others send meanwhile waits,
@@ -18,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -28,7 +21,6 @@ from gevent import getcurrent
 from psofa_gevent.aio import greenlet_that_waits
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
-from psofa_gevent.first_bytes import SilentPeerError, read_header, wait_for_word
 from psofa_gevent.send_line import Parking, SendLine, TaskParking, run_in_greenlet
 from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.tls import TlsSocket
@@ -36,7 +28,7 @@ from psofa_gevent.tls import TlsSocket
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
-__all__ = ["Handshake", "Prologue", "begin_tls", "begin_tls_async"]
+__all__ = ["Handshake", "SessionParking", "begin_tls", "begin_tls_async", "wait_for_peer"]
 
 logger = logging.getLogger("psofa_gevent")
 
@@ -45,45 +37,6 @@ WRITE_LOOK = 0.01
 SHORTEST_TIMER = 0.001
 """Seconds: libuv knows no shorter timer, and warns of one."""
 NEVER = float("inf")
-
-
-class Prologue:
-    """The steps of one server, for each accepted connection."""
-
-    def __init__(
-        self,
-        ssl_context: Callable[[], ssl.SSLContext | None],
-        timeout: float | None,
-        admits: Callable[[PsSession[Any]], bool],
-        *,
-        proxy_protocol: bool,
-    ) -> None:
-        self._ssl_context = ssl_context
-        self._timeout = timeout
-        self._admits = admits
-        self._proxy_protocol = proxy_protocol
-
-    def __call__(self, session: PsSession[Any]) -> None:
-        """Take the steps. In the session's own greenlet; may switch."""
-        deadline = NEVER if self._timeout is None else monotonic() + self._timeout
-        if self._proxy_protocol and not read_header(session, deadline):
-            return
-        asked_at = monotonic()
-        if not self._admits(session):
-            return
-        deadline += monotonic() - asked_at  # which was not the peer's time
-        try:
-            context = self._ssl_context()
-            if context is not None:
-                wait_for_word(session, deadline)
-                handshake = Handshake(context, deadline, server_side=True)
-                run_in_greenlet(handshake.shake_hands(session, SessionParking(session)))
-        except SilentPeerError:
-            session._request_close(PsCloseReason.PEER_CLOSE, linger=False)
-        except OSError as exc:
-            if session._open:
-                session._request_close(PsCloseReason.FAILED, exc)
-                logger.warning("%r: the TLS handshake failed: %s", session, exc)
 
 
 class SessionParking:
@@ -152,7 +105,7 @@ class Handshake:
             try:
                 tls.shake_hands()
             except BlockingIOError:
-                await _wait(session, self.deadline, parking, writes=tls.wants_write)
+                await wait_for_peer(session, self.deadline, parking, writes=tls.wants_write)
             else:
                 session._use_tls(tls)
                 return
@@ -196,7 +149,7 @@ async def _go_over(session: PsSession[Any], handshake: Handshake, parking: Parki
     session._stop_watching()  # it is watched for the handshake now
     try:
         while session._line is not None and session._open:
-            await _wait(session, handshake.deadline, parking, writes=True)  # sent before
+            await wait_for_peer(session, handshake.deadline, parking, writes=True)  # sent before
         if session._framed is not None and session._framed.start_anew():
             raise PsTlsError(f"{session!r}: bytes came before the TLS handshake, unencrypted")
         if not session._open:
@@ -233,10 +186,14 @@ def _holding_senders(session: PsSession[Any], parking: Parking) -> Iterator[None
         release()
 
 
-async def _wait(
+async def wait_for_peer(
     session: PsSession[Any], deadline: float, parking: Parking, *, writes: bool
 ) -> None:
-    """Wait until there may be something to do."""
+    """Wait until something may have come; with `writes`, until something may leave.
+
+    Raises:
+        OSError: it is `deadline` (`TimeoutError`), or the session was closed meanwhile.
+    """
     left = deadline - monotonic()
     if left <= 0:
         raise TimeoutError("it was not complete in time")

@@ -23,7 +23,6 @@ from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listeners
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
-from psofa_gevent.opening import Prologue
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.places import (
     DEFAULT_HOST,
@@ -34,6 +33,7 @@ from psofa_gevent.places import (
     check_reuse_port,
     open_all,
 )
+from psofa_gevent.prologue import Prologue
 from psofa_gevent.service import Service
 from psofa_gevent.settings import (
     MAX_BUFFER,
