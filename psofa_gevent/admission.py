@@ -111,7 +111,7 @@ class Admission:
             reason = None if is_known else PsRefusal.PROXY
         else:
             reason = self._why_not(peer)
-        if reason in (None, PsRefusal.PEER) and self.refuse_when_full and manager.pool.full():
+        if reason is None and self.refuse_when_full and manager.pool.full():
             reason = PsRefusal.FULL
         if reason is None:
             return False

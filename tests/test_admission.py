@@ -598,6 +598,50 @@ def test_an_address_that_is_not_allowed_does_not_learn_that_the_server_is_full(
     assert refusals(server) == {PsRefusal.NETWORK: 1, PsRefusal.FULL: 1}
 
 
+@pytest.mark.parametrize("proxy_protocol", [False, True], ids=["direct", "proxied"])
+def test_the_first_rule_that_refuses_counts(ps_server: ServerFactory, proxy_protocol: bool) -> None:
+    """Networks, the peer's number, and the server's; whose client it is comes after a header."""
+    server = ps_server(
+        Door(lambda _peer: not is_closed_door.is_set()),
+        denied_networks=["127.0.0.2"],
+        max_sessions_per_peer=1,
+        max_sessions=2,
+        refuse_when_full=True,
+        proxy_protocol=proxy_protocol,
+        trusted_proxies=["127.0.0.1", "127.0.0.2"],
+    )
+    is_closed_door = Event()
+    header = LOCAL if proxy_protocol else b""
+
+    def refused_for(host: str) -> PsRefusal:
+        before = server.refused
+        with client_from(host, server) as client:
+            with contextlib.suppress(ConnectionError):
+                client.send(header)
+            assert is_closed(client)
+        (reason,) = [each for each in PsRefusal if server.refused[each] > before[each]]
+        return reason
+
+    second_host, second_header = ("127.0.0.1", v1()) if proxy_protocol else ("127.0.0.3", b"")
+    with client_from("127.0.0.1", server) as first:
+        first.send(header)
+        ask(first)
+        assert refused_for("127.0.0.1") is PsRefusal.PEER
+        assert refused_for("127.0.0.2") is PsRefusal.NETWORK
+        with client_from(second_host, server) as second:
+            second.send(second_header)
+            ask(second)
+            reasons = [refused_for(f"127.0.0.{host}") for host in (1, 2, 4)]
+    if proxy_protocol:
+        assert reasons == [PsRefusal.FULL, PsRefusal.FULL, PsRefusal.PROXY]
+    else:
+        assert reasons == [PsRefusal.PEER, PsRefusal.NETWORK, PsRefusal.FULL]
+    eventually(lambda: not server.get_session_count())
+    is_closed_door.set()
+    assert refused_for("127.0.0.2") is PsRefusal.NETWORK
+    assert refused_for("127.0.0.1") is PsRefusal.CALLBACK
+
+
 # Several listeners
 
 
