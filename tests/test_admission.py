@@ -393,6 +393,9 @@ def by_abort_in_a_thread(_client: ScriptedClient, session: PsSession) -> None:
 
 def by_idleness(_client: ScriptedClient, session: PsSession) -> None:
     session.change_idle_milliseconds(1)
+    gevent.sleep(0.005)
+    assert session._slice is not None
+    session._slice.look()  # as the idle timer does, once a second
 
 
 def by_kill(_client: ScriptedClient, session: PsSession) -> None:
@@ -476,13 +479,16 @@ def test_connections_that_are_gone_at_once_leave_no_trace(ps_server: ServerFacto
 
 
 @pytest.mark.logs_errors
-def test_a_session_left_behind_by_a_shutdown_does_not_count_ever_after() -> None:
+def test_a_session_left_behind_by_a_shutdown_does_not_count_ever_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Stuck(PsCallback):
         def on_message(self, session: PsSession, message: bytes) -> None:
             while not go_on.is_set():
                 with contextlib.suppress(BaseException):
                     go_on.wait()
 
+    monkeypatch.setattr("psofa_gevent.stopping.LEAST_SECOND_BOUND", 0.1)
     go_on = Event()
     server = local_server(Stuck(), max_sessions_per_peer=1)
     server.start()
@@ -766,13 +772,17 @@ def test_a_farewell_reaches_who_is_refused_even_one_that_talks(
     eventually(lambda: not server._admission._farewells._leaving)
 
 
-def test_who_does_not_leave_after_a_farewell_is_closed_soon(ps_server: ServerFactory) -> None:
+def test_who_does_not_leave_after_a_farewell_is_closed_soon(
+    ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert farewell_module.LONGEST_TIME == 1.0
+    monkeypatch.setattr(farewell_module, "LONGEST_TIME", 0.2)
     server = ps_server(echo(), max_sessions=1, refuse_when_full=True, farewell="full")
     with ScriptedClient(server.address) as first, ScriptedClient(server.address) as second:
         ask(first)
         second.expect("full")
         second.expect_eof()
-        with takes(0.8, most=1.2):
+        with takes(0.1, most=0.3):
             eventually(lambda: not server._admission._farewells._leaving)
         ask(first)
 

@@ -772,10 +772,18 @@ def test_a_header_is_no_part_of_the_idle_time(ps_server: ServerFactory) -> None:
     callback = RecordingCallback()
     server: PsServer = ps_server(callback, proxy_protocol=True, idle_milliseconds=1)
     with ScriptedClient(server.address) as balancer:
-        gevent.sleep(1.2)  # a look of the idle timer
+        eventually(lambda: server.get_session_count() == 1)
+        assert server._manager is not None
+        (session,) = server._manager.sessions
+        assert session._slice is not None
+        gevent.sleep(0.01)
+        session._slice.look()  # as the idle timer does, once a second
+        gevent.sleep(0.01)
         assert server.get_session_count() == 1
         balancer.send(LOCAL)
         callback.wait_for("on_open")
+        gevent.sleep(0.01)
+        session._slice.look()
         balancer.expect_eof()
     callback.wait_for("on_close")
     assert close_reasons(callback) == [PsCloseReason.TIMEOUT]
