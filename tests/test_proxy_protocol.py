@@ -597,6 +597,27 @@ def test_a_shutdown_ends_the_wait_and_no_callback_hears_of_it(ps_server: ServerF
     assert [event.name for event in callback.events] == ["on_start", "on_stop"]
 
 
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("start", [b"", v1()[:20]], ids=len)
+def test_a_wait_for_a_header_that_a_stranger_kills_fails_and_leaves_nothing(
+    ps_server: ServerFactory, start: bytes
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback, proxy_protocol=True, max_sessions_per_peer=1)
+    with ScriptedClient(server.address) as balancer:
+        balancer.send(start)
+        eventually(lambda: server.get_session_count() == 1)
+        gevent.sleep(0.01)
+        assert server._manager is not None
+        (session,) = server._manager.sessions
+        assert session._greenlet is not None
+        session._greenlet.kill(block=False)
+        balancer.expect_eof()
+    callback.wait_for("on_close")
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+    assert not callback.named("on_open")
+
+
 def test_silent_connections_hold_up_nobody(ps_server: ServerFactory) -> None:
     server = ps_server(echo(), proxy_protocol=True)
     with contextlib.ExitStack() as stack:
