@@ -328,6 +328,7 @@ class PsMultiClient(ConnectingOwner[M]):
         self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
+        self._forget_if_hub_is_gone()
         if self._manager is None:
             self.init_bundle()
         return self

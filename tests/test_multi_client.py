@@ -336,6 +336,17 @@ def test_connect_before_init_bundle_is_an_error_that_says_so(ps_server: ServerFa
     assert callback.events == []
 
 
+def test_with_initialises_anew_what_went_with_its_hub(ps_server: ServerFactory) -> None:
+    def destroy_hub() -> None:
+        bundle.init_bundle()
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    bundle = PsMultiClient(PsCallback())
+    NativeThread(destroy_hub).wait()
+    with bundle:
+        assert bundle.connect(*ps_server(echo()).address).session.is_open
+
+
 def test_connect_after_destroy_bundle_is_an_error(ps_server: ServerFactory) -> None:
     address = ps_server(echo()).address
     bundle = PsMultiClient(PsCallback())
