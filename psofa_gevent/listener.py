@@ -329,10 +329,10 @@ class Listener(StreamServer):
         except OSError as exc:
             # Reset before it could be looked at.
             accepted.close()
-            log_from_hub(logging.DEBUG, "%s: gone before it began: %s", address, exc)
+            log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
         except Exception as exc:
             accepted.close()
-            log_from_hub(logging.ERROR, "%s: could not be started", address, exc_info=exc)
+            log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
 
     def _accept_failed(self, exc: OSError) -> None:
         owner = self._manager.owner

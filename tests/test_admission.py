@@ -182,6 +182,24 @@ def test_a_unix_peer_that_is_refused_is_told_in_one_line(
     ] == []
 
 
+def test_a_unix_peer_that_is_gone_before_it_began_is_told_in_one_line(
+    ps_server: ServerFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "psofa_gevent")
+    server = ps_server(PsCallback(), host=f"unix:{tmp_path}/s")
+    assert server._listeners is not None
+    (listener,) = server._listeners._all
+    ours, theirs = socket.socketpair()
+    ours.close()
+    gone = _socket.socket(fileno=theirs.detach())
+    gone.close()
+    listener.do_handle(gone, "/run/\nclient")
+    (text,) = eventually(
+        lambda: [each.getMessage() for each in caplog.records if "gone" in each.getMessage()]
+    )
+    assert text.isprintable()
+
+
 @pytest.mark.parametrize("reason", ["rules", "on_accept"])
 def test_a_connection_without_an_address_is_nobody_s(ps_server: ServerFactory, reason: str) -> None:
     """A system such as macOS accepts one that was reset, and does not say whose it was."""
