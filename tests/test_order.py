@@ -52,6 +52,15 @@ def session_greenlets(session: PsSession) -> list[gevent.Greenlet[..., object]]:
     ]
 
 
+def greenlets_of_this_hub() -> list[gevent.Greenlet[..., object]]:
+    """All that a stranger finds; not those of hubs that other tests have destroyed."""
+    return [
+        each
+        for each in gc.get_objects()
+        if isinstance(each, gevent.Greenlet) and each.loop is gevent.get_hub().loop
+    ]
+
+
 # The life of one session
 
 
@@ -477,8 +486,8 @@ def test_an_async_on_close_comes_though_its_greenlet_was_killed_before_it_began(
     second.eof()
     eventually(lambda: server.get_session_count() == 1)
     gevent.sleep(0.01)
-    for each in gc.get_objects():
-        if isinstance(each, gevent.Greenlet) and not hasattr(each, "session"):
+    for each in greenlets_of_this_hub():
+        if not hasattr(each, "session"):
             each.kill(block=False)
     gevent.sleep(0.01)
     callback.go_on.set()
@@ -506,8 +515,7 @@ def test_on_close_comes_once_when_a_stranger_kills_every_greenlet_there_is(
         ps_client(server)
     callback.wait_for("on_open", 30)
     for _ in range(20):
-        everyone = [each for each in gc.get_objects() if isinstance(each, gevent.Greenlet)]
-        gevent.killall(everyone, block=False)
+        gevent.killall(greenlets_of_this_hub(), block=False)
         gevent.sleep(0.003)
     callback.wait_for("on_close", 30)
     one_more = ps_client(server)
