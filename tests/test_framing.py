@@ -69,7 +69,7 @@ FRAMINGS: dict[str, Framing[bytes]] = {
 
 # Not timed: the machine may be busy.
 settings.register_profile(
-    "framings", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "framings", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("framings")
 
