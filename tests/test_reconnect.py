@@ -76,6 +76,11 @@ async def asking(_failures: int, _error: PsError | None) -> bool:
     return False
 
 
+def has_failed(link: Link | None) -> bool:
+    """Whether an attempt has failed, and the next one is waited for."""
+    return link is not None and link._last_error is not None
+
+
 # The policy
 
 
@@ -620,7 +625,7 @@ def test_an_error_from_before_a_session_is_told_no_more(address: tuple[str, int]
     with pytest.raises(PsClientError, match="refused"):
         client.connect(timeout=0.1)
     client.connect_in_background()
-    gevent.sleep(0.1)  # it fails meanwhile; if not, all the better
+    eventually(lambda: has_failed(client._link))
     with server_at(address):
         client.wait_connected(20).close()
         callback.wait_for("on_close")
@@ -913,7 +918,7 @@ def test_destroying_the_bundle_ends_all_attempts_and_delays(address: tuple[str, 
         bundle = PsMultiClient(PsCallback(), reconnect=SLOW)
         bundle.init_bundle()
         connections = [bundle.connect_in_background(*where) for where in (address, silent) * 10]
-        gevent.sleep(0.05)  # some of them fail meanwhile, and wait: any number is fine
+        eventually(lambda: sum(has_failed(each._link) for each in connections) == 10)
         with takes(most=NO_DELAY):
             bundle.destroy_bundle()
         for connection in connections:

@@ -319,9 +319,10 @@ def test_the_example_is_started_for_its_first_client(manager: Manager) -> None:
 def test_the_units_of_the_example_are_as_systemd_wants_them(tmp_path: Path) -> None:
     for name in ("echo.socket", "echo.service"):
         text = (EXAMPLES / "systemd" / name).read_text()
-        installed = text.replace("/opt/echo/.venv/bin/python", sys.executable)
+        program = str(EXAMPLES / "systemd" / "echo.py")
+        installed = text.replace("@PYTHON@", sys.executable).replace("@PROGRAM@", program)
         (tmp_path / name).write_text(installed)
-    assert str(sys.executable) in installed
+    assert f"ExecStart={sys.executable} {program}\n" in installed
     command = ["systemd-analyze", "--man=no", "verify", "./echo.socket", "./echo.service"]
     result = gevent.subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=30
@@ -534,8 +535,9 @@ def test_two_greenlets_in_serve_forever_of_a_server_tell_once(manager: Manager) 
 def test_what_the_manager_does_not_take_at_once_is_told_later(manager: Manager) -> None:
     while systemd.notify("STATUS=" + "x" * 4_000):
         pass
-    with serving(local_server()):
-        gevent.sleep(0.1)
+    server = local_server()
+    with serving(server):
+        eventually(lambda: server.started)
         manager.expect("READY=1")
     manager.expect("STOPPING=1")
 
