@@ -21,6 +21,10 @@ from __future__ import annotations
 import os
 import warnings
 
+if os.environ.get("GEVENT_LOOP") == "libuv":
+    # Then gevent warns of a watcher that is dropped and was not closed. On libuv the loop goes on
+    # using its memory, and the process crashes at some later time.
+    os.environ.setdefault("GEVENT_DEBUG", "debug")
 if os.environ.get("PSOFA_TEST_PATCHED") == "1":
     from gevent import monkey
 

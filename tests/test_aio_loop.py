@@ -526,6 +526,8 @@ def test_a_forked_child_makes_a_loop_of_its_own_and_leaves_its_parents_alone() -
     assert printed == "7\nb'1234'\nTrue\n"
 
 
+# A destroyed hub has closed them itself.
+@pytest.mark.filterwarnings("ignore:Failed to close watcher:ResourceWarning")
 def test_a_loop_ends_with_its_thread() -> None:
     def use() -> Any:
         loop = hub_loop()

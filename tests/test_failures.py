@@ -425,11 +425,12 @@ def test_a_timeout_that_a_callback_left_running_fails_its_session(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     """It strikes when the callback has long returned, in the wait for bytes."""
-    callback = ActingCallback(on_open=lambda session: gevent.Timeout.start_new(0.05))
-    ps_client(ps_server(callback))
-    session = callback.opened()
-    assert callback.closed(session) is PsCloseReason.FAILED
-    assert isinstance(session.close_cause, gevent.Timeout)
+    with contextlib.closing(gevent.Timeout(0.05)) as timeout:
+        callback = ActingCallback(on_open=lambda session: timeout.start())
+        ps_client(ps_server(callback))
+        session = callback.opened()
+        assert callback.closed(session) is PsCloseReason.FAILED
+        assert session.close_cause is timeout
 
 
 def test_a_send_to_a_peer_that_has_reset_fails_the_session(
