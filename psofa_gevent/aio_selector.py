@@ -14,14 +14,13 @@ import selectors
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from psofa_gevent.times import SHORTEST_TIMER
+
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
     from gevent.hub import Hub
 
 __all__ = ["HubSelector"]
-
-SHORTEST_TIMER = 0.001
-"""Seconds. gevent's libuv loop takes no shorter one."""
 
 
 class HubSelector(selectors.BaseSelector):

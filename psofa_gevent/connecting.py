@@ -42,6 +42,7 @@ from psofa_gevent.settings import (
     check_ssl_context,
 )
 from psofa_gevent.tcp import set_options
+from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.tls import TlsSocket
 from psofa_gevent.unix_sockets import unix_path
 
@@ -53,10 +54,6 @@ __all__ = [
     "Target",
     "all_endpoints",
 ]
-
-
-SHORTEST_TIMER = 0.001
-"""Seconds: libuv knows no shorter timer, and warns of one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,13 @@ from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.tcp import Endpoint
+from psofa_gevent.times import SHORTEST_TIMER
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
 
 __all__ = ["Dispatch", "Limit"]
 
-SHORTEST_TIMER = 0.001
-"""Seconds: libuv knows no shorter timer, and warns of one."""
 LONGEST_RETHROW = 1.0
 """Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
 

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.framing import Decoder, Framing, Raw
 from psofa_gevent.settings import check_framing
+from psofa_gevent.times import NEVER
 
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
-__all__ = ["NEVER", "NOTHING", "FramedReceiver"]
+__all__ = ["NOTHING", "FramedReceiver"]
 
 logger = logging.getLogger("psofa_gevent")
 
-NEVER = float("inf")
 NOTHING: Any = object()
 """No message."""
 

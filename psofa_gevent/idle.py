@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Any
 import gevent
 from gevent.event import Event
 
+from psofa_gevent.times import NEVER
 from psofa_gevent.worker import Worker
 
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["IdleSlice", "IdleTimer"]
-
-_NEVER = float("inf")
 
 
 class IdleSlice:
@@ -38,7 +37,7 @@ class IdleSlice:
 
     def __init__(self) -> None:
         self.sessions: set[PsSession[Any]] = set()
-        self.due = _NEVER
+        self.due = NEVER
         """The monotonic clock before which none of them reaches its deadline."""
 
     def look(self) -> None:
@@ -46,7 +45,7 @@ class IdleSlice:
         now = monotonic()
         if now < self.due:
             return
-        due = _NEVER
+        due = NEVER
         for session in self.sessions:
             deadline = (session._waiting_since or now) + session._idle
             deadline = min(deadline, session._frame_deadline)

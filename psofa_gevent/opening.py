@@ -23,6 +23,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
 from psofa_gevent.send_line import Parking, SendLine, TaskParking, run_in_greenlet
 from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
+from psofa_gevent.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.tls import TlsSocket
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ logger = logging.getLogger("psofa_gevent")
 
 WRITE_LOOK = 0.01
 """Seconds between two looks whether a full kernel takes more of a handshake: a rare thing."""
-SHORTEST_TIMER = 0.001
-"""Seconds: libuv knows no shorter timer, and warns of one."""
-NEVER = float("inf")
 
 
 class SessionParking:

@@ -24,6 +24,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.opening import Handshake, SessionParking, wait_for_peer
 from psofa_gevent.proxy_protocol import PsProxyInfo, parse
 from psofa_gevent.send_line import run_in_greenlet
+from psofa_gevent.times import NEVER
 
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
@@ -34,7 +35,6 @@ logger = logging.getLogger("psofa_gevent")
 
 PEEK_SIZE = 4_096
 """Bytes of a header that are looked at in one go; most have less than a hundred."""
-NEVER = float("inf")
 
 
 class Prologue:

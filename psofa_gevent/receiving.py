@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError
-from psofa_gevent.framed import NEVER, NOTHING
+from psofa_gevent.framed import NOTHING
+from psofa_gevent.reading import read
+from psofa_gevent.times import NEVER, SHORTEST_TIMER
 
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["receive_next"]
 
-SHORTEST_TIMER = 0.001
-"""Seconds: libuv knows no shorter timer, and warns of one."""
 RETRY = 0.005
 """Seconds after which one whose time was over is woken again, if it has waited on."""
 
@@ -59,7 +59,7 @@ def _read_message(session: PsSession[Any], deadline: float) -> Any:
         _get_ready(session, waits=deadline == NEVER)
         data = None
         try:
-            data = session._read(deadline)
+            data = read(session, deadline)
         finally:
             if not data and session._framed is not None:
                 session._framed.stop_clock(session)

@@ -1,6 +1,7 @@
 """A session: one connection, from the connected socket to the moment it is queued for ``on_close``.
 
-Rules, all kept in this file:
+Rules, kept in this file, and by the parts of a session's life that are files of their own
+(`psofa_gevent.reading`, `psofa_gevent.lingering`):
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
   then the end. That greenlet is the only one that ends it. It closes the socket too, unless that
@@ -8,17 +9,15 @@ Rules, all kept in this file:
 - `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
   the session where it waits on its own socket, and interrupts its senders. It never switches.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
-  wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`); so
-  too while it lingers (`psofa_gevent.lingering`). A
+  wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`). A
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
-- The wait comes before the read: an idle session owns no buffer.
 
-What may switch: whatever runs a callback, `_read` (and `receive`), `_wait_half_open`, `linger`, a
-send that waits, and a log handler, so logging comes after what must not be interrupted. All else
-runs through without another greenlet in between. All attributes belong to the hub's thread, and
-callers in other OS threads are handed over (`HubThread`); only `close` and `abort` note there at
-once that they were asked (`_open`, `_abort_asked`).
+What may switch: whatever runs a callback, `read` (and `receive`), `linger`, a send that waits, and
+a log handler, so logging comes after what must not be interrupted. All else runs through without
+another greenlet in between. All attributes belong to the hub's thread, and callers in other OS
+threads are handed over (`HubThread`); only `close` and `abort` note there at once that they were
+asked (`_open`, `_abort_asked`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from __future__ import annotations
 import _socket
 import contextlib
 import logging
-import os
 import ssl
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,13 +39,14 @@ from psofa_gevent.addresses import format_address
 from psofa_gevent.connection_id import random_bytes, random_id
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
-from psofa_gevent.framed import NEVER, FramedReceiver
+from psofa_gevent.framed import FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Handshake, begin_tls, begin_tls_async
 from psofa_gevent.proxy_protocol import PsProxyInfo
+from psofa_gevent.reading import read
 from psofa_gevent.ready import ReadySessions, switch
 from psofa_gevent.receiving import receive_next
 from psofa_gevent.sending import SendingHalf
@@ -59,6 +58,7 @@ from psofa_gevent.settings import (
     check_seconds,
 )
 from psofa_gevent.tcp import Endpoint, endpoint, reset
+from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
 from psofa_gevent.work import Killer, kill_work, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
@@ -84,8 +84,6 @@ READ = 1
 """The event mask of gevent's io watchers (libev's EV_READ)."""
 REQUEST_LOOK = 0.05
 """Seconds between two looks whether a close that another thread has asked for has come."""
-HALF_OPEN_LOOK = 1.0
-"""Seconds between two looks for a reset, while the peer has closed its half."""
 _NOTHING = object()
 
 
@@ -585,7 +583,7 @@ class PsSession(SendingHalf[M]):
                     self._host.dispatch.on_open(self)
                     if self._framed is not None:  # on_open may have received messages itself
                         self._framed.hand_over(self)
-                    self._read()
+                    read(self)
             except BaseException as exc:
                 self._uncork_without_waiting()
                 self._fail(exc)
@@ -610,7 +608,7 @@ class PsSession(SendingHalf[M]):
             self._greenlet = None
 
     def _wait_until_woken(self, seconds: float | None) -> None:
-        """Wait, for so long at most, outside of `_read`. In the session's own greenlet."""
+        """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
         timer = None if seconds is None else self._loop.timer(seconds)
         if timer is not None:
             timer.start(self._resume)
@@ -622,79 +620,6 @@ class PsSession(SendingHalf[M]):
             if timer is not None:
                 timer.stop()
                 timer.close()
-
-    def _read(self, pulled_until: float = 0.0) -> bytes | None:  # noqa: C901, PLR0912, PLR0915
-        """Wait, read, hand over, until a close is requested: the way of every message.
-
-        Each wait is a switch to the next session that is readable, or to the hub if there is none
-        (`psofa_gevent.ready`). All in one function, as each call more would be felt.
-
-        Args:
-            pulled_until: not 0: hand over nothing, but return what was read; None when this moment
-                of the monotonic clock has come, and somebody woke the session.
-        """
-        ready: list[Any] = self._ready.sessions  # whoever waits has a greenlet
-        become_ready = ready.append
-        hub = self._host.thread.hub
-        size = self._host.settings.read_buffer_size
-        on_message = self._host.dispatch.on_message
-        try:
-            while self._open:
-                if not self._waiting_since:
-                    self._waiting_since = monotonic()
-                if not self._watches:
-                    self._watches = True
-                    self._watcher.start(become_ready, self)
-                while ready:
-                    other = ready.pop()
-                    if other._waiting_since:
-                        greenlet = other._greenlet
-                        del other  # a wait must not hold another session
-                        switch(greenlet)
-                        break
-                    other._stop_watching()
-                else:
-                    switch(hub)
-                if not self._open:
-                    return None  # type: ignore[unreachable]  # others ran since the last look
-                if not self._keeps_watching:
-                    self._stop_watching()
-                try:
-                    message: bytes | None = self._sock.recv(size)
-                except BlockingIOError:
-                    message = None
-                except OSError as exc:
-                    self._request_close(PsCloseReason.FAILED, exc, linger=False)
-                    logger.debug("%r: receive failed: %s", self, exc)
-                    return None
-                if message is None:
-                    # Woken by the idle timer, or by nothing at all: no bytes are there.
-                    self._look_at_clock(is_pulled=pulled_until > 0.0)
-                    if pulled_until and monotonic() >= pulled_until:
-                        return None
-                    continue
-                self._waiting_since = 0.0
-                self._bytes_received += len(message)
-                if pulled_until:
-                    return message
-                if not message:
-                    self._stop_watching()
-                    self._receive_eof()
-                    return None
-                if self._framed is None:
-                    self._messages_received += 1
-                    on_message(self, message)
-                else:
-                    self._framed.feed(self, message)
-                if self._framed is not None:  # or since just now
-                    self._framed.hand_over(self)
-                del message  # a session that waits owns no buffer
-        finally:
-            if pulled_until and self._waiting_since:
-                self._waited = (monotonic() - self._waiting_since, self._bytes_received)
-            self._waiting_since = 0.0
-            self._stop_watching()
-        return None
 
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.
@@ -739,71 +664,6 @@ class PsSession(SendingHalf[M]):
         if self._watches:
             self._watches = False
             self._watcher.stop()
-
-    def _receive_eof(self) -> None:
-        if self._framed is not None and not self._eof_received:
-            self._framed.end(self)
-        if not self._host.settings.allow_half_open:
-            self._request_close(PsCloseReason.PEER_CLOSE)
-            return
-        self._eof_received = True
-        self._host.dispatch.on_eof(self)
-        if self._framed is not None:
-            self._framed.hand_over(self)
-        if self._eof_sent:
-            self._request_close(PsCloseReason.PEER_CLOSE)
-        self._wait_half_open()
-
-    def _wait_half_open(self) -> None:
-        """Wait for the close of a session whose peer sends no more.
-
-        The socket is readable for ever now, so nothing tells of a reset: look for one.
-        """
-        look = self._loop.timer(HALF_OPEN_LOOK, HALF_OPEN_LOOK)
-        look.start(self._resume)
-        self._waiting_since = monotonic()
-        try:
-            while self._open:
-                if error := self._sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR):
-                    cause = OSError(error, os.strerror(error))
-                    self._request_close(PsCloseReason.FAILED, cause, linger=False)
-                elif self._is_idle():
-                    self._be_idle()
-                    self._waiting_since = monotonic()
-                else:
-                    self._host.thread.hub.switch()
-        finally:
-            self._waiting_since = 0.0
-            look.stop()
-            look.close()
-
-    def _look_at_clock(self, *, is_pulled: bool) -> None:
-        """No bytes are there. `is_pulled`: a callback waits for them."""
-        if self._tls is not None and self._tls.has_progress:  # but a part of a record
-            self._tls.has_progress = False
-            self._waiting_since = monotonic()
-        if self._framed is not None and monotonic() >= self._frame_deadline:
-            self._framed.time_out(self)
-        elif self._is_idle():
-            self._be_idle(may_call=not is_pulled)
-
-    def _be_idle(self, *, may_call: bool = True) -> None:
-        """The idle time is over: close, unless there is a callback for that."""
-        on_idle = self._host.dispatch.on_idle
-        if on_idle is None or not may_call:
-            self._request_close(PsCloseReason.TIMEOUT)
-            return
-        self._waiting_since = 0.0
-        self._waited = (0.0, 0)
-        if self._framed is not None:
-            self._framed.stop_clock(self)  # what a callback takes is not the peer's time
-        if on_idle(self) is False:
-            self._request_close(PsCloseReason.TIMEOUT)
-        elif self._framed is not None:
-            self._framed.hand_over(self)  # it may have received messages itself
-
-    def _is_idle(self) -> bool:
-        return monotonic() - self._waiting_since >= self._idle
 
     def _fail(self, exc: BaseException) -> None:
         """A callback raised, or a stranger threw something into the session's greenlet."""

@@ -27,15 +27,13 @@ from gevent import GreenletExit, getcurrent
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub_thread import CallerEvent, log_safely
 from psofa_gevent.manager import SessionManager
+from psofa_gevent.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks
 
 __all__ = ["Stop"]
 
-NEVER = float("inf")
 LEAST_SECOND_BOUND = 1.0
 """Seconds that killed callbacks and their ``on_close`` have at least."""
-SHORTEST_WAIT = 0.001
-"""Seconds; libuv knows no shorter timer, and warns of one."""
 KILL_PERIOD = 0.05
 """Seconds between two kills of a callback that swallows them."""
 FIRST_LOOK = 0.01
@@ -211,7 +209,7 @@ class Stop:
 
     def _hurry(self, manager: SessionManager, since: float) -> None:
         pace = manager.closing.hurry(self._second_deadline(since))
-        pace = min(max(pace, SHORTEST_WAIT), KILL_PERIOD)
+        pace = min(max(pace, SHORTEST_TIMER), KILL_PERIOD)
         until = monotonic() + pace
         self._wait(manager.is_quiet, lambda: until)
 
@@ -233,4 +231,4 @@ class Stop:
             left = until() - monotonic()
             if left <= 0:
                 return False
-            self._changed.wait(None if left == NEVER else max(left, SHORTEST_WAIT))
+            self._changed.wait(None if left == NEVER else max(left, SHORTEST_TIMER))

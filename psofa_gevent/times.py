@@ -1,0 +1,8 @@
+"""What all parts agree on about points in time and timers."""
+
+__all__ = ["NEVER", "SHORTEST_TIMER"]
+
+NEVER = float("inf")
+"""A point in time that does not come, a number of seconds that do not pass."""
+SHORTEST_TIMER = 0.001
+"""Seconds: gevent's libuv loop knows no shorter timer, and warns of one."""
