@@ -156,60 +156,87 @@ class TlsSocket:
         return len(self._encrypted) > 0
 
     def recv(self, size: int) -> bytes:
-        """Decrypted bytes, at most `size`; nothing: the peer has closed its stream."""
+        """Decrypted bytes, at most `size`; nothing: the peer has closed its stream.
+
+        Most often one record has come, and nothing else: then this function is all there is to it,
+        as each call more would be felt.
+        """
+        if self.has_more or self._at_end:
+            return self._recv_kept(size)
+        encrypted = self._sock.recv((size if size > RECORD else RECORD) + OVERHEAD)
+        if encrypted:
+            self._incoming.write(encrypted)
+        else:
+            self._incoming.write_eof()
+        try:
+            data = self.ssl_object.read(size if size < RECORD else RECORD)
+        except OSError as exc:
+            data = self._without_record(exc)
+        # A read of less than was asked for has taken all of its record.
+        if self._incoming.pending or self._outgoing.pending or not 0 < len(data) < size:
+            data = self._collect(size, data)
+        return data
+
+    def _recv_kept(self, size: int) -> bytes:
+        """`recv` of what no event of the socket tells of, or of what the socket has."""
+        self.has_more = False
         if self._decrypted:
             data, self._decrypted = self._decrypted[:size], self._decrypted[size:]
-            self.has_more = False
-            has_more = len(self._decrypted) > 0
-        elif self._error is not None:
+            self._tell_of_more(has_more=len(self._decrypted) > 0)
+            return data
+        if self._error is None and not self._at_end:
+            data = self._collect(size)
+            if data or self._at_end:
+                return data
+        if self._error is not None:
             self.has_more = False
             error, self._error = self._error, None
             raise error
-        elif self._at_end:
-            self.has_more = False
+        return b"" if self._at_end else self.recv(size)
+
+    def _without_record(self, exc: OSError) -> bytes:
+        """What `recv` does where OpenSSL has read something, and has nothing to give."""
+        if isinstance(exc, ssl.SSLZeroReturnError):
             return b""
-        else:
-            data, has_more = self._decrypt(size)
-        if has_more or self._at_end or self._error is not None:
-            self.has_more = True
-            if self.watcher is not None:
-                self.watcher.tell_soon()
-        return data
+        if self._outgoing.pending:
+            self._answer()
+            self._tell_of_more(has_more=False)
+        if isinstance(exc, ssl.SSLWantReadError):
+            # Not once more: a peer that sends nothing but key updates would hold the hub.
+            self.has_progress = True
+            raise BlockingIOError(errno.EAGAIN, "no whole record of data has come") from None
+        raise exc
 
-    def _decrypt(self, size: int, *, reads: bool = True) -> tuple[bytes, bool]:
-        """Decrypt what has come, at most `size` bytes; and whether there may be more.
+    def _collect(self, size: int, data: bytes | None = None) -> bytes:
+        """`data`, if there is any, with what else has come, decrypted, at most `size` bytes.
 
-        `reads`: with what the socket has, if nothing is there.
+        Nothing: no whole record has come, or what is `_at_end`, or the `_error`.
         """
-        may_have_more, self.has_more = self.has_more, False
         parts: list[bytes] = []
         left = size
         try:
-            data = self._first(size, may_be_here=may_have_more) if reads else self._next(size)
+            if data is None:
+                data = self._next(left)
+            elif not data:
+                self._at_end = True
             while data:
                 parts.append(data)
                 left -= len(data)
-                data = self._next(left) if left and self._has_pending() else None
+                data = self._next(left) if left and self._incoming.pending else None
         except OSError as exc:
-            if not parts and reads:
-                raise
             self._error = exc  # after what came before it
         finally:
             if self._outgoing.pending:
                 self._answer()
-        return parts[0] if len(parts) == 1 else b"".join(parts), not left and self._has_pending()
+        has_more = not left and (self._incoming.pending > 0 or self.ssl_object.pending() > 0)
+        self._tell_of_more(has_more=has_more)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _first(self, size: int, *, may_be_here: bool) -> bytes:
-        """`_next`, of what is here or what the socket has. To try the first costs more."""
-        data = self._next(size) if may_be_here else None
-        if data is None:
-            self._read_from_socket(size)
-            data = self._next(size)
-        if data is None:
-            # Not once more: a peer that sends nothing but key updates would hold the hub.
-            self.has_progress = True
-            raise BlockingIOError(errno.EAGAIN, "no whole record of data has come")
-        return data
+    def _tell_of_more(self, *, has_more: bool) -> None:
+        if has_more or self._at_end or self._error is not None:
+            self.has_more = True
+            if self.watcher is not None:
+                self.watcher.tell_soon()
 
     def _next(self, size: int) -> bytes | None:
         """Decrypted bytes of one record; nothing: the stream is at its end; ``None``: no record."""
@@ -237,20 +264,11 @@ class TlsSocket:
                 ssl.SSL_ERROR_SSL, "the peer asks for answers of TLS, and takes none"
             )
 
-    def _has_pending(self) -> bool:
-        return self._incoming.pending > 0 or self.ssl_object.pending() > 0
-
-    def _read_from_socket(self, size: int) -> None:
-        data = self._sock.recv((size if size > RECORD else RECORD) + OVERHEAD)
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
-
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send some of `data`: how many bytes of it the kernel took all of."""
         if not self._taken:
-            self._flush()
+            if self._encrypted or self._outgoing.pending:
+                self._flush()
             if not data:
                 return 0
             if len(data) > ENCRYPTED_AT_A_TIME:
@@ -285,10 +303,11 @@ class TlsSocket:
             BlockingIOError: the kernel does not take that now: call again.
         """
         # OpenSSL's second look for the peer's own takes data for a fatal error: all out, before.
-        has_more = True
-        while has_more:
-            data, has_more = self._decrypt(RECORD, reads=False)
+        is_full = True
+        while is_full:
+            data = self._collect(RECORD)
             self._decrypted += data
+            is_full = len(data) == RECORD
         # It raises where the peer has not sent its own yet, and where something is wrong.
         with contextlib.suppress(OSError, ValueError):
             self.ssl_object.unwrap()
