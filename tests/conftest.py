@@ -5,7 +5,8 @@ With ``PSOFA_TEST_PATCHED=1`` the whole run is monkey-patched, from here on: the
 After each test, its fixtures torn down, `leaves_nothing_behind` wants:
 
 - the greenlets that it spawned to be dead;
-- the hub's watchers and timers to be stopped (libev counts them, gevent on libuv does not);
+- the hub's watchers and timers to be stopped (libev counts them, gevent on libuv does not), and on
+  libuv none to be dropped that was not closed;
 - its file descriptors to be closed;
 - no record of level ERROR or above on the loggers ``psofa_gevent`` and ``asyncio``, unless the test
   is marked ``@pytest.mark.logs_errors``;
