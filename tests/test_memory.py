@@ -475,7 +475,11 @@ def test_a_session_goes_whose_send_was_refused_in_the_hub(ps_server: ServerFacto
 def test_a_session_goes_whose_send_timed_out_after_another_reason(
     ps_server: ServerFactory,
 ) -> None:
-    callback = Forgetful(on_message=send_too_much_and_go_on)
+    def send_for_longer_than_it_takes_to_ask_for_the_shutdown(session: PsSession) -> None:
+        with contextlib.suppress(PsSendError):
+            session.send(STALLING, 1.0)
+
+    callback = Forgetful(on_message=send_for_longer_than_it_takes_to_ask_for_the_shutdown)
     server = ps_server(callback, linger_timeout=0.0)
     with stalled_peer(server.address) as client:
         client.send("x")
