@@ -170,8 +170,16 @@ class TlsSocket:
             self._incoming.write_eof()
         try:
             data = self.ssl_object.read(size if size < RECORD else RECORD)
-        except OSError as exc:
-            data = self._without_record(exc)
+        except ssl.SSLZeroReturnError:
+            data = b""
+        except ssl.SSLWantReadError:
+            self._answer()
+            # Not once more: a peer that sends nothing but key updates would hold the hub.
+            self.has_progress = True
+            raise BlockingIOError(errno.EAGAIN, "no whole record of data has come") from None
+        except OSError:
+            self._answer()
+            raise
         # A read of less than was asked for has taken all of its record.
         if self._incoming.pending or self._outgoing.pending or not 0 < len(data) < size:
             data = self._collect(size, data)
@@ -194,19 +202,6 @@ class TlsSocket:
             raise error
         return b"" if self._at_end else self.recv(size)
 
-    def _without_record(self, exc: OSError) -> bytes:
-        """What `recv` does where OpenSSL has read something, and has nothing to give."""
-        if isinstance(exc, ssl.SSLZeroReturnError):
-            return b""
-        if self._outgoing.pending:
-            self._answer()
-            self._tell_of_more(has_more=False)
-        if isinstance(exc, ssl.SSLWantReadError):
-            # Not once more: a peer that sends nothing but key updates would hold the hub.
-            self.has_progress = True
-            raise BlockingIOError(errno.EAGAIN, "no whole record of data has come") from None
-        raise exc
-
     def _collect(self, size: int, data: bytes | None = None) -> bytes:
         """`data`, if there is any, with what else has come, decrypted, at most `size` bytes.
 
@@ -225,9 +220,7 @@ class TlsSocket:
                 data = self._next(left) if left and self._incoming.pending else None
         except OSError as exc:
             self._error = exc  # after what came before it
-        finally:
-            if self._outgoing.pending:
-                self._answer()
+        self._answer()
         has_more = not left and (self._incoming.pending > 0 or self.ssl_object.pending() > 0)
         self._tell_of_more(has_more=has_more)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -253,6 +246,8 @@ class TlsSocket:
     def _answer(self) -> None:
         """Send a key update, an alert: what can't leave now leaves with what is sent next."""
         asked = self._outgoing.pending
+        if not asked:
+            return
         with contextlib.suppress(OSError):
             self._flush()
         if asked > MOST_ANSWERS:
@@ -263,6 +258,7 @@ class TlsSocket:
             self._error = ssl.SSLError(
                 ssl.SSL_ERROR_SSL, "the peer asks for answers of TLS, and takes none"
             )
+        self._tell_of_more(has_more=False)
 
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send some of `data`: how many bytes of it the kernel took all of."""
