@@ -51,6 +51,7 @@ from types import TracebackType
 import gevent
 import gevent.hub
 import gevent.subprocess
+import hypothesis
 import pytest
 
 from psofa_gevent.testing import ps_client, ps_server
@@ -73,6 +74,15 @@ FILE_TYPES = {
     stat.S_IFIFO: "pipe",
     stat.S_IFSOCK: "socket",
 }
+
+# Not timed: the machine may be busy.
+hypothesis.settings.register_profile(
+    "psofa",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("psofa")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -276,7 +276,7 @@ class PythonProcess:
                 self._process.wait(timeout=every)
                 return
 
-    def wait(self, timeout: float = 20.0) -> int:
+    def wait(self, timeout: float = 40.0) -> int:
         """Read the output to its end, wait for the process and return its exit code."""
         with contextlib.suppress(gevent.Timeout), gevent.Timeout(timeout):
             for line in self._output:

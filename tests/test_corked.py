@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_dropped_when_the_peer_takes_nothing_for_linger_tim
     callback = Acting(act)
     client = ps_client(ps_server(callback, linger_timeout=0.1, send_timeout=None))
     client.send("go")
-    callback.wait_for("on_close")
+    callback.wait_for("on_close", timeout=30)
     assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
     client.close()
 

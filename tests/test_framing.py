@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psofa_gevent.framing import (
@@ -66,12 +66,6 @@ FRAMINGS: dict[str, Framing[bytes]] = {
     "fixed": FixedSize(7),
     "netstring": Netstring(),
 }
-
-# Not timed: the machine may be busy.
-settings.register_profile(
-    "framings", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("framings")
 
 each_framing = pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS.keys())
 # Of bytes that mean something to one or the other framing, so that they come often.

@@ -814,11 +814,11 @@ def test_on_idle_may_wait_in_receive_for_an_answer_that_does_not_come_again_and_
     def ask(session: PsSession) -> None:
         session.send("ping")
         with contextlib.suppress(TimeoutError):
-            session.receive(timeout=0.2)
+            session.receive(timeout=0.3)
 
     callback = AskingCallback(ask)
-    client = ps_client(ps_server(callback, idle_milliseconds=250))
-    client.expect("ping" * 4)
+    client = ps_client(ps_server(callback, idle_milliseconds=500))
+    client.expect("ping" * 3)
     assert not callback.named("on_close")
 
 

@@ -558,6 +558,7 @@ def test_who_only_looks_whether_somebody_is_there_is_no_failure(
     with ScriptedClient(server.address) as balancer:
         balancer.send(v1() + b"x")
         balancer.expect(b"x")
+    callback.wait_for("on_close")
     eventually(lambda: not server.get_session_count())
     assert len(callback.named("on_open")) == len(callback.named("on_close")) == 1
     assert not records(caplog)

@@ -325,7 +325,8 @@ def test_one_who_waits_behind_a_half_sent_message_has_not_begun(
 ) -> None:
     much = BIG // 8
     server = ps_server(PsCallback(), ssl_context=server_context(), send_timeout=None)
-    client = peer(server)
+    # Both buffers together are smaller than what is encrypted at a time, so that is half sent.
+    client = peer(server, receive_buffer_size=20_000, timeout=30.0)
     (session,) = eventually(lambda: server.sessions)
     session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
     in_front = gevent.spawn(session.send, bytes(much))
@@ -1077,10 +1078,10 @@ def test_bytes_before_starttls_do_not_hide_what_the_peer_takes_after_it(
         assert plain.get(timeout=5) is None
         client.send("STARTTLS\n")
         client.expect("go ahead\n")
-        sender = sending(session, bytes(BIG), timeout=0.5)
+        sender = sending(session, bytes(BIG), timeout=1.0)
         client.expect_nothing()
         client.go_over(client_context())
-        for _ in range(40):
+        for _ in range(30):
             client.hear(7_500)
             gevent.sleep(0.05)
             assert session.is_open
