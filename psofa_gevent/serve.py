@@ -28,7 +28,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsOverflow, PsSocketAddressFamily
 from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
 from psofa_gevent.network import local_addresses
-from psofa_gevent.places import DEFAULT_HOST, Given
+from psofa_gevent.places import DEFAULT_HOST, DEFAULT_PORT, Given
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
 from psofa_gevent.unix_sockets import unix_path
@@ -82,6 +82,10 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
     """The server that the command line describes; raises as `PsServer` does."""
     if args.listener is not None and args.host is not None:
         raise UsageError(f"--listener must not be given besides a --host ({args.host})")
+    if args.listener is not None and args.port != DEFAULT_PORT:
+        raise UsageError(f"--listener must not be given besides a --port ({args.port})")
+    if args.trusted_proxy is not None and not args.proxy_protocol:
+        raise UsageError("--trusted-proxy needs --proxy-protocol")
     host = args.host or ""
     ipv6 = args.ipv6 or (":" in host and not host.startswith("unix:"))
     loopback = "::1" if ipv6 else "127.0.0.1"
@@ -128,11 +132,13 @@ def heartbeat(text: str) -> tuple[int, bytes]:
     """A heartbeat on the command line.
 
     Raises:
-        ValueError: it is none; `argparse` makes a message of that.
+        argparse.ArgumentTypeError: it is none.
     """
     milliseconds, comma, message = text.partition(",")
-    if not comma:
-        raise ValueError(text)
+    if not comma or not milliseconds.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"must be MILLISECONDS,TEXT, such as 30000,ping, not {text!r}"
+        )
     # Escapes only: "unicode_escape" takes anything else for Latin-1.
     escaped = message.encode("ascii", "backslashreplace").decode("unicode_escape")
     return int(milliseconds), escaped.encode()
@@ -199,7 +205,10 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as exc:  # an ssl.SSLError is an OSError
         files = certificate if key is None else f"{certificate} and {key}"
-        raise UsageError(f"cannot serve TLS with {files}: {exc}") from exc
+        hint = ""
+        if isinstance(exc, ssl.SSLError) and key is None:  # OpenSSL says "PEM lib", and no more
+            hint = "; it must have a certificate and its private key, or --key must name the key"
+        raise UsageError(f"cannot serve TLS with {files}: {exc}{hint}") from exc
     return context
 
 
@@ -376,7 +385,7 @@ def where_to_reach(
     *addresses: tuple[object, ...], serving: str, has_tls: bool = False, has_header: bool = False
 ) -> str:
     """What ``serve`` prints when it listens there; its first line is for scripts too."""
-    header = HEADER_BY_HAND if has_header and not has_tls else ""
+    header = HEADER_BY_HAND if has_header else ""
     address, *others = addresses
     lines = [f"Listening on {_where(address)}"]
     lines += [_row("" if row else "and on", _where(other)) for row, other in enumerate(others)]
@@ -384,6 +393,8 @@ def where_to_reach(
     path = unix_path(str(address[0]))
     if path is not None:
         attempt = f"{header}nc -U {path}"
+        if has_tls:
+            attempt = f"openssl s_client -quiet -unix {path}"
     else:
         host, port = _host_with_zone(address), address[1]
         nearest = host
@@ -393,6 +404,8 @@ def where_to_reach(
         attempt = f"{header}nc {nearest} {port}"
         if has_tls:
             attempt = f"openssl s_client -quiet -connect {format_address(nearest, port)}"
+    if has_tls and has_header:
+        attempt = "through the load balancer: openssl s_client sends no PROXY header"
     lines += [_row("try", attempt), _row("stop", "Ctrl-C")]
     return "\n".join(lines)
 

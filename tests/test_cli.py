@@ -647,10 +647,13 @@ BROKEN_APP = """
         (["serve", "--listener", "fd:x"], " --listener must be HOST:PORT, "),
         (["serve", "--listener", "fd:0"], " --listener must be a listening socket, not 0"),
         (["serve", "--listener", "systemd"], "no sockets of systemd's (LISTEN_FDS)"),
-        (["serve", "--port", "1", "--listener", "a:2"], " --listener must not be given besides"),
+        (["serve", "--port", "0", "--listener", "a:2"], "besides a --port (0)"),
         (["serve", "--host", "0.0.0.0", "--listener", "a:2"], "besides a --host (0.0.0.0)"),
         (["serve", "--unix-mode", "999"], "--unix-mode: invalid permissions value: '999'"),
         (["serve", "--reuse-port", "--host", "unix:/tmp/x"], " --reuse-port must not be True"),
+        (["serve", "--trusted-proxy", "10.0.0.1"], "--trusted-proxy needs --proxy-protocol"),
+        (["serve", "--heartbeat", "30000"], "must be MILLISECONDS,TEXT, such as 30000,ping, not"),
+        (["serve", "--heartbeat", "x,ping"], "must be MILLISECONDS,TEXT, such as 30000,ping, not"),
         (["serve", "--no-delay", "maybe"], "--no-delay"),
         (["serve", "app"], "'app' is not of the form module:attribute"),
         (["serve", "app.py:Upper"], "'app.py:Upper' is not of the form module:attribute"),
@@ -813,6 +816,16 @@ def test_behind_a_load_balancer_serve_tells_how_to_try_it_without_one() -> None:
     assert "printf" not in serve.where_to_reach(("127.0.0.1", 8710), serving="an echo")
 
 
+def test_with_tls_serve_tells_a_way_to_try_it_that_works() -> None:
+    tcp, unix = ("127.0.0.1", 8710), ("unix:/run/a.sock", 0)
+    text = serve.where_to_reach(tcp, serving="an echo", has_tls=True)
+    assert "try         openssl s_client -quiet -connect 127.0.0.1:8710\n" in text
+    text = serve.where_to_reach(unix, serving="an echo", has_tls=True)
+    assert "try         openssl s_client -quiet -unix /run/a.sock\n" in text
+    text = serve.where_to_reach(tcp, serving="an echo", has_tls=True, has_header=True)
+    assert "try         through the load balancer: " in text
+
+
 # -- options and settings
 
 
@@ -853,7 +866,7 @@ def test_every_setting_of_the_server_has_an_option(
     certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
     expected = {
         "host": "0.0.0.0",  # for --listener
-        "port": 1,
+        "port": 8710,  # the same
         "socket_address_family": PsSocketAddressFamily.IPV6,
         "backlog": 2,
         "receive_buffer_size": 3,
@@ -894,7 +907,7 @@ def test_every_setting_of_the_server_has_an_option(
     arguments += ["--listener", "fd:16", "--reuse-port"]
     for name, value in expected.items():
         option = f"--{serve.REPEATED.get(name, name).replace('_', '-')}"
-        if type(value) in (int, float, str) and name not in ("host", "unix_mode"):
+        if type(value) in (int, float, str) and name not in ("host", "port", "unix_mode"):
             arguments += [option, str(value)]
         elif isinstance(value, list) and name != "listener":
             arguments += [text for each in value for text in (option, each)]
@@ -902,6 +915,7 @@ def test_every_setting_of_the_server_has_an_option(
     settings = settings_from(monkeypatch, *arguments)
     assert isinstance(settings["ssl_context"], ssl.SSLContext)
     assert {**settings, "ssl_context": None} == expected
+    assert settings_from(monkeypatch, "--port", "1")["port"] == 1
 
 
 def test_listeners_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -928,6 +942,7 @@ def test_a_certificate_that_cannot_be_used_is_told_in_one_line(
     output = capsys.readouterr().err
     assert output.count("\n") == 1
     assert files[1] in output or "--certificate" in output
+    assert ("--key must name the key" in output) == (__file__ in files)  # it was read, and had none
 
 
 @pytest.mark.parametrize("word", ["none", "None"])
