@@ -255,6 +255,9 @@ class Link:
         self._session_is_over.clear()
         self.manager.when_over(session, self._note_end)
         self._opened_at = monotonic()
+        again = " again" if self.session is not None else ""
+        if again or self._last_error is not None:  # the log has it that there is none
+            log_safely(logging.INFO, "%s: connected%s: %r", self._name, again, session)
         self._last_error = None
         self.session = session
         if self.has_ended:  # it was stopped in the moment in which the peer answered
@@ -290,7 +293,8 @@ class Link:
         else:
             self._failures += 1
         how = _how_it_ended(self.session)
-        log_safely(logging.INFO, "%s: the connection ended: %s", self._name, how)
+        identity = self.session.connection_id
+        log_safely(logging.INFO, "%s: session %s ended: %s", self._name, identity, how)
         self._wait_or_give_up()
 
     def _wait_or_give_up(self) -> None:

@@ -583,6 +583,36 @@ def test_disconnect_in_on_close_stops_it() -> None:
     assert len(callback.named("on_open")) == 1
 
 
+def test_the_log_tells_that_it_is_connected_where_it_told_that_it_was_not(
+    address: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    callback = RecordingCallback(bytes)
+    client = PsClient(PsCallback(), *address, reconnect=QUICK)
+    client.connect_in_background()
+    eventually(lambda: "attempt 1 failed" in caplog.text)
+    server = server_at(address, callback)
+    server.start()
+    first = client.wait_connected(timeout=20).connection_id
+    callback.wait_for("on_open")[0].session.close()
+    eventually(lambda: "connected again" in caplog.text)
+    client.disconnect()
+    server.shutdown()
+    name = "{}:{}".format(*address)
+    assert f"{name}: connected: <PsSession {first} " in caplog.text
+    assert f"{name}: session {first} ended: PEER_CLOSE" in caplog.messages
+    assert f"{name}: connected again: <PsSession " in caplog.text.rpartition("ended: PEER_CLOSE")[2]
+
+
+def test_a_first_connect_that_succeeds_needs_no_record(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with PsServer(PsCallback(), host="127.0.0.1", port=0) as server:
+        client = PsClient(PsCallback(), *server.address, reconnect=QUICK)
+        client.connect()
+        client.disconnect()
+    assert "connected" not in caplog.text
+
+
 def test_it_gives_up_after_so_many_attempts(
     address: tuple[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
