@@ -587,14 +587,14 @@ def test_the_log_tells_that_it_is_connected_where_it_told_that_it_was_not(
     address: tuple[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    callback = RecordingCallback(bytes)
     client = PsClient(PsCallback(), *address, reconnect=QUICK)
     client.connect_in_background()
     eventually(lambda: "attempt 1 failed" in caplog.text)
-    server = server_at(address, callback)
+    server = server_at(address)
     server.start()
     first = client.wait_connected(timeout=20).connection_id
-    callback.wait_for("on_open")[0].session.close()
+    [at_the_server] = eventually(lambda: server.sessions)
+    at_the_server.close()
     eventually(lambda: "connected again" in caplog.text)
     client.disconnect()
     server.shutdown()
