@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gevent
 import gevent.socket
@@ -278,6 +279,40 @@ def test_tls_echo_is_trusted_by_who_has_its_certificate(tmp_path: Path) -> None:
         with example("tls_echo.py", "ask", paths["other.pem"], *port) as process:
             assert process.wait() == 1
         assert "certificate verify failed" in process.lines[-1]
+
+
+def test_tls_echo_has_certificates_by_name_and_knows_its_clients(tmp_path: Path) -> None:
+    trustme = pytest.importorskip("trustme")
+    authority, stranger = trustme.CA(), trustme.CA()
+    ca = str(tmp_path / "ca.pem")
+    authority.cert_pem.write_to_path(ca)
+
+    def issue(signer: Any, name: str, **names: str) -> list[str]:
+        files = [str(tmp_path / f"{name}.pem"), str(tmp_path / f"{name}.key")]
+        issued = signer.issue_cert(name, **names)
+        issued.cert_chain_pems[0].write_to_path(files[0])
+        issued.private_key_pem.write_to_path(files[1])
+        return files
+
+    first, second = issue(authority, "localhost"), issue(authority, "b.example")
+    device = issue(authority, "device.example", common_name="device 7")
+    forged = issue(stranger, "forged.example", common_name="device 7")
+    options = ("--name", "b.example", *second, "--clients", ca, "--port", "0")
+    with serving_example("tls_echo.py", "serve", *first, *options) as (server, address):
+        ask = ("tls_echo.py", "ask", ca, "--port", str(address[1]))
+        Path(first[0]).write_text("half of one")
+        server.send_signal(signal.SIGHUP)
+        server.expect_line("not reloaded: ")
+        for name in ("localhost", "b.example"):
+            with example(*ask, "--server", name, "--identity", *device) as process:
+                ended_well(process)
+            assert process.lines == ["welcome, device 7 TLSv1.3", "hello TLSv1.3"]
+        with example(*ask, "--server", "device.example", "--identity", *device) as process:
+            assert process.wait() == 1
+        for identity in ([], ["--identity", *forged]):
+            with example(*ask, *identity) as process:
+                assert process.wait() == 1
+            assert "alert" in process.lines[-1]
 
 
 def test_chat_members_hear_each_other() -> None:
