@@ -63,6 +63,11 @@ def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketA
     Raises:
         OSError: the name is not known (`socket.gaierror`), or the resolver failed.
     """
+    if ":" in host and family is not PsSocketAddressFamily.IPV6:
+        needed = "an IPv6 address needs socket_address_family=PsSocketAddressFamily.IPV6"
+        raise socket.gaierror(socket.EAI_NONAME, needed)
+    if "/" in host:
+        raise socket.gaierror(socket.EAI_NONAME, f"not a host name; a Unix socket is 'unix:{host}'")
     try:
         host.encode("idna")
     except UnicodeError as exc:

@@ -280,7 +280,10 @@ def open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
 
 
 def _is_address(given: tuple[object, ...]) -> bool:
-    return len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], int)
+    if len(given) != 2 or not isinstance(given[0], str):
+        return False
+    port = given[1]
+    return isinstance(port, int) or (isinstance(port, str) and port.isdecimal())
 
 
 def _place(given: object, family: PsSocketAddressFamily) -> Place:

@@ -302,8 +302,12 @@ def test_host_that_cannot_be_a_name_is_an_error_and_prints_nothing(host: str) ->
     failed_connect((host, 9))
 
 
-def test_ipv6_target_on_the_ipv4_family_is_an_error() -> None:
-    failed_connect(("::1", 9))
+def test_ipv6_target_on_the_ipv4_family_is_an_error_that_says_what_it_needs() -> None:
+    assert "needs socket_address_family" in str(failed_connect(("::1", 9)))
+
+
+def test_a_path_as_a_host_is_an_error_that_says_how_it_is_written() -> None:
+    assert "'unix:/run/app.sock'" in str(failed_connect(("/run/app.sock", 9)))
 
 
 def test_machine_without_ipv6_gets_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,6 +335,17 @@ def test_ipv4_host_on_the_ipv6_family_is_reached_by_ipv4(ps_server: ServerFactor
         client.expect("mapped")
 
 
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [("::1", "needs socket_address_family"), ("/run/app.sock", "'unix:/run/app.sock'")],
+)
+def test_host_of_another_kind_is_an_error_that_says_what_would_be_right(
+    host: str, says: str
+) -> None:
+    with pytest.raises(PsServerError, match=says):
+        PsServer(PsCallback(), host=host).start()
+
+
 @pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT])
 def test_machine_without_ipv6_gets_a_clear_error(
     monkeypatch: pytest.MonkeyPatch, code: int

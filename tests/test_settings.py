@@ -110,7 +110,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
-    "listener": [True, 0.5, b"unix:/x", {}, object, ("::1", True)],
+    "listener": [True, 0.5, b"unix:/x", {}, object, ("::1", True), ("::1", "80")],
     "reuse_port": NOT_BOOLS,
     "host": [None, b"127.0.0.1", 127, ("127.0.0.1", 80), True],
     "port": [*NOT_WHOLE_NUMBERS, None],
