@@ -277,6 +277,7 @@ class PsClient(ConnectingOwner[M]):
         self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
+        self._forget_if_hub_is_gone()
         if self.session is None and not self._stays_connected:
             self.connect()
         return self

@@ -348,6 +348,7 @@ class PsMultiClient(ConnectingOwner[M]):
         return self._running_manager().open(sock, sock.getpeername())
 
     def _running_manager(self) -> SessionManager:
+        self._forget_if_hub_is_gone()
         manager = self._manager
         if manager is None or manager.stop is not None:
             raise PsMultiClientError(f"{self!r}: call init_bundle first")

@@ -286,6 +286,7 @@ class PsServer(SessionOwner[M]):
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
+        self._forget_if_hub_is_gone()
         manager = self._manager
         if manager is None:
             return True
@@ -333,6 +334,7 @@ class PsServer(SessionOwner[M]):
 
         with ask_on_signals(ask), self._telling_the_manager() as ready:
             try:
+                self._forget_if_hub_is_gone()
                 if self._manager is None:
                     self.start()
                 if not signals:  # one that came before there was a manager is for us too

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gevent
 import gevent.socket
 import pytest
 
-__all__ = ["needs_ipv6", "sync_and_async"]
+__all__ = ["needs_ipv6", "needs_libev_to_destroy", "sync_and_async"]
 
 
 def has_ipv6() -> bool:
@@ -18,5 +19,10 @@ def has_ipv6() -> bool:
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+
+needs_libev_to_destroy = pytest.mark.skipif(
+    "libuv" in type(gevent.get_hub().loop).__module__,
+    reason="gevent does not destroy a libuv loop in which something is watched",
+)
 
 sync_and_async = pytest.mark.parametrize("use_async_callback", [False, True], ids=["sync", "async"])

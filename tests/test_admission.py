@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import LOOPBACK, NativeThread, close_reasons, echo, local_server, takes
-from marks import needs_ipv6, sync_and_async
+from marks import needs_ipv6, needs_libev_to_destroy, sync_and_async
 from proxy_headers import LOCAL, v1, v2
 from psofa_gevent import (
     PsCallback,
@@ -837,10 +837,7 @@ def test_a_shutdown_does_not_wait_for_farewells(ps_server: ServerFactory) -> Non
         assert not server._admission._farewells._leaving
 
 
-@pytest.mark.skipif(
-    "libuv" in type(gevent.get_hub().loop).__module__,
-    reason="gevent does not destroy a libuv loop in which something is watched",
-)
+@needs_libev_to_destroy
 def test_farewells_end_with_their_hub() -> None:
     """The next start does not find them, and counts anew."""
 

@@ -27,7 +27,7 @@ from helpers import (
     run_python,
     takes,
 )
-from marks import needs_ipv6
+from marks import needs_ipv6, needs_libev_to_destroy
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -878,6 +878,22 @@ def test_client_may_live_in_a_thread_of_its_own(ps_server: ServerFactory) -> Non
         return callback.received()
 
     assert NativeThread(talk).wait() == b"hello"
+
+
+@needs_libev_to_destroy
+def test_with_connects_anew_what_went_with_its_hub(ps_server: ServerFactory) -> None:
+    def destroy_hub() -> None:
+        sock = client.connect()._sock
+        gevent.get_hub().destroy(destroy_loop=True)
+        sock.close()
+
+    callback = RecordingCallback()
+    client = PsClient(callback, *ps_server(echo()).address)
+    NativeThread(destroy_hub).wait()
+    with client:
+        assert client.session is not None
+        client.session.send("hello")
+        callback.wait_for("on_message")
 
 
 # Side by side

@@ -25,6 +25,7 @@ from helpers import (
     living_greenlets,
     takes,
 )
+from marks import needs_libev_to_destroy
 from psofa_gevent import (
     PsCallback,
     PsClientError,
@@ -345,6 +346,21 @@ def test_with_initialises_anew_what_went_with_its_hub(ps_server: ServerFactory) 
     NativeThread(destroy_hub).wait()
     with bundle:
         assert bundle.connect(*ps_server(echo()).address).session.is_open
+
+
+@needs_libev_to_destroy
+def test_connect_of_one_that_went_with_its_hub_is_an_error(ps_server: ServerFactory) -> None:
+    def connect_in_the_next_hub() -> None:
+        bundle.init_bundle()
+        sock = bundle.connect(*address).session._sock
+        gevent.get_hub().destroy(destroy_loop=True)
+        sock.close()
+        with pytest.raises(PsMultiClientError, match="init_bundle"):
+            bundle.connect(*address)
+
+    address = ps_server(echo()).address
+    bundle = PsMultiClient(PsCallback())
+    NativeThread(connect_in_the_next_hub).wait()
 
 
 def test_connect_after_destroy_bundle_is_an_error(ps_server: ServerFactory) -> None:

@@ -30,7 +30,7 @@ from helpers import (
     python_process,
     run_python,
 )
-from marks import needs_ipv6
+from marks import needs_ipv6, needs_libev_to_destroy
 from psofa_gevent import (
     PsCallback,
     PsCloseReason,
@@ -1495,6 +1495,27 @@ def test_shutdown_of_a_paused_server_ends_its_sessions() -> None:
 
 def test_wait_for_returns_true_at_once_when_not_started() -> None:
     assert local_server().wait_for() is True
+
+
+@needs_libev_to_destroy
+def test_a_server_that_went_with_its_hub_is_not_waited_for_and_serves_anew() -> None:
+    def serve_in_two_hubs() -> None:
+        server = local_server(echo())
+        server.start()
+        gevent.get_hub().destroy(destroy_loop=True)
+        assert server.wait_for(timeout=5)
+        server.start()
+        gevent.get_hub().destroy(destroy_loop=True)
+        gone = server._manager
+        serving = gevent.spawn(server.serve_forever)
+        eventually(lambda: server._manager is not gone and server.started)
+        with ScriptedClient(server.address) as client:
+            client.send("hello")
+            client.expect("hello")
+        server.shutdown()
+        serving.get(timeout=5)
+
+    NativeThread(serve_in_two_hubs).wait()
 
 
 def test_wait_for_returns_false_when_its_time_is_over(ps_server: ServerFactory) -> None:
