@@ -15,6 +15,7 @@ use for more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import gevent
 from gevent.event import Event
 
 from psofa_gevent.aio import run_task
+from psofa_gevent.errors import PsClosedError
 from psofa_gevent.worker import Worker
 
 if TYPE_CHECKING:
@@ -98,7 +100,8 @@ class Heartbeats:
             return
         if callable(self._what):
             if quiet.asked is None or quiet.asked.dead:
-                quiet.asked = session.spawn(_ask_and_post, session, self._what)
+                with contextlib.suppress(PsClosedError):  # by another thread, just now
+                    quiet.asked = session.spawn(_ask_and_post, session, self._what)
             return
         try:
             session.post(self._what)

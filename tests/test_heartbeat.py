@@ -15,7 +15,7 @@ import pytest
 from gevent import monkey
 
 from acting import STALLING, wait_until_stalled
-from helpers import ScriptedServer, close_reasons, stalled_peer
+from helpers import NativeThread, ScriptedServer, close_reasons, stalled_peer
 from psofa_gevent import PsCallback, PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import (
@@ -188,6 +188,26 @@ def test_a_function_that_raises_closes_its_session_only(
     assert close_reasons(callback) == [PsCloseReason.FAILED]
     assert len(caplog.records) == 1
     ps_client(server).expect("beatbeat")
+
+
+def test_a_close_in_another_thread_in_the_moment_of_a_heartbeat_is_no_error(
+    ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close_and_spawn(session: PsSession, *args: Any) -> Any:
+        if session in closed:
+            NativeThread(session.close).join()
+        return spawn(session, *args)
+
+    closed: list[PsSession | None] = []
+    spawn = PsSession.spawn
+    monkeypatch.setattr(PsSession, "spawn", close_and_spawn)
+    callback = RecordingCallback()
+    server = ps_server(callback, heartbeat=(50, counting))
+    with ScriptedClient(server.address) as first, ScriptedClient(server.address) as second:
+        closed.append(callback.wait_for("on_open", 2)[0].session)
+        first.expect_eof()
+        second.expect("beat 1;beat 2;")
+        eventually(lambda: close_reasons(callback) == [PsCloseReason.SELF_CLOSE])
 
 
 @pytest.mark.logs_errors
