@@ -232,6 +232,11 @@ class SessionManager:
             )
         return len(stuck)
 
+    def end_with_hub(self) -> None:
+        """Close the sockets of all sessions: the hub was destroyed. From any thread."""
+        for session in list(self.sessions):
+            session._end_with_hub()
+
     def release(self) -> None:
         """End the timers and the close greenlet, and wait for that."""
         self._idle.stop()

@@ -170,6 +170,7 @@ class SessionOwner(Generic[M]):
         """A manager whose hub was destroyed has ended with it, without a word."""
         manager = self._manager
         if manager is not None and manager.thread.is_destroyed():
+            manager.end_with_hub()
             self._stopped()
 
     def _new_manager(self, max_sessions: int | None = None) -> SessionManager:

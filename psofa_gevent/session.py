@@ -5,7 +5,8 @@ Rules, kept in this file, and by the parts of a session's life that are files of
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
   then the end. That greenlet is the only one that ends it. It closes the socket too, unless that
-  was done for it: by `abort`, or for a session that never began (`_drop`) or never ends.
+  was done for it: by `abort`, or for a session that never began (`_drop`), never ends, or has lost
+  its hub (`_end_with_hub`).
 - `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
   the session where it waits on its own socket, and interrupts its senders. It never switches.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
@@ -554,11 +555,32 @@ class PsSession(SendingHalf[M]):
         self._reason = reason
         self._close_cause = cause
         self._open = False
+        if self._host.thread.is_destroyed():
+            self._end_with_hub()
+            return
         self._wake()
         if self._line is not None:
             self._line.interrupt()
         if self._memberships:
             self._leave_all()
+
+    def _end_with_hub(self) -> None:
+        """Close the socket: nothing will run for this session any more, as its hub was destroyed.
+
+        From any thread. No callback hears of it; watchers and timers went with the hub.
+        """
+        if self._reason is PsCloseReason.NONE:
+            self._reason = PsCloseReason.SELF_CLOSE
+        self._open = False
+        self._waiting_since = 0.0
+        self._line = None
+        self._leave_all()
+        if not self._released:
+            self._released = True
+            if self._may_linger:
+                self._sock.close()
+            else:
+                reset(self._sock)
 
     def _wake(self) -> None:
         if self._waiting_since:

@@ -883,9 +883,8 @@ def test_client_may_live_in_a_thread_of_its_own(ps_server: ServerFactory) -> Non
 @needs_libev_to_destroy
 def test_with_connects_anew_what_went_with_its_hub(ps_server: ServerFactory) -> None:
     def destroy_hub() -> None:
-        sock = client.connect()._sock
+        client.connect()
         gevent.get_hub().destroy(destroy_loop=True)
-        sock.close()
 
     callback = RecordingCallback()
     client = PsClient(callback, *ps_server(echo()).address)

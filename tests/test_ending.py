@@ -10,8 +10,9 @@ import gevent.event
 import pytest
 
 from acting import STALLING, ActingCallback, sending, wait_until_stalled
-from helpers import NativeThread, stalled_peer
-from psofa_gevent import PsCloseReason, PsMultiClient, PsSendError, PsServer, PsSession
+from helpers import NativeThread, ScriptedServer, stalled_peer
+from marks import needs_libev_to_destroy
+from psofa_gevent import PsCallback, PsCloseReason, PsMultiClient, PsSendError, PsServer, PsSession
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -301,6 +302,45 @@ def test_a_send_after_shutdown_is_refused_where_no_callback_of_the_session_runs(
         client.receive(session.bytes_sent)
         client.expect_eof()
         stopping.join()
+
+
+# A hub that is gone
+
+
+@needs_libev_to_destroy
+@pytest.mark.parametrize("end", ["close", "abort", "disconnect", "init_bundle"])
+def test_a_session_whose_hub_was_destroyed_is_closed_as_soon_as_anybody_asks(end: str) -> None:
+    def lose_hub_and_end() -> None:
+        bundle = PsMultiClient(PsCallback())
+        bundle.init_bundle()
+        session = bundle.connect(*scripted.address).session
+        gevent.sleep(0)
+        session.post(STALLING)
+        bundle.bind(session, "key")
+        gevent.get_hub().destroy(destroy_loop=True)
+        match end:
+            case "close":
+                session.close()
+            case "abort":
+                session.abort()
+            case "disconnect":
+                bundle.disconnect(session)
+            case _:
+                bundle.init_bundle()
+                bundle.destroy_bundle()
+        assert not session.is_open
+        assert bundle.find("key") is None
+        with pytest.raises(PsSendError):
+            session.send("late")
+
+    with ScriptedServer() as scripted:
+        thread = NativeThread(lose_hub_and_end)
+        peer = scripted.accept()
+        thread.wait()
+        if end == "abort":
+            peer.expect_reset()
+        else:
+            peer.receive_until_eof()
 
 
 # The close greenlet

@@ -352,9 +352,8 @@ def test_with_initialises_anew_what_went_with_its_hub(ps_server: ServerFactory) 
 def test_connect_of_one_that_went_with_its_hub_is_an_error(ps_server: ServerFactory) -> None:
     def connect_in_the_next_hub() -> None:
         bundle.init_bundle()
-        sock = bundle.connect(*address).session._sock
+        bundle.connect(*address)
         gevent.get_hub().destroy(destroy_loop=True)
-        sock.close()
         with pytest.raises(PsMultiClientError, match="init_bundle"):
             bundle.connect(*address)
 
