@@ -49,9 +49,8 @@ class PsCallback(Generic[M]):
     """Subclass this and override what you need; every method does nothing by default.
 
     An exception in ``on_open``, ``on_message``, ``on_eof`` or ``on_idle`` is logged and closes that
-    session with `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged. No other
-    session notices.
-    One in ``on_accept`` is logged, and refuses the connection.
+    session with `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged; one in
+    ``on_accept`` is logged, and refuses the connection. No other session notices.
     """
 
     use_async_callback: bool = False

@@ -23,6 +23,7 @@ from gevent.event import Event
 from psofa_gevent.errors import PsError, cut_traceback
 from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
+from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.worker import Worker, may_wait
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Link", "PsReconnect", "check_reconnect"]
 
 logger = logging.getLogger("psofa_gevent")
-
-SHORTEST_WAIT = 0.001
-"""Seconds; libuv knows no shorter timer, and warns of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +190,7 @@ class Link:
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
                 raise self.not_connected(f"not connected within {timeout:g} s")
-            self._changed.wait(None if left is None else max(left, SHORTEST_WAIT))
+            self._changed.wait(None if left is None else max(left, SHORTEST_TIMER))
         return self.session
 
     @property
@@ -307,7 +305,7 @@ class Link:
             log_safely(logging.WARNING, "%s", self.not_connected())
             self._end()
             return
-        gevent.sleep(max(delay, SHORTEST_WAIT))
+        gevent.sleep(max(delay, SHORTEST_TIMER))
 
     def _why_to_give_up(self, delay: float) -> str | None:
         policy = self._policy

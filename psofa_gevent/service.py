@@ -16,13 +16,12 @@ from typing import Any
 
 from psofa_gevent import systemd
 from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = ["Service"]
 
 RETRY_PERIOD = 0.05
 """Seconds after which what was not taken is told again."""
-SHORTEST_PERIOD = 0.001
-"""Seconds; libuv knows no shorter timer, and warns of one."""
 WATCHDOG = "WATCHDOG=1"
 
 
@@ -56,7 +55,7 @@ class Service:
             log_safely(logging.WARNING, "No watchdog: %s", exc)
             return
         if timeout is not None:
-            period = max(timeout / 2, SHORTEST_PERIOD)
+            period = max(timeout / 2, SHORTEST_TIMER)
             self._watchdog = self._loop.timer(period, period)
             self._watchdog.start(self._tell, WATCHDOG)
             self._tell(WATCHDOG)

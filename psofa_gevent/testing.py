@@ -35,6 +35,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.multi_client import PsMultiClient
 from psofa_gevent.server import PsServer
+from psofa_gevent.times import SHORTEST_TIMER
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
@@ -66,8 +67,6 @@ __all__ = [
 ]
 
 POLL_SECONDS = 0.005
-SHORTEST_WAIT = 0.001
-"""Seconds: the resolution of libuv's timers."""
 READ_SIZE = 65_536
 SHOWN_BYTES = 200
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -294,7 +293,7 @@ class ScriptedClient:
         self, limit: int, deadline: float, wanted: str, received: bytes | bytearray
     ) -> bytes:
         # Never 0, which would mean "non-blocking": past the deadline too, what is there counts.
-        self.socket.settimeout(max(deadline - time.monotonic(), SHORTEST_WAIT))
+        self.socket.settimeout(max(deadline - time.monotonic(), SHORTEST_TIMER))
         try:
             chunk: bytes = self.socket.recv(limit)
         except TimeoutError as error:
