@@ -198,9 +198,14 @@ class TlsSocket:
                 return data
         if self._error is not None:
             self.has_more = False
-            error, self._error = self._error, None
-            raise error
+            raise self._take_error()
         return b"" if self._at_end else self.recv(size)
+
+    def _take_error(self) -> OSError:
+        """What is to be raised. In the frame that does it, a name for it would be a cycle."""
+        assert self._error is not None
+        error, self._error = self._error, None
+        return error
 
     def _collect(self, size: int, data: bytes | None = None) -> bytes:
         """`data`, if there is any, with what else has come, decrypted, at most `size` bytes.
@@ -219,7 +224,8 @@ class TlsSocket:
                 left -= len(data)
                 data = self._next(left) if left and self._incoming.pending else None
         except OSError as exc:
-            self._error = exc  # after what came before it
+            # After what came before it. Its frames would keep all that they belong to.
+            self._error = exc.with_traceback(None)
         self._answer()
         has_more = not left and (self._incoming.pending > 0 or self.ssl_object.pending() > 0)
         self._tell_of_more(has_more=has_more)

@@ -1338,6 +1338,27 @@ def test_a_session_over_tls_goes_at_once_without_the_garbage_collector(
         gc.enable()
 
 
+@pytest.mark.parametrize("end", ["close", "abort", "send_eof"])
+def test_a_bad_record_that_nobody_has_come_to_keeps_no_session(
+    end: str, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    class Ending(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            references.append(weakref.ref(session))
+            getattr(session, end)()
+
+    references: list[weakref.ref[object]] = []
+    client = peer(ps_server(Ending(), ssl_context=server_context(), linger_timeout=0.1))
+    gc.collect()
+    gc.disable()
+    try:
+        client.tls.write(b"x")
+        client.plain.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+        eventually(lambda: references and references[0]() is None)
+    finally:
+        gc.enable()
+
+
 # OpenSSL's own
 
 
