@@ -136,11 +136,14 @@ def _limited_answer(
 ) -> Callable[[PsSession[Any], Endpoint | None], object]:
     def ask_limited(session: PsSession[Any], peer: Endpoint | None) -> object:
         errors: list[TimeoutError] = []
-        with Limit("on_accept", timeout, errors.append):
-            answer = ask(session, peer)
-        if errors:  # and it was swallowed
-            raise errors[0]
-        return answer
+        try:
+            with Limit("on_accept", timeout, errors.append):
+                answer = ask(session, peer)
+            if errors:  # and it was swallowed
+                raise errors[0]
+            return answer
+        finally:
+            errors.clear()  # one of them and this frame would keep each other alive
 
     return ask_limited
 

@@ -22,6 +22,7 @@ import pytest
 
 from acting import STALLING, wait_until_stalled
 from helpers import NativeThread, ScriptedServer, free_port, stalled_peer
+from marks import sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -295,6 +296,39 @@ def test_a_session_whose_callback_took_too_long_goes_at_once(
     ps_client(ps_server(callback, callback_timeout=0.05)).send("x")
     callback.assert_freed()
     assert callback.reasons == [PsCloseReason.FAILED]
+
+
+@sync_and_async
+@pytest.mark.parametrize("swallow", [False, True])
+def test_a_session_whose_on_accept_took_too_long_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, use_async_callback: bool, swallow: bool
+) -> None:
+    async def wait_async() -> None:
+        with contextlib.suppress(*([asyncio.CancelledError] if swallow else [])):
+            await asyncio.sleep(FOREVER)
+
+    def wait() -> None:
+        with contextlib.suppress(*([TimeoutError] if swallow else [])):
+            gevent.sleep(FOREVER)
+
+    class Slow(PsCallback):
+        def on_accept(self, peer: object) -> None:
+            note_sessions()
+            wait()
+
+        async def on_accept_async(self, peer: object) -> None:
+            note_sessions()
+            await wait_async()
+
+    def note_sessions() -> None:
+        assert server._manager is not None
+        references.extend(weakref.ref(session) for session in server._manager.sessions)
+
+    Slow.use_async_callback = use_async_callback
+    references: list[weakref.ref[object]] = []
+    server = ps_server(Slow(), callback_timeout=0.05)
+    ps_client(server)
+    eventually(lambda: references and references[0]() is None)
 
 
 def test_a_session_whose_callbacks_have_a_time_limit_goes_at_once(
