@@ -126,15 +126,23 @@ async def begin_tls_async(session: PsSession[Any], handshake: Handshake) -> None
 
     The session's own greenlet waits for that callback, and leaves the read watcher alone.
     """
-    task = asyncio.current_task()
-    waiting = None if task is None else greenlet_that_waits(task)
-    if waiting is None or waiting is not session._greenlet:
+    if not _is_awaited_by(session):
         raise RuntimeError(
             f"{session!r}: start_tls_async must be awaited in an async callback of the session"
         )
     _check_is_plain(session)
     await session._uncork_async()
     await _go_over(session, handshake, TaskParking())
+
+
+def _is_awaited_by(session: PsSession[Any]) -> bool:
+    """Whether the running task is that of a callback of `session`.
+
+    (Its error keeps the frames that it came through, so none of those may keep the task.)
+    """
+    task = asyncio.current_task()
+    waiting = None if task is None else greenlet_that_waits(task)
+    return waiting is not None and waiting is session._greenlet
 
 
 def _check_is_plain(session: PsSession[Any]) -> None:
@@ -154,14 +162,23 @@ async def _go_over(session: PsSession[Any], handshake: Handshake, parking: Parki
             raise PsTlsError(f"{session!r}: the session is closed")
         with _holding_senders(session, parking):
             await handshake.shake_hands(session, parking)
-    except (OSError, PsTlsError) as exc:
-        error = exc
-        if isinstance(exc, OSError):
-            error = PsTlsError(f"{session!r}: the TLS handshake failed: {exc}")
-        if session._open:
-            session._request_close(PsCloseReason.FAILED, error)
-            logger.warning("%s", error)
-        raise error from (None if error is exc else exc)
+    except PsTlsError as exc:
+        _failed(session, exc)
+        raise
+    except OSError as exc:
+        error = f"{session!r}: the TLS handshake failed: {exc}"
+        raise _failed(session, PsTlsError(error)) from exc
+
+
+def _failed(session: PsSession[Any], error: PsTlsError) -> PsTlsError:
+    """Close the session with `error`, unless it is closed, and return it, to be raised.
+
+    In the frame that raises it, a name for it would be a cycle.
+    """
+    if session._open:
+        session._request_close(PsCloseReason.FAILED, error)
+        logger.warning("%s", error)
+    return error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import io
 import logging
+import ssl
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -569,6 +570,37 @@ def test_a_session_whose_async_callback_failed_goes_at_once(
     ps_client(ps_server(callback)).send("x")
     callback.assert_freed()
     assert callback.reasons == [PsCloseReason.FAILED]
+
+
+# A handshake in the middle
+
+
+class Starting(Forgetful):
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        session.start_tls(CLIENT_CONTEXT, server_side=False)
+
+
+class StartingAsync(ForgetfulAsync):
+    async def on_message_async(self, session: PsSession, message: bytes) -> None:
+        await session.start_tls_async(CLIENT_CONTEXT, server_side=False)
+
+
+CLIENT_CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+CLIENT_CONTEXT.check_hostname = False
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("make", [Starting, StartingAsync], ids=["sync", "async"])
+def test_a_session_that_was_closed_in_a_handshake_goes_at_once(
+    ps_server: ServerFactory, ps_client: ClientFactory, make: type[Forgetful], end: str
+) -> None:
+    callback = make()
+    client = ps_client(ps_server(callback, linger_timeout=0.1))
+    client.send("x")
+    client.receive(1)  # it has begun
+    getattr(callback.session, end)()
+    callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.SELF_CLOSE]
 
 
 # What else is held
