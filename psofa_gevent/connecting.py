@@ -303,6 +303,10 @@ def _shake_hands(
         raise
 
 
+class _NotWantedError(BaseException):
+    """Thrown into an attempt to connect that is to end."""
+
+
 class Connector:
     """One attempt to connect; `abort` ends it from outside."""
 
@@ -320,7 +324,6 @@ class Connector:
         self._settings = settings
         self._error = error
         self._greenlet: Any = None
-        self._aborted = Timeout(None)
         self._tls: tuple[ssl.SSLContext, str] | None = None
         self.source_address: tuple[str, int] | None = None
         """What to bind to before; None: whatever the system chooses."""
@@ -358,12 +361,13 @@ class Connector:
                 raise self._error(
                     f"cannot connect to {where}: timed out after {timeout:g} s"
                 ) from None
-            if exc is self._aborted:
-                raise self._error(f"cannot connect to {where}: disconnected meanwhile") from None
             raise
+        except _NotWantedError:
+            raise self._error(f"cannot connect to {where}: disconnected meanwhile") from None
         finally:
             self._greenlet = None
             limit.close()
+            del limit  # it, when it was raised, and this frame would keep each other alive
 
     def abort(self) -> None:
         """End the attempt, soon, with an error. In the hub's thread; does not switch."""
@@ -373,7 +377,7 @@ class Connector:
     def _throw(self) -> None:
         # The greenlet may have gone on since, out of this attempt.
         if self._greenlet is not None:
-            self._greenlet.throw(self._aborted)
+            self._greenlet.throw(_NotWantedError)
 
     def _try_all(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress | str]:
         began = monotonic()

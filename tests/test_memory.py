@@ -713,6 +713,26 @@ def test_a_client_that_stayed_connected_goes_at_once() -> None:
     eventually(lambda: reference() is None)
 
 
+@pytest.mark.parametrize("end", ["timeout", "disconnect"])
+def test_a_client_that_did_not_get_connected_goes_at_once(end: str) -> None:
+    def connect() -> None:
+        client = PsClient(PsCallback(), *scripted.address, ssl_context=CLIENT_CONTEXT)
+        references.append(weakref.ref(client))
+        with contextlib.suppress(PsClientError):
+            client.connect(timeout=0.05 if end == "timeout" else None)
+
+    references: list[weakref.ref[PsClient]] = []
+    with ScriptedServer() as scripted:
+        connecting = gevent.spawn(connect)
+        scripted.accept().receive(1)  # it waits for an answer
+        client = references[0]()
+        if client is not None and end == "disconnect":
+            client.disconnect()
+        del client
+        connecting.join()
+        eventually(lambda: references[0]() is None)
+
+
 def test_a_connection_of_a_multi_client_that_stayed_connected_goes_at_once() -> None:
     callback = Forgetful()
     with ScriptedServer() as scripted, PsMultiClient(callback, reconnect=True) as bundle:
