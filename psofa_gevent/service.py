@@ -5,11 +5,13 @@ systemd's protocol, by way of `psofa_gevent.systemd`. Of several servers of a pr
 
 All of it runs in the hub's thread, and in the hub itself, and never waits: what the manager does
 not take at the moment is told a little later by a timer. Also the watchdog is a timer of the hub,
-so a hub that is blocked falls silent, and the manager finds it.
+so a hub that is blocked falls silent, and the manager finds it. The socket is opened once: a server
+that is out of descriptors lives, and must be able to say so.
 """
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import logging
 from typing import Any
@@ -38,6 +40,8 @@ class Service:
         self._watchdog: Any = None
         self._loop = loop
         self._untold: list[str] = []
+        self._socket: _socket.socket | None = None
+        """None until it is ready."""
 
     def ready(self, where: str) -> None:
         """Tell that the server can be reached, and from now on that it lives.
@@ -45,6 +49,11 @@ class Service:
         Without effect where nobody wants to know.
         """
         if not systemd.has_manager():
+            return
+        try:
+            self._socket = systemd.new_socket()
+        except OSError as exc:
+            log_safely(logging.WARNING, "The service manager is told nothing: %s", exc)
             return
         _serving.append(self)
         status = where.replace("\n", " ")  # a path may have one
@@ -66,12 +75,14 @@ class Service:
             self._tell("STOPPING=1\nSTATUS=Shutting down")
 
     def close(self) -> None:
-        """Tell nothing more, and stop the timers."""
+        """Tell nothing more: stop the timers, and close the socket."""
         self._leave()
         for timer in (self._retry, self._watchdog):
             if timer is not None:
                 timer.stop()
                 timer.close()
+        if self._socket is not None:
+            self._socket.close()
 
     def _leave(self) -> bool:
         """Whether it was among those that serve."""
@@ -88,10 +99,10 @@ class Service:
 
     def _tell_all(self) -> None:
         # A signal handler that shuts the server down may do the same in the middle of this.
-        while self._untold:
+        while self._untold and self._socket is not None:
             state = self._untold[0]
             try:
-                systemd.send(state)
+                systemd.send(state, self._socket)
             except BlockingIOError:
                 self._retry.stop()
                 self._retry.start(self._tell_all)

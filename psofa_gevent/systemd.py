@@ -86,34 +86,44 @@ def notify(state: str) -> bool:
 
     Returns:
         Whether it was told. False: the program was not started by systemd (no NOTIFY_SOCKET),
-        nobody is at that socket, or it takes no more at the moment.
+        nobody is at that socket, or it takes no more at the moment; or no descriptor is left.
 
     Raises:
         TypeError: `state` is no text.
     """
     if not isinstance(state, str):
         raise TypeError(f"state must be text, not {state!r}")
+    if not has_manager():
+        return False
     try:
-        return send(state)
-    except BlockingIOError:
+        with contextlib.closing(new_socket()) as sending:
+            return send(state, sending)
+    except OSError:
         return False
 
 
-def send(state: str) -> bool:
-    """`notify` that tells apart whether it may help to try again.
+def new_socket() -> _socket.socket:
+    """What `send` sends by.
+
+    Raises:
+        OSError: no descriptor is left.
+    """
+    sending = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+    sending.setblocking(False)
+    return sending
+
+
+def send(state: str, sending: _socket.socket) -> bool:
+    """`notify` that tells apart whether it may help to try again. There must be a manager.
 
     Raises:
         BlockingIOError: it may.
     """
-    if not has_manager():
-        return False
-    name = os.fsencode(os.environ["NOTIFY_SOCKET"])
+    name = os.fsencode(os.environ.get("NOTIFY_SOCKET", ""))
     if name.startswith(b"@"):  # in the abstract namespace
         name = b"\0" + name[1:]
     try:
-        with contextlib.closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)) as sending:
-            sending.setblocking(False)
-            sending.sendto(state.encode("utf-8", "surrogateescape"), name)
+        sending.sendto(state.encode("utf-8", "surrogateescape"), name)
     except BlockingIOError:
         raise
     except OSError:

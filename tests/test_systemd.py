@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -486,11 +487,11 @@ def test_a_shutdown_in_the_middle_of_telling_is_told_too(
     server = local_server()
     send = systemd.send
 
-    def interrupted(state: str) -> bool:
+    def interrupted(state: str, sending: Any) -> bool:
         if state.startswith("READY=1"):
             monkeypatch.setattr(systemd, "send", send)
             server._begin_stop(server._manager, PsCloseReason.SHUTDOWN, 5.0, 0.0)  # type: ignore[arg-type]  # it has one
-        return send(state)
+        return send(state, sending)
 
     monkeypatch.setattr(systemd, "send", interrupted)
     server.serve_forever()
@@ -578,6 +579,20 @@ def test_the_watchdog_is_fed_as_long_as_the_server_serves_and_drains(
             manager.expect("WATCHDOG=1")
         stop.get()
     manager.expect_silence(0.2)
+
+
+def test_the_watchdog_is_fed_by_a_server_that_is_out_of_descriptors(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    with serving(local_server()), contextlib.ExitStack() as stack:
+        manager.expect("READY=1")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with socket.socket() as probe:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fileno(), hard))
+        for _ in range(6):  # some of them may have been told before
+            assert manager.next(timeout=5) == "WATCHDOG=1"
 
 
 def test_the_watchdog_of_another_process_is_not_fed(
