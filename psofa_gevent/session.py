@@ -548,6 +548,9 @@ class PsSession(SendingHalf[M]):
     ) -> None:
         """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
         self._may_linger = self._may_linger and linger
+        if self._host.thread.is_destroyed():
+            self._end_with_hub()
+            return
         if self._reason is not PsCloseReason.NONE:
             return
         if not self._open:  # another thread asked before; its request is on its way
@@ -555,9 +558,6 @@ class PsSession(SendingHalf[M]):
         self._reason = reason
         self._close_cause = cause
         self._open = False
-        if self._host.thread.is_destroyed():
-            self._end_with_hub()
-            return
         self._wake()
         if self._line is not None:
             self._line.interrupt()

@@ -308,7 +308,7 @@ def test_a_send_after_shutdown_is_refused_where_no_callback_of_the_session_runs(
 
 
 @needs_libev_to_destroy
-@pytest.mark.parametrize("end", ["close", "abort", "disconnect", "init_bundle"])
+@pytest.mark.parametrize("end", ["close", "abort", "abort of its end", "disconnect", "init_bundle"])
 def test_a_session_whose_hub_was_destroyed_is_closed_as_soon_as_anybody_asks(end: str) -> None:
     def lose_hub_and_end() -> None:
         bundle = PsMultiClient(PsCallback())
@@ -317,11 +317,14 @@ def test_a_session_whose_hub_was_destroyed_is_closed_as_soon_as_anybody_asks(end
         gevent.sleep(0)
         session.post(STALLING)
         bundle.bind(session, "key")
+        if end == "abort of its end":
+            session.close()
+            gevent.sleep(0)
         gevent.get_hub().destroy(destroy_loop=True)
         match end:
             case "close":
                 session.close()
-            case "abort":
+            case "abort" | "abort of its end":
                 session.abort()
             case "disconnect":
                 bundle.disconnect(session)
@@ -337,7 +340,7 @@ def test_a_session_whose_hub_was_destroyed_is_closed_as_soon_as_anybody_asks(end
         thread = NativeThread(lose_hub_and_end)
         peer = scripted.accept()
         thread.wait()
-        if end == "abort":
+        if "abort" in end:
             peer.expect_reset()
         else:
             peer.receive_until_eof()
