@@ -212,38 +212,40 @@ class HubThread:
         Cancelling kills the greenlet, and waits until it has ended.
         """
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[BaseException | None] = loop.create_future()
+        ended: asyncio.Future[None] = loop.create_future()
+        errors: list[BaseException] = []
         greenlets: list[Greenlet[..., BaseException | None]] = []
 
         def report(greenlet: Greenlet[..., BaseException | None]) -> None:
+            if greenlet.value is not None:
+                errors.append(greenlet.value)
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(_resolve, ended, greenlet.value)
+                loop.call_soon_threadsafe(_resolve, ended, None)
 
         def start() -> None:
             greenlets.append(_run_now(_outcome, partial(function, *args, **kwargs)))
             greenlets[0].rawlink(report)
 
-        def kill() -> None:
-            greenlets[0].kill(block=False)
-
         self.call_soon(start)
         cancelled = False
-        while not ended.done():
-            try:
-                await asyncio.wait({ended}, timeout=LOOK_PERIOD)
-            except asyncio.CancelledError:
-                cancelled = True
-                self.call_soon(kill)
-            if (is_over() or self.is_destroyed()) and not greenlets:
-                break
-        if cancelled:
-            raise asyncio.CancelledError
-        if not ended.done():
-            return False
-        error = ended.result()
-        if error is not None:
-            raise error
-        return True
+        try:
+            while not ended.done():
+                try:
+                    await asyncio.wait({ended}, timeout=LOOK_PERIOD)
+                except asyncio.CancelledError:
+                    cancelled = True
+                    self.call_soon(gevent.killall, greenlets, block=False)
+                if (is_over() or self.is_destroyed()) and not greenlets:
+                    break
+            if cancelled:
+                raise asyncio.CancelledError
+            if errors:
+                raise errors[0]
+            return ended.done()
+        finally:
+            # An exception and this frame would keep each other alive.
+            errors.clear()
+            greenlets.clear()
 
     def raise_in_main(self, exc: BaseException) -> None:
         """Have the hub raise `exc` in the main greenlet, wherever it waits, as gevent does."""

@@ -491,6 +491,24 @@ def test_a_session_goes_whose_send_of_another_os_thread_failed(ps_server: Server
         callback.assert_freed()
 
 
+@pytest.mark.parametrize("what", ["message", "file"])
+def test_a_session_goes_whose_send_of_a_loop_in_another_os_thread_failed(
+    ps_server: ServerFactory, what: str
+) -> None:
+    async def send() -> None:
+        with contextlib.suppress(PsSendError):
+            if what == "message":
+                await callback.session.send_async(STALLING, 0.05)
+            else:
+                await callback.session.send_file_async(io.BytesIO(STALLING), timeout=0.05)
+
+    callback = Forgetful()
+    with stalled_peer(ps_server(callback, linger_timeout=0.0).address):
+        eventually(lambda: callback.references)
+        NativeThread(asyncio.run, send()).wait()
+        callback.assert_freed()
+
+
 def test_a_session_goes_whose_send_was_refused_in_the_hub(ps_server: ServerFactory) -> None:
     def send() -> None:
         try:
