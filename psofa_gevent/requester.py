@@ -12,6 +12,7 @@ belongs to the hub's thread; callers in other OS threads are handed over.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -69,12 +70,14 @@ class PsRequester(Generic[M]):
             request_key: the same for requests, where those look different; by default `key`.
 
         Raises:
-            TypeError: that can't be called.
+            TypeError: that can't be called, or is ``async``.
             ValueError: `request_key` without `key`.
         """
         for name, function in (("key", key), ("request_key", request_key)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function of a message, not {function!r}")
+            if inspect.iscoroutinefunction(function):
+                raise TypeError(f"{name} must be a plain function, not {function!r}")
         if key is None and request_key is not None:
             raise ValueError("request_key needs a key for the replies")
         self._key = key

@@ -591,9 +591,17 @@ def test_many_sessions_share_a_requester(ps_server: ServerFactory) -> None:
         client.disconnect()
 
 
+async def _find_key(message: bytes) -> bytes:
+    return message
+
+
 def test_what_makes_no_sense_is_refused(device: MakeDevice) -> None:
     with pytest.raises(TypeError, match="key must be a function"):
         PsRequester("id")  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match="key must be a plain function"):
+        PsRequester(_find_key)  # type: ignore[arg-type]  # the point: no two coroutines are equal
+    with pytest.raises(TypeError, match="request_key must be a plain function"):
+        PsRequester(len, request_key=_find_key)  # type: ignore[arg-type]  # the point
     with pytest.raises(ValueError, match="request_key needs a key"):
         PsRequester(request_key=len)
     here = device()
