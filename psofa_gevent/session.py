@@ -314,7 +314,7 @@ class PsSession(SendingHalf[M]):
     @property
     def tls(self) -> PsTlsInfo | None:
         """What TLS says of the connection; ``None``: it is not encrypted. Known after the close."""
-        return None if self._tls is None else PsTlsInfo.of(self._tls)
+        return None if self._tls is None else self._tls.info
 
     def _use_tls(self, sock: TlsSocket) -> None:
         """From now on all bytes go through `sock`."""

@@ -63,6 +63,7 @@ class TlsSocket:
         "_taken",
         "has_more",
         "has_progress",
+        "info",
         "server_name",
         "ssl_object",
         "watcher",
@@ -113,6 +114,8 @@ class TlsSocket:
         """What is told of that."""
         self.wire_sent = 0
         """Bytes that the kernel took, as they are on the wire."""
+        self.info: PsTlsInfo | None = None
+        """What TLS says, when the handshake is complete. OpenSSL forgets it after an error."""
 
     @property
     def half_sent(self) -> int:
@@ -142,6 +145,7 @@ class TlsSocket:
                 if self.ssl_object.server_side:
                     self.server_name = server_name(self._hello)
                     self._hello = b""
+                self.info = PsTlsInfo.of(self)
                 return
             data = self._sock.recv(RECORD)
             if not data:
@@ -419,7 +423,7 @@ class PsTlsInfo:
         alpn_protocol: what was agreed on (RFC 7301); ``None``: nothing.
         peer_certificate: the peer's certificate, DER; ``None``: it has shown none.
         peer: the verified certificate as a dictionary (`ssl.SSLSocket.getpeercert`); empty where it
-            was not verified.
+            was not verified, and where Python can't read it.
     """
 
     version: str | None
@@ -440,5 +444,12 @@ class PsTlsInfo:
             server_name=tls.server_name,
             alpn_protocol=ssl_object.selected_alpn_protocol(),
             peer_certificate=ssl_object.getpeercert(binary_form=True),
-            peer=dict(ssl_object.getpeercert() or {}),
+            peer=_read_certificate(ssl_object),
         )
+
+
+def _read_certificate(ssl_object: ssl.SSLObject) -> dict[str, Any]:
+    try:
+        return dict(ssl_object.getpeercert() or {})
+    except (ValueError, ssl.SSLError):  # names that are no UTF-8; the handshake takes them
+        return {}

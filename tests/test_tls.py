@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes.util
+import datetime
 import gc
 import logging
 import socket
@@ -21,6 +22,9 @@ import gevent.event
 import gevent.ssl
 import gevent.subprocess
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from acting import sending
 from helpers import NativeThread, close_reasons, python_process, takes
@@ -820,6 +824,70 @@ def test_certificates_and_protocols_are_on_the_session(
         assert client.session.tls.peer["subjectAltName"]
     eventually(lambda: not server.get_session_count())
     assert session.tls is not None  # also after the close
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("way", ["cut off", "a bad record", "reset", "aborted", "closed"])
+def test_what_tls_says_is_known_however_the_session_ends(
+    way: str, version: ssl.TLSVersion, ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    """OpenSSL itself forgets it after an error: it takes the handshake for one to be done."""
+    callback = Echo()
+    server = ps_server(callback, ssl_context=server_context())
+    client = peer(server, client_context(version))
+    client.say(b"hello")
+    assert client.hear(5) == b"hello"
+    (session,) = server.sessions
+    seen = session.tls
+    assert seen is not None
+    assert (seen.version, seen.server_name) == (client.tls.version(), "localhost")
+    if way == "cut off":
+        client.close()  # without close_notify
+    elif way == "a bad record":
+        client.plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    elif way == "reset":
+        client.reset()
+    elif way == "aborted":
+        session.abort()
+    else:
+        session.close()
+    callback.wait_for("on_close")
+    assert session.tls == seen
+
+
+def test_a_certificate_that_python_cannot_read_disturbs_nobody(
+    ps_server: ServerFactory, tmp_path: Path
+) -> None:
+    """Its second name is no UTF-8, at which `getpeercert` raises; OpenSSL has verified it."""
+    names = b"\x30\x0f\x82\x09localhost\x82\x02\xff\xfe"
+    oid = x509.oid.ExtensionOID.SUBJECT_ALTERNATIVE_NAME
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "odd")])
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.UnrecognizedExtension(oid, names), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    path = tmp_path / "odd.pem"
+    path.write_bytes(certificate + secret)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    server = ps_server(PsCallback(), ssl_context=context)
+    trusting = ssl.create_default_context(cadata=certificate.decode())
+    with PsClient(PsCallback(), "localhost", server.address[1], ssl_context=trusting) as client:
+        assert client.session is not None
+        assert client.session.tls is not None
+        assert client.session.tls.peer_certificate == ssl.PEM_cert_to_DER_cert(certificate.decode())
+        assert client.session.tls.peer == {}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
