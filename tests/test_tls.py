@@ -45,6 +45,7 @@ from psofa_gevent import (
     PsServerError,
     PsSession,
     PsTlsError,
+    PsTlsInfo,
     await_greenlet,
     run_coroutine,
     tls,
@@ -513,6 +514,34 @@ def test_what_came_before_a_bad_record_is_handed_over(
     (closed,) = callback.wait_for("on_close")
     assert callback.received() == b"hello"
     assert closed.value is PsCloseReason.FAILED
+
+
+def test_what_tls_says_is_known_also_when_a_bad_record_follows(
+    ps_server: ServerFactory, peer: MakePeer
+) -> None:
+    seen: list[PsTlsInfo | None] = []
+
+    class Asking(RecordingCallback):
+        def on_message(self, session: PsSession[Any], message: Any) -> None:
+            super().on_message(session, message)
+            seen.append(session.tls)
+
+    server_side = server_context()
+    server_side.verify_mode = ssl.CERT_REQUIRED
+    CA.configure_trust(server_side)
+    client_side = client_context()
+    CA.issue_cert("device@example.org").configure_cert(client_side)
+    callback = Asking()
+    client = peer(ps_server(callback, ssl_context=server_side), client_side)
+    (opened,) = callback.wait_for("on_open")
+    before = opened.session.tls
+    assert before is not None
+    assert before.peer_certificate is not None
+    client.tls.write(b"hello")
+    client.plain.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+    (closed,) = callback.wait_for("on_close")
+    assert isinstance(closed.session.close_cause, ssl.SSLError)
+    assert [*seen, closed.session.tls] == [before, before]
 
 
 def test_bytes_of_a_record_that_is_not_whole_are_no_idleness(
