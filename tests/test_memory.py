@@ -509,6 +509,31 @@ def test_a_session_goes_whose_send_of_a_loop_in_another_os_thread_failed(
         callback.assert_freed()
 
 
+def test_a_session_goes_whose_peer_sends_a_bad_record_while_it_lingers(
+    ps_server: ServerFactory,
+) -> None:
+    trustme = pytest.importorskip("trustme")
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority = trustme.CA()
+    authority.issue_cert("localhost").configure_cert(server_side)
+    callback = Forgetful(on_message=PsSession.close)
+    with ScriptedClient(ps_server(callback, ssl_context=server_side).address) as client:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        authority.configure_trust(client_side)
+        tls = client_side.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        while tls.version() is None:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+            client.send(outgoing.read())
+            if tls.version() is None:
+                incoming.write(client.socket.recv(65536))
+        tls.write(b"close")
+        client.send(outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+        callback.assert_freed()
+    assert callback.reasons == [PsCloseReason.SELF_CLOSE]
+
+
 def test_a_session_goes_whose_send_was_refused_in_the_hub(ps_server: ServerFactory) -> None:
     def send() -> None:
         try:

@@ -534,14 +534,16 @@ def test_what_tls_says_is_known_also_when_a_bad_record_follows(
     callback = Asking()
     client = peer(ps_server(callback, ssl_context=server_side), client_side)
     (opened,) = callback.wait_for("on_open")
-    before = opened.session.tls
+    session = opened.session
+    assert session is not None
+    before = session.tls
     assert before is not None
     assert before.peer_certificate is not None
     client.tls.write(b"hello")
     client.plain.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
-    (closed,) = callback.wait_for("on_close")
-    assert isinstance(closed.session.close_cause, ssl.SSLError)
-    assert [*seen, closed.session.tls] == [before, before]
+    callback.wait_for("on_close")
+    assert isinstance(session.close_cause, ssl.SSLError)
+    assert [*seen, session.tls] == [before, before]
 
 
 def test_bytes_of_a_record_that_is_not_whole_are_no_idleness(
