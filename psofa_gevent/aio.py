@@ -96,13 +96,16 @@ def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
     if timeout is None:
         return run_task(_as_coroutine(coro))
     limit = gevent.Timeout(max(timeout, 0))
-    with limit:
-        try:
-            return run_task(_as_coroutine(coro))
-        except gevent.Timeout as expired:
-            if expired is not limit:
-                raise
-        raise TimeoutError(f"the coroutine did not end within {timeout:g} s")
+    try:
+        with limit:
+            try:
+                return run_task(_as_coroutine(coro))
+            except gevent.Timeout as expired:
+                if expired is not limit:
+                    raise
+            raise TimeoutError(f"the coroutine did not end within {timeout:g} s")
+    finally:
+        del limit  # with its traceback it would keep this frame alive, and those of the callers
 
 
 def spawn_coroutine(coro: Awaitable[T], name: str | None = None) -> Greenlet[..., T]:

@@ -168,20 +168,20 @@ class HubThread:
         done = CallerEvent()
         errors: list[BaseException] = []
         greenlets: list[Greenlet[..., None]] = []
+        has_left = False
 
         def body() -> None:
             try:
                 function(*args, **kwargs)
             except BaseException as exc:
-                errors.append(exc)
+                if not has_left:
+                    errors.append(exc)
             finally:
                 done.set()
 
         def start() -> None:
-            greenlets.append(_run_now(body))
-
-        def kill() -> None:
-            greenlets[0].kill(block=False)
+            if not has_left:
+                greenlets.append(_run_now(body))
 
         self.call_soon(start)
         thrown: list[BaseException] = []
@@ -191,11 +191,12 @@ class HubThread:
                     done.wait(LOOK_PERIOD)
                 except BaseException as exc:  # the caller is killed: so is what it waits for
                     thrown.append(exc)
-                    self.call_soon(kill)
+                    self.call_soon(gevent.killall, greenlets, block=False)
             if thrown or errors:
                 raise (thrown or errors)[0]
             return done.is_set()
         finally:
+            has_left = True
             # An exception and this frame would keep each other alive.
             thrown.clear()
             errors.clear()
@@ -215,6 +216,7 @@ class HubThread:
         ended: asyncio.Future[None] = loop.create_future()
         errors: list[BaseException] = []
         greenlets: list[Greenlet[..., BaseException | None]] = []
+        has_left = False
 
         def report(greenlet: Greenlet[..., BaseException | None]) -> None:
             if greenlet.value is not None:
@@ -223,8 +225,9 @@ class HubThread:
                 loop.call_soon_threadsafe(_resolve, ended, None)
 
         def start() -> None:
-            greenlets.append(_run_now(_outcome, partial(function, *args, **kwargs)))
-            greenlets[0].rawlink(report)
+            if not has_left:
+                greenlets.append(_run_now(_outcome, partial(function, *args, **kwargs)))
+                greenlets[0].rawlink(report)
 
         self.call_soon(start)
         cancelled = False
@@ -243,6 +246,7 @@ class HubThread:
                 raise errors[0]
             return ended.done()
         finally:
+            has_left = True
             # An exception and this frame would keep each other alive.
             errors.clear()
             greenlets.clear()

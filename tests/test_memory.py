@@ -22,7 +22,7 @@ import gevent.event
 import pytest
 
 from acting import STALLING, wait_until_stalled
-from helpers import NativeThread, ScriptedServer, free_port, stalled_peer
+from helpers import NativeThread, ScriptedServer, black_hole, free_port, stalled_peer
 from marks import sync_and_async
 from psofa_gevent import (
     PsCallback,
@@ -34,6 +34,7 @@ from psofa_gevent import (
     PsSendError,
     PsServer,
     PsSession,
+    run_coroutine,
 )
 from psofa_gevent.framing import LengthPrefix
 from psofa_gevent.testing import (
@@ -786,3 +787,42 @@ def test_a_connection_of_a_multi_client_that_stayed_connected_goes_at_once() -> 
         del connection
         callback.assert_freed()
         eventually(lambda: reference() is None)
+
+
+@pytest.mark.parametrize("ending", ["timeout", "disconnect"])
+def test_a_connect_that_was_ended_keeps_nothing_of_its_caller(ending: str) -> None:
+    class Marker:
+        pass
+
+    def attempt(address: tuple[str, int]) -> weakref.ref[Marker]:
+        marker = Marker()
+        client = PsClient(PsCallback(), *address)
+        if ending == "disconnect":
+            disconnecting = gevent.spawn_later(0.05, client.disconnect)
+        try:
+            client.connect(timeout=0.05 if ending == "timeout" else None)
+        except PsClientError:
+            if ending == "disconnect":
+                disconnecting.join()
+            return weakref.ref(marker)
+        pytest.fail("somebody is there")
+
+    with black_hole() as address:
+        reference = attempt(address)
+        assert reference() is None
+
+
+def test_a_coroutine_that_took_too_long_keeps_nothing_of_who_ran_it() -> None:
+    class Marker:
+        pass
+
+    def attempt() -> weakref.ref[Marker]:
+        marker = Marker()
+        try:
+            run_coroutine(asyncio.sleep(FOREVER), timeout=0.01)
+        except TimeoutError:
+            return weakref.ref(marker)
+        pytest.fail("it ended")
+
+    reference = attempt()
+    assert reference() is None

@@ -7,6 +7,7 @@ that joins in time has returned without the hub's help.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from psofa_gevent import (
     PsServerError,
     PsSession,
 )
-from psofa_gevent.hub_thread import NativeEvent
+from psofa_gevent.hub_thread import HubThread, NativeEvent
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -945,3 +946,21 @@ def test_thread_may_send_until_the_server_is_gone_and_be_joined_natively(
             sent = sum(thread.join(AT_ONCE) for thread in threads)
             assert session.bytes_sent == sent
         server.start()
+
+
+def test_what_was_over_for_the_caller_does_not_run_later() -> None:
+    ran: list[str] = []
+    thread = HubThread()
+
+    def run() -> bool:
+        return thread.run(lambda: True, ran.append, "run")
+
+    def run_async() -> bool:
+        asked = thread.run_async(lambda: True, ran.append, "run_async")
+        has_run: bool = asyncio.run(asked)
+        return has_run
+
+    # The hub does nothing while this thread waits natively.
+    assert [NativeThread(each).join() for each in (run, run_async)] == [False, False]
+    gevent.sleep(0.01)
+    assert ran == []
