@@ -36,20 +36,38 @@ LOOPBACK = "127.0.0.1"
 TINY_BUFFER = 4_096
 SLACK = 2.0
 """Seconds: how late this machine may be, with others at work on it."""
+PORTS = range(20_000, 32_000)
+"""Below those that systems give away: from 32768 on Linux, from 49152 elsewhere."""
+PORTS_OF_A_PROCESS = 100
 EARLY = 0.02
 """Seconds: how early timers may fire; both of gevent's loops count in milliseconds."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port on which nobody listened a moment ago: for a program that must be told one.
+    """A TCP port on which nobody listens: for a program that must be told one, and for none.
+
+    It is none of those that the system gives to clients, and to who asks for port 0: another test,
+    in another process, could have it a moment later, and a client that tries one of them again and
+    again where nobody listens is connected with itself in the end.
 
     In our own processes ask for port 0 instead, which no one else can take in between.
     """
     family = gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET
-    with gevent.socket.socket(family, gevent.socket.SOCK_STREAM) as sock:
-        sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-        return port
+    for port in _ports:
+        with contextlib.suppress(OSError), gevent.socket.socket(family) as sock:
+            sock.bind((host, port))
+            return port
+    raise AssertionError(f"no port of {PORTS} is free")
+
+
+def _own_ports() -> Iterator[int]:
+    """Those of this process: each begins elsewhere, as far as there are not very many."""
+    first = os.getpid() * PORTS_OF_A_PROCESS
+    for number in range(len(PORTS)):
+        yield PORTS[(first + number) % len(PORTS)]
+
+
+_ports = _own_ports()
 
 
 def accepts_connections(address: tuple[Any, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 from gevent import monkey
 
 from helpers import (
+    PORTS,
     NativeThread,
     ScriptedServer,
     accepts_connections,
@@ -720,3 +722,21 @@ def test_wait_until_accepting_waits_for_a_listener() -> None:
         wait_until_accepting(address, SHORT)
     with ScriptedServer() as server:
         wait_until_accepting(server.address)
+
+
+def test_no_free_port_is_given_twice_nor_one_that_the_system_gives_away() -> None:
+    ports = [free_port() for _ in range(20)]
+    assert len(set(ports)) == 20
+    with gevent.socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        assert sock.getsockname()[1] not in PORTS
+    assert set(ports) <= set(PORTS)
+
+
+def test_a_free_port_is_none_on_which_somebody_listens() -> None:
+    following = free_port() + 1
+    with gevent.socket.socket() as taken:
+        with contextlib.suppress(OSError):  # somebody else has it
+            taken.bind(("127.0.0.1", following))
+            taken.listen()
+        assert free_port() != following
