@@ -40,7 +40,7 @@ from psofa_gevent import (
     run_coroutine,
     tls,
 )
-from psofa_gevent.files import TURN
+from psofa_gevent.files import LEAST_OF_A_TURN, TURN
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.send_line import GreenletParking, run_in_greenlet
 from psofa_gevent.testing import (
@@ -428,6 +428,22 @@ def test_a_pipe_is_sent_up_to_its_end_and_others_go_on(
         peer.expect("two")
         sink.close()
         assert result(sender) == 7
+
+
+def test_others_have_their_turn_however_small_the_pieces_are(pair: Callable[..., Pair]) -> None:
+    session, _peer, _callback = pair()
+    pieces: list[int] = []
+    before: list[int] = []
+
+    class Source(Reader):
+        def read(self, size: int) -> bytes:
+            if not pieces:
+                gevent.get_hub().loop.run_callback(lambda: before.append(len(pieces)))
+            pieces.append(size)
+            return super().read(size)
+
+    assert session.send_file(Source(), count=10_000, piece_size=1) == 10_000
+    assert before[0] <= TURN / LEAST_OF_A_TURN + 1
 
 
 def test_what_can_not_seek_is_sent_from_where_it_is(pair: Callable[..., Pair]) -> None:
