@@ -146,7 +146,8 @@ class PsMultiClient(ConnectingOwner[M]):
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
-                a message, or a function of the session that returns one, or ``None`` for none.
+                a message, or a function of the session (also ``async``) that returns one, or
+                ``None`` for none.
 
         Raises:
             PsCallbackError: the callback could never work.

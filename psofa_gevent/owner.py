@@ -48,13 +48,16 @@ class SessionOwner(Generic[M]):
     # read once in each method.
 
     def get_session_count(self) -> int:
-        """How many sessions have not ended: open ones, and those whose close is on its way."""
+        """How many sessions have not ended: open ones, and those whose close is on its way.
+
+        Also those to come, whose header or handshake is under way: they take places, too.
+        """
         manager = self._manager
         return 0 if manager is None else len(manager.sessions)
 
     @property
     def sessions(self) -> list[PsSession[M]]:
-        """The open sessions at this moment, in the order in which they came."""
+        """The open sessions at this moment, each from its ``on_open`` on, as they came."""
         manager = self._manager
         if manager is None:
             return []
