@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ __all__ = ["plot"]
 OURS, OTHERS = "#7b3fa0", "#b9bcc4"
 LINES = {"psofa": OURS, "gevent": "#4c9f70", "uvloop": "#d08a2e"}
 COLUMNS = 3
+TITLE_WIDTH = 34
+"""Letters in a line, so that the title of one plot leaves the next one's alone."""
 OVERVIEW = ("echo-100", "async-100", "pipelined", "accept", "broadcast", "sessions-15000")
 """The rows that the README shows."""
 STYLE: dict[Any, Any] = {
@@ -98,10 +101,10 @@ def _bars(ax: Axes, result: RowResult) -> None:
         color=[OURS if peer.startswith("psofa") else OTHERS for peer in spreads],
         error_kw={"elinewidth": 1, "ecolor": "#333"},
     )
-    ax.set_title(result.row.title, loc="left")
+    ax.set_title(textwrap.fill(result.row.title, TITLE_WIDTH), loc="left")
     ax.set_xlabel(label_of(metric, result))
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.locator_params(axis="x", nbins=4)
+    ax.locator_params(axis="x", nbins=3)
 
 
 def _growth_figure(lines: list[Curve]) -> Figure:

@@ -1508,7 +1508,7 @@ def test_a_server_that_went_with_its_hub_is_not_waited_for_and_serves_anew() -> 
         gevent.get_hub().destroy(destroy_loop=True)
         gone = server._manager
         serving = gevent.spawn(server.serve_forever)
-        eventually(lambda: server._manager is not gone and server.started)
+        eventually(lambda: server._manager is not gone and server.address[1])
         with ScriptedClient(server.address) as client:
             client.send("hello")
             client.expect("hello")
