@@ -635,7 +635,9 @@ def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobo
     assert str(closed.session.close_cause) == error
 
 
-def test_a_look_at_a_socket_that_has_no_whole_record_reads_it_once() -> None:
+@contextlib.contextmanager
+def tls_pair() -> Iterator[tuple[TlsSocket, ssl.SSLObject, ssl.MemoryBIO]]:
+    """Our end of a connection; the other, by the standard library; and what that has to send."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         connection = TlsSocket(ours, server_context(), server_side=True)
@@ -654,22 +656,46 @@ def test_a_look_at_a_socket_that_has_no_whole_record_reads_it_once() -> None:
                 done = True
             with contextlib.suppress(BlockingIOError):
                 incoming.write(theirs.recv(65536))
+        yield connection, client, outgoing
+
+
+class Pieces:
+    """A socket that has these bytes, and gives so many of them at a time."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        self.left = [data[at : at + size] for at in range(0, len(data), size)]
+        self.reads = 0
+
+    def recv(self, _size: int) -> bytes:
+        self.reads += 1
+        if not self.left:
+            raise BlockingIOError
+        return self.left.pop(0)
+
+
+def test_a_look_at_a_socket_that_has_no_whole_record_reads_it_once() -> None:
+    with tls_pair() as (connection, client, outgoing):
         client.write(bytes(16_000))
-        record = outgoing.read()
-
-        class Dripping:
-            def __init__(self) -> None:
-                self.at = 0
-
-            def recv(self, size: int) -> bytes:
-                self.at += 1
-                return record[self.at - 1 : self.at]
-
-        connection._sock = dripping = Dripping()  # type: ignore[assignment]
+        connection._sock = pieces = Pieces(outgoing.read(), 1)  # type: ignore[assignment]
         with pytest.raises(BlockingIOError):
             connection.recv(65536)
-        assert dripping.at == 1
+        assert pieces.reads == 1
         assert connection.has_progress
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_the_end_of_a_stream_stays_its_end(size: int) -> None:
+    with tls_pair() as (connection, client, outgoing):
+        client.write(b"all of it")
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.unwrap()
+        connection._sock = Pieces(outgoing.read(), size)  # type: ignore[assignment]
+        received: list[bytes] = []
+        while not received or received[-1]:
+            with contextlib.suppress(BlockingIOError):
+                received.append(connection.recv(4))
+        assert b"".join(received) == b"all of it"
+        assert [connection.recv(4) for _ in range(2)] == [b"", b""]
 
 
 def test_a_stream_that_is_cut_off_is_no_clean_end(
