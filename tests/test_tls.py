@@ -1530,6 +1530,7 @@ def test_s_client_talks_to_us(version: str, ps_server: ServerFactory, pem: Path)
             assert pipe is not None
             with contextlib.suppress(OSError):
                 pipe.close()
+    callback.wait_for("on_close")
     assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
 
 
