@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import gevent
+import gevent.event
 import pytest
 from gevent import monkey
 
@@ -962,5 +963,7 @@ def test_what_was_over_for_the_caller_does_not_run_later() -> None:
 
     # The hub does nothing while this thread waits natively.
     assert [NativeThread(each).join() for each in (run, run_async)] == [False, False]
-    gevent.sleep(0.01)
+    has_come_to_it = gevent.event.Event()
+    thread.call_soon(has_come_to_it.set)  # after what the two have asked for
+    assert has_come_to_it.wait(5)
     assert ran == []
