@@ -42,6 +42,9 @@ class HubSelector(selectors.BaseSelector):
         self._stopped: set[int] = set()
         self._fired: dict[int, int] = {}
         self._ref = True
+        self._timer: Any = None
+        """That of a `select` which is under way."""
+        self._is_closed = False
         self._turn = hub.loop.timer(0)
         self._turn_due = False
 
@@ -81,9 +84,11 @@ class HubSelector(selectors.BaseSelector):
         for anything starve nobody. Every other time: a turn costs more than a round of the loop.
         """
         timer = None
-        if timeout is not None:
+        if self._is_closed:  # in a child process, in the middle of a round
+            self._park()
+        elif timeout is not None:
             if timeout > 0:
-                timer = self._hub.loop.timer(max(timeout, SHORTEST_TIMER))
+                timer = self._timer = self._hub.loop.timer(max(timeout, SHORTEST_TIMER))
             elif not self._turn_due:
                 self._turn_due = True
                 return self._ready()
@@ -99,6 +104,7 @@ class HubSelector(selectors.BaseSelector):
             if timer is self._turn:
                 self._stop(timer)
             elif timer is not None:
+                self._timer = None
                 self._close(timer)
         return self._ready()
 
@@ -145,8 +151,11 @@ class HubSelector(selectors.BaseSelector):
 
     def close(self) -> None:
         """Stop watching. Closes no descriptor."""
+        self._is_closed = True
         for watcher in (*self._watchers.values(), self._turn):
             self._close(watcher)
+        if self._timer is not None:
+            self._close(self._timer)
         self._watchers.clear()
         self._keys.clear()
         self._stopped.clear()

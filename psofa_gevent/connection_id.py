@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import uuid
 
+from psofa_gevent.forking import in_child
+
 __all__ = ["random_bytes", "random_id"]
 
 SIZE = 16
@@ -36,4 +38,4 @@ def random_id(raw: bytes) -> uuid.UUID:
 
 
 # A child process must not hand out what its parent hands out.
-os.register_at_fork(after_in_child=_unused.clear)
+in_child(_unused.clear)

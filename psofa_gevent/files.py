@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
+from psofa_gevent.forking import track
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.messages import as_bytes
 from psofa_gevent.send_line import Gave
@@ -81,6 +82,7 @@ class FileSource:
     """A file on its way (`psofa_gevent.send_line.Source`). To be closed."""
 
     __slots__ = (
+        "__weakref__",
         "_by_kernel",
         "_encode",
         "_input",
@@ -135,10 +137,15 @@ class FileSource:
         """Bytes of the file that have left."""
         self.begun = False
         self.offered_at = 0.0
+        track(self)
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close what was opened. May be called again."""
         self._input.close()
+
+    def _let_go(self, _hub: object) -> None:
+        """Close what was opened: the file is the parent process's to send."""
+        self.close()
 
     @property
     def is_small(self) -> bool:
@@ -250,7 +257,9 @@ class _RegularFile:
         return piece
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class _Stream:

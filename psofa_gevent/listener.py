@@ -32,8 +32,9 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from gevent import monkey
 from gevent.pool import Pool
@@ -41,6 +42,7 @@ from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.forking import keep, track
 from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
@@ -73,7 +75,8 @@ TURNS_AT_ONCE = 100
 """Places that are given away in one turn of the hub; as gevent's ``max_accept``."""
 
 
-class Listening(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Listening:
     """A socket that listens, and what goes with it."""
 
     socket: socket.socket
@@ -81,6 +84,13 @@ class Listening(NamedTuple):
     """What `close` is to remove."""
     is_inherited: bool = False
     """Whether somebody else made the socket, and may share it."""
+
+    def __post_init__(self) -> None:
+        track(self)
+
+    def _let_go(self, _hub: object) -> None:
+        """Close the socket, in a child process. It goes on to listen: it is the parent's."""
+        self.socket.close()
 
     def end(self) -> None:
         """Let nobody connect any more, and remove the file of a socket that has one.
@@ -258,6 +268,13 @@ class Listener(StreamServer):
         self._listening.end()
         super().close()
 
+    def let_go(self, *, has_hub: bool) -> None:
+        """Accept nothing, in a child process. The hub is touched only where that has it."""
+        self._paused = True
+        self._turns.forget(self)
+        if has_hub:
+            self.stop_accepting()
+
     def full(self) -> bool:
         """Whether to leave connections where they are. gevent asks, and pauses if so."""
         return not self._refuses_when_full and self._turns.must_wait(self)
@@ -397,6 +414,12 @@ class Listeners:
         """Accept again. From any OS thread."""
         for listener in self._all:
             listener.resume()
+
+    def let_go(self, *, has_hub: bool) -> None:
+        """Accept nothing, in a child process. The hub is touched only where that has it."""
+        keep(self)
+        for listener in self._all:
+            listener.let_go(has_hub=has_hub)
 
     def close(self) -> None:
         """Close all of them, also where one fails."""

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 from gevent import get_hub, monkey
 from greenlet import greenlet
 
+from psofa_gevent.forking import keep, release, track
+
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
 switch = greenlet.switch
@@ -53,6 +55,7 @@ class ReadySessions:
         self._registered = 0
         self._check: Any = None
         self._soon: Any = None
+        track(self)
 
     def register(self) -> None:
         """One more session may become ready."""
@@ -69,6 +72,16 @@ class ReadySessions:
             self._check.stop()
             self._check.close()
             self._check = None
+
+    def _let_go(self, hub: object) -> None:
+        """Nobody is ready any more (`psofa_gevent.forking`). The child's sessions have another."""
+        keep(list(self.sessions), self)
+        self.sessions.clear()
+        if self._check is not None and self.hub is hub:
+            release(self._check)
+        self._check = None
+        if getattr(_of_thread, "ready", None) is self:
+            _of_thread.ready = None
 
     def add(self, several: Sequence[Ready]) -> None:
         """Some are ready: after those that are there, in this order.

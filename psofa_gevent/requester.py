@@ -26,6 +26,7 @@ from psofa_gevent.errors import (
     PsRequestTimeoutError,
     PsSendError,
 )
+from psofa_gevent.forking import keep
 from psofa_gevent.hub_thread import get_ident
 from psofa_gevent.messages import M, Message
 from psofa_gevent.send_line import GreenletParking, Parking, TaskParking, run_in_greenlet
@@ -237,6 +238,10 @@ class PsRequester(Generic[M]):
     def _left(self, session: PsSession[Any], pending: _Pending[M]) -> None:
         """The session closes: nothing more will come."""
         pending.fail(lambda: _closed(session))
+
+    def _let_go(self, _session: PsSession[Any], pending: _Pending[M]) -> None:
+        """The session, and who asks it, are the parent process's."""
+        keep(pending)
 
 
 class _Request(Generic[T]):

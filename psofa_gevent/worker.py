@@ -8,12 +8,14 @@ come to its end. A call that waits for that end must not wait in one of them, no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
+from greenlet import greenlet
 
 from psofa_gevent.aio import in_coroutine
+from psofa_gevent.forking import leave_behind, left_behind, not_woken, track
 
 __all__ = [
     "LibraryGreenlet",
@@ -25,6 +27,8 @@ __all__ = [
     "sends_to_the_end",
 ]
 
+
+_switch = greenlet.switch
 
 if TYPE_CHECKING:
     _Greenlet = Greenlet[[], None]
@@ -40,6 +44,29 @@ class LibraryGreenlet(_Greenlet):
 
     # gevent notes for each greenlet where it was made, ten frames deep: here always the same place.
     spawning_stack_limit = 0
+
+    def __init__(self, *run: Callable[[], None]) -> None:
+        super().__init__(*run)
+        track(self)
+
+    def _let_go(self, _hub: object) -> None:
+        """Never run again, in a child process (`psofa_gevent.forking`)."""
+        leave_behind(self)
+
+    # gevent calls these two, whatever the greenlet waited for.
+
+    def switch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, or go on; not in a child process."""
+        if left_behind and self in left_behind:
+            not_woken(self)
+            return None
+        return _switch(self, *args, **kwargs)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise something where it waits; not in a child process."""
+        if left_behind and self in left_behind:
+            return None
+        return super().throw(*args)
 
 
 class WorkGreenlet(LibraryGreenlet):
@@ -97,6 +124,11 @@ class Worker:
             self.greenlet = None
             if self._has_work():
                 self.ensure()
+
+    def let_go(self) -> None:
+        """Have no greenlet, and never start one again: it was the parent process's."""
+        self._stopped = True
+        self.greenlet = None
 
     def replace(self) -> None:
         """Leave the greenlet behind, still running, and start another in its place."""
