@@ -23,7 +23,7 @@ from gevent import GreenletExit
 from psofa_gevent.addresses import format_address
 from psofa_gevent.enums import PsCloseReason, PsRefusal
 from psofa_gevent.farewell import LONGEST_FAREWELL, Farewells, say
-from psofa_gevent.hub_thread import log_from_hub, log_safely
+from psofa_gevent.logs import log_from_hub, log_safely
 from psofa_gevent.peers import Networks, peer_address
 from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
 from psofa_gevent.tcp import Endpoint, endpoint

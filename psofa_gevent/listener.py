@@ -40,7 +40,7 @@ from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import (

@@ -28,8 +28,9 @@ from psofa_gevent.closing import CloseQueue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.heartbeat import Heartbeats
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
+from psofa_gevent.logs import log_safely
 from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings

@@ -21,7 +21,7 @@ from gevent import getcurrent
 from gevent.event import Event
 
 from psofa_gevent.errors import PsError, cut_traceback
-from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.logs import log_safely
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.worker import Worker, may_wait

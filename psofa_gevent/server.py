@@ -19,8 +19,8 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listeners
+from psofa_gevent.logs import log_safely
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
