@@ -35,6 +35,7 @@ from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
+from psofa_gevent.work import Killer, kill_work
 
 if TYPE_CHECKING:
     from psofa_gevent.admission import Admission
@@ -203,19 +204,24 @@ class SessionManager:
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""
         for session in [session for session in self.sessions if not session._started]:
-            self.forget(session)
-            session._drop()
+            self._drop(session)
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
         for session in list(self.sessions):
             session._request_close(reason)
 
-    def kill_sessions(self) -> None:
-        """Throw `GreenletExit` into whatever the sessions still do."""
+    def kill_sessions(self, *, again: bool) -> None:
+        """Throw `GreenletExit` into whatever the sessions still do.
+
+        `again`: callbacks that run have swallowed one, so what works beside them gets one as well;
+        at first it is left for the session to kill, once its callback has ended.
+        """
         for session in list(self.sessions):
             if session._greenlet is not None:
                 session._greenlet.kill(block=False)
+            if session._greenlet is None or (again and session._killer is None):
+                kill_work(session)
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
@@ -246,8 +252,24 @@ class SessionManager:
 
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
-        session = greenlet.session
-        if session is not None and not session._started:
-            self.forget(session)
-            session._drop()
-            self._tell_that_over(session)
+        session, greenlet.session = greenlet.session, None
+        if session is not None:
+            self._drop(session)
+
+    def _drop(self, session: PsSession[Any]) -> None:
+        """End a session that has not begun. Its work may have, and it counts until that has ended.
+
+        Again without effect.
+        """
+        session._drop()
+        if session._work and session._killer is None:
+            session._killer = Killer(session, partial(self._dropped, session))
+        elif not session._work:
+            self._dropped(session)
+
+    def _dropped(self, session: PsSession[Any]) -> None:
+        if session._killer is not None:
+            session._killer.stop()
+            session._killer = None
+        self.forget(session)
+        self._tell_that_over(session)

@@ -61,7 +61,7 @@ from psofa_gevent.settings import (
 from psofa_gevent.tcp import Endpoint, endpoint, reset
 from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
-from psofa_gevent.work import Killer, kill_work, spawn_work
+from psofa_gevent.work import Killer, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
@@ -126,11 +126,9 @@ class SessionGreenlet(LibraryGreenlet):
             self.session._uncork_without_waiting()
 
     def _run(self) -> None:
-        try:
-            assert self.session is not None
-            self.session._live()
-        finally:
-            self.session = None
+        assert self.session is not None
+        self.session._live()
+        self.session = None
 
 
 class PsSession(SendingHalf[M]):
@@ -597,37 +595,54 @@ class PsSession(SendingHalf[M]):
         self._started = True
         try:
             try:
-                if self._is_opening and self._host.prologue is not None:
-                    self._host.prologue(self)
-                    self._is_opening = not self._open
-                if not self._is_opening:
-                    logger.debug("%r: opened", self)
-                    self._host.dispatch.on_open(self)
-                    if self._framed is not None:  # on_open may have received messages itself
-                        self._framed.hand_over(self)
-                    read(self)
-            except BaseException as exc:
-                self._uncork_without_waiting()
-                self._fail(exc)
-            while self._reason is PsCloseReason.NONE and not self._open:
-                # Another thread's request is on its way, with what that thread has posted before.
-                self._wait_until_woken(REQUEST_LOOK)
-            if self._work:
-                self._killer = Killer(self)
+                self._call_back()
+            finally:
+                # However its callbacks ended, and whatever was thrown in on the way to here: work
+                # that nobody kills would outlive its session.
+                if self._work:
+                    self._killer = Killer(self, self._wake)
             linger(self)
         except BaseException as exc:
-            # Killed while it lingered; the rest does not wait.
+            # Killed since the last callback; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._host.thread.raise_in_main(exc)
             logger.debug("%r: did not linger to the end: %r", self, exc)
         finally:
+            self._end()
+
+    def _call_back(self) -> None:
+        """Make the callbacks, from the prologue to the last one, until there is a close reason.
+
+        What they raise is the session's failure. A kill that comes later is raised.
+        """
+        try:
+            if self._is_opening and self._host.prologue is not None:
+                self._host.prologue(self)
+                self._is_opening = not self._open
+            if not self._is_opening:
+                logger.debug("%r: opened", self)
+                self._host.dispatch.on_open(self)
+                if self._framed is not None:  # on_open may have received messages itself
+                    self._framed.hand_over(self)
+                read(self)
+        except BaseException as exc:
+            self._uncork_without_waiting()
+            self._fail(exc)
+        while self._reason is PsCloseReason.NONE and not self._open:
+            # Another thread's request is on its way, with what that thread has posted before.
+            self._wait_until_woken(REQUEST_LOOK)
+
+    def _end(self) -> None:
+        """Take the last steps, each of them even if the one before it fails."""
+        try:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
+        finally:
             if self._killer is not None:
                 self._killer.wait()
                 self._killer = None
-            self._host.session_ended(self)
             self._greenlet = None
+            self._host.session_ended(self)
 
     def _wait_until_woken(self, seconds: float | None) -> None:
         """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
@@ -722,14 +737,17 @@ class PsSession(SendingHalf[M]):
         self._sock.close()
 
     def _drop(self) -> None:
-        """End a session whose greenlet has not started: no callback ever hears of it."""
+        """End a session whose greenlet has not started: no callback ever hears of it.
+
+        Its work is the manager's affair. Again without effect.
+        """
         self._open = False
         self._leave_all()
-        kill_work(self)
         self._release()
-        if self._greenlet is not None:
-            self._greenlet.kill(block=False)
-            self._greenlet = None
+        greenlet, self._greenlet = self._greenlet, None
+        if greenlet is not None:
+            greenlet.session = None
+            greenlet.kill(block=False)
 
 
 def _format(address: Endpoint | None) -> str:

@@ -2,7 +2,10 @@
 
 They end with their session: when its callbacks are through they are killed, and ``on_close`` comes
 when all of them have ended. The session's own greenlet waits for that (`Killer`), and passes on
-what is thrown into it meanwhile. All of it belongs to the hub's thread.
+what is thrown into it meanwhile. A session whose greenlet never began counts until its work has
+ended. Where a shutdown kills a callback that does not end, it kills the work beside that, too.
+
+All of it belongs to the hub's thread.
 """
 
 from __future__ import annotations
@@ -56,9 +59,15 @@ class Killer:
     It may have swallowed the first kill.
     """
 
-    def __init__(self, session: PsSession[Any]) -> None:
-        """Begin. In the hub's thread; does not switch."""
+    def __init__(self, session: PsSession[Any], all_ended: Callable[[], object]) -> None:
+        """Begin. In the hub's thread; does not switch.
+
+        Args:
+            session: the one whose work it is. There is some.
+            all_ended: called in the hub when none is left.
+        """
         self._session = session
+        self.all_ended = all_ended
         self._kills = 0
         # A stuck one must not keep a program alive.
         self._timer = session._loop.timer(KILL_PERIOD, KILL_PERIOD, ref=False)
@@ -107,5 +116,5 @@ def _ended(session: PsSession[Any], greenlet: LibraryGreenlet) -> None:
     work = session._work
     if work is not None:
         work.discard(greenlet)
-        if not work and not session._open:
-            session._wake()
+        if not work and session._killer is not None:
+            session._killer.all_ended()
