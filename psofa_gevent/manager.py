@@ -97,6 +97,8 @@ class SessionManager:
     ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
 
+        If that fails, for whatever reason, nothing of it is left, and the caller closes the socket.
+
         Args:
             sock: the socket, its options set.
             remote_endpoint: the peer's address.
@@ -104,21 +106,25 @@ class SessionManager:
             local_endpoint: the socket's own address where it is known; else the system is asked.
 
         Raises:
-            OSError: the socket is not connected any more. The caller closes it.
+            OSError: the socket is not connected any more.
         """
         session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint)
-        greenlet: Any = session._greenlet
-        greenlet.rawlink(self._greenlet_ended)
-        self.sessions[session] = None
-        if self._by_id is not None:
-            self._add_by_id(self._by_id, session)
-        self._idle.add(session)
-        if self._heartbeats is not None:
-            self._heartbeats.add(session)
-        if self.admission is not None:
-            self.admission.opened(session)
-        # Never waits: a server accepts only while the pool has room.
-        self.pool.start(greenlet)
+        try:
+            greenlet: Any = session._greenlet
+            greenlet.rawlink(self._greenlet_ended)
+            self.sessions[session] = None
+            if self._by_id is not None:
+                self._add_by_id(self._by_id, session)
+            self._idle.add(session)
+            if self._heartbeats is not None:
+                self._heartbeats.add(session)
+            if self.admission is not None:
+                self.admission.opened(session)
+            # Never waits: a server accepts only while the pool has room.
+            self.pool.start(greenlet)
+        except BaseException:
+            self._drop(session)
+            raise
         return session
 
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:

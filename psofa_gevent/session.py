@@ -186,12 +186,10 @@ class PsSession(SendingHalf[M]):
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None
-        self._watcher: Any = self._loop.io(sock.fileno(), READ)
         self._ready = host.ready
         self._keeps_watching = host.ready.keeps_watching
         self._is_opening = host.prologue is not None
         """Whether ``on_open`` has to wait for what comes before it."""
-        self._ready.register()
         self._connection_id = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
@@ -218,10 +216,18 @@ class PsSession(SendingHalf[M]):
         self._killer: Killer | None = None
         self._slice: IdleSlice | None = None
         self._tls: TlsSocket | None = None
-        if type(sock) is TlsSocket:
-            self._use_tls(sock)
         self._context = host.dispatch.new_context()
-        self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
+        self._greenlet: SessionGreenlet | None = None
+        self._watcher: Any = self._loop.io(sock.fileno(), READ)
+        try:  # what has to be undone where a later line fails, for want of memory, say
+            if type(sock) is TlsSocket:
+                self._use_tls(sock)
+            self._greenlet = SessionGreenlet(self)
+            self._ready.register()
+        except BaseException:
+            self._watcher.close()
+            self._greenlet = None
+            raise
 
     # What a callback asks
 
