@@ -333,7 +333,8 @@ class Listener(StreamServer):
                 return
             if not self._has_options:
                 self._set_options(accepted, self._manager.settings)
-            self._manager.open(accepted, address, None, self._local_endpoint)
+            manager = self._manager
+            manager.open(accepted, address, None, self._local_endpoint, manager.context)
         except BaseException as exc:
             accepted.close()
             if isinstance(exc, OSError):  # reset before it could be looked at

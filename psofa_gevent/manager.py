@@ -15,6 +15,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,9 @@ class SessionManager:
     ) -> None:
         self.owner = owner
         self.settings = settings
+        self.context = copy_context()
+        """Of ``on_stop``; that of an accepted session begins as a copy of it. As it was for who
+        started."""
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
@@ -83,7 +87,7 @@ class SessionManager:
         """Whether two sessions ever had the same id."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
-        self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
+        self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
         self._heartbeats = None if beat is None else Heartbeats(*beat)
@@ -94,6 +98,7 @@ class SessionManager:
         remote_endpoint: object,
         connection_id: uuid.UUID | None = None,
         local_endpoint: Endpoint | None = None,
+        context: Context | None = None,
     ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
 
@@ -104,11 +109,13 @@ class SessionManager:
             remote_endpoint: the peer's address.
             connection_id: the session's id; by default a random one.
             local_endpoint: the socket's own address where it is known; else the system is asked.
+            context: what the session's begins as a copy of; by default the caller's.
 
         Raises:
             OSError: the socket is not connected any more.
         """
-        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint)
+        own = copy_context() if context is None else context.copy()
+        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint, own)
         try:
             greenlet: Any = session._greenlet
             greenlet.rawlink(self._greenlet_ended)
@@ -171,8 +178,12 @@ class SessionManager:
             # No callback hears of one that was closed before it opened, unless that failed.
             if not session._is_opening or session._reason is PsCloseReason.FAILED:
                 self.closing.put(session)
+            else:
+                session._context = None
             self._tell_that_over(session)
             log_safely(logging.DEBUG, "%r: closed", session)
+        else:  # it was abandoned, and is through after all
+            session._context = None
 
     def when_over(self, session: PsSession[Any], function: Callable[[float], object]) -> None:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.

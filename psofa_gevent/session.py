@@ -29,6 +29,7 @@ import logging
 import ssl
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic, time
@@ -117,6 +118,8 @@ class SessionGreenlet(LibraryGreenlet):
 
     def __init__(self, session: PsSession[Any]) -> None:
         super().__init__()
+        # Once, so a message costs nothing; and not by Context.run, which one greenlet could be in.
+        self.gr_context = session._context
         self.session: PsSession[Any] | None = session
         """None when the session has ended: whoever switched here last may hold this greenlet."""
 
@@ -178,7 +181,8 @@ class PsSession(SendingHalf[M]):
         sock: _socket.socket | TlsSocket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None,
-        local_endpoint: Endpoint | None = None,
+        local_endpoint: Endpoint | None,
+        context: Context,
     ) -> None:
         super().__init__(host, sock)
         settings = host.settings
@@ -216,7 +220,9 @@ class PsSession(SendingHalf[M]):
         self._killer: Killer | None = None
         self._slice: IdleSlice | None = None
         self._tls: TlsSocket | None = None
-        self._context = host.dispatch.new_context()
+        self._context: Context | None = context
+        """Of all its callbacks and its work; None when ``on_close`` has returned, as what was set
+        there may well hold the session."""
         self._greenlet: SessionGreenlet | None = None
         self._watcher: Any = self._loop.io(sock.fileno(), READ)
         try:  # what has to be undone where a later line fails, for want of memory, say
@@ -389,7 +395,9 @@ class PsSession(SendingHalf[M]):
         When the session's callbacks are through it is killed (`gevent.GreenletExit` where it waits,
         which cancels a coroutine), again each second until it has ended, and then ``on_close``
         comes. What it raises is logged and closes the session with FAILED, as in a
-        callback. ``callback_timeout`` does not count it.
+        callback. ``callback_timeout`` does not count it. It runs in the session's own context: what
+        it sets there, the callbacks see. A context of its own is
+        ``session.spawn(contextvars.copy_context().run, function)``.
 
         In the hub's thread, in any greenlet or coroutine. Returns at once.
 
@@ -601,12 +609,22 @@ class PsSession(SendingHalf[M]):
         self._started = True
         try:
             try:
-                self._call_back()
-            finally:
-                # However its callbacks ended, and whatever was thrown in on the way to here: work
-                # that nobody kills would outlive its session.
-                if self._work:
-                    self._killer = Killer(self, self._wake)
+                if self._is_opening and self._host.prologue is not None:
+                    self._host.prologue(self)
+                    self._is_opening = not self._open
+                if not self._is_opening:
+                    logger.debug("%r: opened", self)
+                    self._host.dispatch.on_open(self)
+                    if self._framed is not None:  # on_open may have received messages itself
+                        self._framed.hand_over(self)
+                    read(self)
+            except BaseException as exc:
+                self._uncork_without_waiting()
+                self._fail(exc)
+            while self._reason is PsCloseReason.NONE and not self._open:
+                # Another thread's request is on its way, with what that thread has posted before.
+                self._wait_until_woken(REQUEST_LOOK)
+            self._kill_work()
             linger(self)
         except BaseException as exc:
             # Killed since the last callback; the rest does not wait.
@@ -616,39 +634,23 @@ class PsSession(SendingHalf[M]):
         finally:
             self._end()
 
-    def _call_back(self) -> None:
-        """Make the callbacks, from the prologue to the last one, until there is a close reason.
-
-        What they raise is the session's failure. A kill that comes later is raised.
-        """
-        try:
-            if self._is_opening and self._host.prologue is not None:
-                self._host.prologue(self)
-                self._is_opening = not self._open
-            if not self._is_opening:
-                logger.debug("%r: opened", self)
-                self._host.dispatch.on_open(self)
-                if self._framed is not None:  # on_open may have received messages itself
-                    self._framed.hand_over(self)
-                read(self)
-        except BaseException as exc:
-            self._uncork_without_waiting()
-            self._fail(exc)
-        while self._reason is PsCloseReason.NONE and not self._open:
-            # Another thread's request is on its way, with what that thread has posted before.
-            self._wait_until_woken(REQUEST_LOOK)
-
     def _end(self) -> None:
-        """Take the last steps, each of them even if the one before it fails."""
+        """Take the last steps: all of them, wherever something was thrown in on the way here."""
         try:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
         finally:
+            self._kill_work()
             if self._killer is not None:
                 self._killer.wait()
                 self._killer = None
             self._greenlet = None
             self._host.session_ended(self)
+
+    def _kill_work(self) -> None:
+        """Begin to kill what works beside the callbacks, which are through; unless that is done."""
+        if self._work and self._killer is None:
+            self._killer = Killer(self, self._wake)
 
     def _wait_until_woken(self, seconds: float | None) -> None:
         """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
@@ -748,6 +750,7 @@ class PsSession(SendingHalf[M]):
         Its work is the manager's affair. Again without effect.
         """
         self._open = False
+        self._context = None
         self._leave_all()
         self._release()
         greenlet, self._greenlet = self._greenlet, None

@@ -38,6 +38,7 @@ LOUD_AFTER = 5
 def spawn_work(session: PsSession[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
     """Run `function` in a greenlet that belongs to `session`, soon. Does not switch."""
     greenlet = WorkGreenlet(partial(_run, session, function))
+    greenlet.gr_context = session._context
     work: set[LibraryGreenlet] | None = session._work
     if work is None:
         work = session._work = set()
@@ -104,7 +105,9 @@ class Killer:
 def _run(session: PsSession[Any], function: Callable[[], object]) -> Any:
     try:
         result = function()
-        return run_task(result) if asyncio.iscoroutine(result) else result
+        if asyncio.iscoroutine(result):
+            result = run_task(result, context=session._context)
+        return result
     except GreenletExit as exc:
         return exc.with_traceback(None)  # as gevent does, but it keeps no frame
     except BaseException as exc:
