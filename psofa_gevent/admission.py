@@ -136,11 +136,11 @@ class Admission:
         """The manager has the session no more."""
         key = self._keys.pop(session, None)
         if key is not None:
-            left = self._counts[key] - 1
+            left = self._counts.get(key, 1) - 1  # none: there was no memory for it
             if left:
                 self._counts[key] = left
             else:
-                del self._counts[key]
+                self._counts.pop(key, None)
 
     def close(self) -> None:
         """The server has stopped, or its hub is gone: close what is on its way out."""

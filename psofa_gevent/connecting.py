@@ -180,14 +180,12 @@ class ConnectingOwner(SessionOwner[M]):
             self._connectors.discard(connector)
         try:
             self._check_still_wanted(manager, where)
-        except PsError:
-            sock.close()
-            raise
-        try:
             return manager.open(sock, address, target.connection_id)
-        except OSError as exc:
+        except BaseException as exc:
             sock.close()
-            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            if isinstance(exc, OSError):
+                raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            raise
 
     def _new_link(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
         """What stays connected to `target`, and begins at once."""

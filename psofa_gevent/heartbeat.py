@@ -127,6 +127,6 @@ def _ask_and_post(session: PsSession[Any], function: Callable[[PsSession[Any]], 
     """Post what `function`, plain or ``async``, makes of the session; ``None``: nothing."""
     message = function(session)
     if asyncio.iscoroutine(message):
-        message = run_task(message)
+        message = run_task(message, context=session._context)
     if message is not None:
         session.post(message)

@@ -163,7 +163,11 @@ def duplicate(descriptor: int) -> Listening:
     except BaseException:
         os.close(copy)
         raise
-    listening.setblocking(False)
+    try:
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
     return Listening(listening, is_inherited=True)
 
 
@@ -311,7 +315,11 @@ class Listener(StreamServer):
             self._accept_failed(exc)
             return None
         self._backoff = self.min_delay
-        return _socket.socket(*self._kind, descriptor), address
+        try:
+            return _socket.socket(*self._kind, descriptor), address
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager, unless the rules refuse it."""
@@ -325,14 +333,16 @@ class Listener(StreamServer):
                 return
             if not self._has_options:
                 self._set_options(accepted, self._manager.settings)
-            self._manager.open(accepted, address, None, self._local_endpoint)
-        except OSError as exc:
-            # Reset before it could be looked at.
+            manager = self._manager
+            manager.open(accepted, address, None, self._local_endpoint, manager.context)
+        except BaseException as exc:
             accepted.close()
-            log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
-        except Exception as exc:
-            accepted.close()
-            log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+            if isinstance(exc, OSError):  # reset before it could be looked at
+                log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
+            elif isinstance(exc, Exception):
+                log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+            else:
+                raise
 
     def _accept_failed(self, exc: OSError) -> None:
         owner = self._manager.owner

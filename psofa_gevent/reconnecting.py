@@ -12,6 +12,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,9 @@ class Link:
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
-        self._worker: Worker | None = Worker(self._stay_connected, lambda: not self.has_ended)
+        self._worker: Worker | None = Worker(
+            self._stay_connected, lambda: not self.has_ended, copy_context()
+        )
         """None when it has ended: the two would keep each other alive, and the last session."""
 
     def start(self) -> None:

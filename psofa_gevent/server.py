@@ -258,12 +258,15 @@ class PsServer(SessionOwner[M]):
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
             opened = open_all(self._places, self._bind_options)
-            if manager.stop is not None:
+            try:
+                if manager.stop is not None:
+                    raise PsServerError(f"{self!r} was shut down while it started")
+                self._set_entrance(manager)
+                listeners = self._listeners = Listeners(opened, manager)
+            except BaseException:
                 for each in opened:
                     each.close()
-                raise PsServerError(f"{self!r} was shut down while it started")
-            self._set_entrance(manager)
-            listeners = self._listeners = Listeners(opened, manager)
+                raise
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True

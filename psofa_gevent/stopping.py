@@ -190,7 +190,7 @@ class Stop:
         next_kill = since
         while not manager.is_quiet() and monotonic() < self._second_deadline(since):
             if monotonic() >= next_kill:
-                manager.kill_sessions()
+                manager.kill_sessions(again=next_kill > since)
                 next_kill = monotonic() + KILL_PERIOD
             self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
