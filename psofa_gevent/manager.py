@@ -34,7 +34,7 @@ from psofa_gevent.idle import IdleTimer
 from psofa_gevent.logs import log_safely
 from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
-from psofa_gevent.settings import SessionSettings
+from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
 from psofa_gevent.work import Killer, kill_work
@@ -91,7 +91,7 @@ class SessionManager:
         self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
-        self._heartbeats = None if beat is None else Heartbeats(*beat)
+        self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
 
     def open(
         self,
