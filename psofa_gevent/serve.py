@@ -27,6 +27,7 @@ from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsOverflow, PsSocketAddressFamily
 from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
+from psofa_gevent.logs import log
 from psofa_gevent.network import local_addresses
 from psofa_gevent.places import DEFAULT_HOST, DEFAULT_PORT, Given
 from psofa_gevent.server import PsServer
@@ -34,8 +35,6 @@ from psofa_gevent.session import PsSession
 from psofa_gevent.unix_sockets import unix_path
 
 __all__ = ["ModuleFailedError", "UsageError", "run"]
-
-logger = logging.getLogger("psofa_gevent")
 
 OPEN_MAX = 10_240
 """What macOS grants where its hard limit says "unlimited", which it refuses (setrlimit(2))."""
@@ -373,11 +372,10 @@ def raise_descriptor_limit() -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         except (OSError, ValueError) as exc:
-            logger.info(
-                "The limit of open files stays at %d: %d was refused (%s)", soft, limit, exc
-            )
+            text = "The limit of open files stays at %d: %d was refused (%s)"
+            log(logging.INFO, text, soft, limit, exc)
         else:
-            logger.info("The limit of open files was raised from %d to %d", soft, limit)
+            log(logging.INFO, "The limit of open files was raised from %d to %d", soft, limit)
             return
 
 
