@@ -303,8 +303,10 @@ class PsServer(SessionOwner[M]):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
-        once. On any other way out (an exception) the server is shut down too. Afterwards the
-        program's own signal handlers work again.
+        once, also as process 1 of a container. One of the two that is ignored stays ignored, and
+        other signals are left alone: SIGHUP ends the process, unless the program handles it. On
+        any other way out (an exception) the server is shut down too. Afterwards the program's own
+        signal handlers work again.
 
         Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
         and feeds the unit's watchdog: see `psofa_gevent.systemd`.
