@@ -31,7 +31,6 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.heartbeat import Heartbeats
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
-from psofa_gevent.logs import log_safely
 from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import PsHeartbeat, SessionSettings
@@ -65,6 +64,7 @@ class SessionManager:
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
+        self.peer_log = owner._peer_log
         self.prologue: Callable[[PsSession[Any]], None] | None = None
         self.admission: Admission | None = None
         """Who is let in; None: everyone, and nobody is counted."""
@@ -182,7 +182,7 @@ class SessionManager:
             else:
                 session._context = None
             self._tell_that_over(session)
-            log_safely(logging.DEBUG, "%r: closed", session)
+            session._log(logging.DEBUG, "%r: closed", session)
         else:  # it was abandoned, and is through after all
             session._context = None
 
@@ -249,11 +249,8 @@ class SessionManager:
             session._release()
             if session._killer is not None:
                 session._killer.stop()
-            log_safely(
-                logging.ERROR,
-                "%r: its callback does not end: left behind, without on_close",
-                session,
-            )
+            text = "%r: its callback does not end: left behind, without on_close"
+            session._log(logging.ERROR, text, session)
         return len(stuck)
 
     def end_with_hub(self) -> None:

@@ -17,6 +17,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.group import PsGroup, post_to_all
 from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, new_lock
 from psofa_gevent.keys import Keys
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M, Message
 from psofa_gevent.settings import SessionSettings, check_seconds
@@ -40,6 +41,7 @@ class SessionOwner(Generic[M]):
         self._callback = callback
         self._settings = settings
         self._manager: SessionManager | None = None
+        self._peer_log = PeerLog()
         self._keys: Keys[M] = Keys()
         self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
         self._groups_lock = new_lock()
@@ -256,3 +258,4 @@ class SessionOwner(Generic[M]):
 
     def _stopped(self) -> None:
         self._manager = None
+        self._peer_log.close()

@@ -20,7 +20,7 @@ from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAdd
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
 from psofa_gevent.listener import Listeners
-from psofa_gevent.logs import log_safely
+from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
@@ -49,8 +49,6 @@ from psofa_gevent.tcp import Endpoint
 from psofa_gevent.worker import may_wait_for_callbacks
 
 __all__ = ["PsServer"]
-
-logger = logging.getLogger("psofa_gevent")
 
 DESCRIPTORS_FOR_OTHERS = 64
 """File descriptors that the default cap leaves to others in the process, or a sixteenth of all."""
@@ -273,7 +271,7 @@ class PsServer(SessionOwner[M]):
             if self._manager is not manager or not self.started:
                 raise PsServerError(f"{self!r} was shut down while it started")
             listeners.start()
-        logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
+        log(logging.INFO, "%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
@@ -308,8 +306,10 @@ class PsServer(SessionOwner[M]):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
-        once. On any other way out (an exception) the server is shut down too. Afterwards the
-        program's own signal handlers work again.
+        once, also as process 1 of a container. One of the two that is ignored stays ignored, and
+        other signals are left alone: SIGHUP ends the process, unless the program handles it. On
+        any other way out (an exception) the server is shut down too. Afterwards the program's own
+        signal handlers work again.
 
         Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
         and feeds the unit's watchdog: see `psofa_gevent.systemd`.
@@ -327,7 +327,7 @@ class PsServer(SessionOwner[M]):
         signals: list[str] = []
 
         def shut_down() -> None:
-            logger.info("%r: %s: shutting down", self, signals[0])
+            log(logging.INFO, "%r: %s: shutting down", self, signals[0])
             self.shutdown(shutdown_timeout, drain=drain)
 
         def ask(name: str) -> None:
@@ -492,7 +492,7 @@ class PsServer(SessionOwner[M]):
                 listeners.close()
         self._admission.close()
         if has_started:
-            log_safely(logging.INFO, "%s: stopped", stopped)
+            log(logging.INFO, "%s: stopped", stopped)
 
 
 def _default_cap() -> int:

@@ -14,11 +14,10 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
-What may switch: whatever runs a callback, `read` (and `receive`), `linger`, a send that waits, and
-a log handler, so logging comes after what must not be interrupted. All else runs through without
-another greenlet in between. All attributes belong to the hub's thread, and callers in other OS
-threads are handed over (`HubThread`); only `close` and `abort` note there at once that they were
-asked (`_open`, `_abort_asked`).
+What may switch: whatever runs a callback, `read` (and `receive`), `linger`, and a send that waits.
+All else, logging too, runs through without another greenlet in between. All attributes belong to
+the hub's thread, and callers in other OS threads are handed over (`HubThread`); only `close` and
+`abort` note there at once that they were asked (`_open`, `_abort_asked`).
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ from psofa_gevent.framed import FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Handshake, begin_tls, begin_tls_async
 from psofa_gevent.proxy_protocol import PsProxyInfo
@@ -78,8 +78,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Host", "Membership", "PsSession", "SessionGreenlet"]
 
-logger = logging.getLogger("psofa_gevent")
-
 P = ParamSpec("P")
 
 READ = 1
@@ -97,6 +95,7 @@ class Host(Protocol):
     ready: ReadySessions
     settings: SessionSettings
     dispatch: Dispatch
+    peer_log: PeerLog
     prologue: Callable[[PsSession[Any]], None] | None
     """What comes before ``on_open``, in the session's greenlet; it may close the session."""
 
@@ -610,7 +609,7 @@ class PsSession(SendingHalf[M]):
                     self._host.prologue(self)
                     self._is_opening = not self._open
                 if not self._is_opening:
-                    logger.debug("%r: opened", self)
+                    self._log(logging.DEBUG, "%r: opened", self)
                     self._host.dispatch.on_open(self)
                     if self._framed is not None:  # on_open may have received messages itself
                         self._framed.hand_over(self)
@@ -627,7 +626,7 @@ class PsSession(SendingHalf[M]):
             # Killed since the last callback; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._host.thread.raise_in_main(exc)
-            logger.debug("%r: did not linger to the end: %r", self, exc)
+            self._log(logging.DEBUG, "%r: did not linger to the end: %r", self, exc)
         finally:
             self._end()
 
@@ -713,14 +712,13 @@ class PsSession(SendingHalf[M]):
         self._request_close(PsCloseReason.FAILED, exc)
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._host.thread.raise_in_main(exc)
-        # Last, as a log handler may switch.
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
-            logger.debug("%r: a callback ended with its session", self, exc_info=exc)
+            self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
-            logger.warning("%r: a callback was ended", self, exc_info=exc)
+            self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
         else:
-            logger.error("%r: failed: %r", self, exc, exc_info=exc)
+            self._log(logging.ERROR, "%r: failed: %r", self, exc, exc_info=exc)
 
     def _release(self, *, with_reset: bool = False) -> None:
         """Let go of watcher and socket, in this order: descriptors are used again at once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -104,6 +105,31 @@ def echo() -> RecordingCallback:
 def local_server(callback: PsCallback | None = None, **settings: Any) -> PsServer:
     """A server on a free port, not started."""
     return PsServer(callback or PsCallback(), host=LOOPBACK, port=0, **settings)
+
+
+class Keeping(logging.Handler):
+    """Keeps the records."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextlib.contextmanager
+def attached(handler: logging.Handler) -> Iterator[None]:
+    """The library's logger with one more handler, for all levels."""
+    logger = logging.getLogger("psofa_gevent")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 def close_reasons(callback: RecordingCallback) -> list[object]:

@@ -155,7 +155,7 @@ class _DecodeAgain(Decoder[T]):
         except PsFramingError:
             raise
         except Exception as exc:
-            raise PsFramingError(f"{self._framing!r}: malformed: {exc!r}") from exc
+            raise _malformed(self._framing, exc) from exc
 
     def unread(self) -> bytes:
         return self._data[self._at :]
@@ -201,7 +201,7 @@ class _TypedDecoder(Decoder[U]):
             try:
                 made = decode(message)
             except Exception as exc:
-                raise PsFramingError(f"{self._framing!r}: malformed: {exc!r}") from exc
+                raise _malformed(self._framing, exc) from exc
             yield made
         self.spent = self._decoder.spent
 
@@ -212,6 +212,11 @@ class _TypedDecoder(Decoder[U]):
 
 def _name(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _malformed(framing: Framing[Any], exc: Exception) -> PsFramingError:
+    # Not its repr: that of a UnicodeDecodeError has the whole message, escaped.
+    return PsFramingError(f"{framing!r}: malformed: {type(exc).__name__}: {exc}")
 
 
 def too_large(framing: object, size: int | str) -> PsFramingError:
