@@ -32,6 +32,7 @@ from psofa_gevent.heartbeat import Heartbeats
 from psofa_gevent.hub_thread import HubThread, log_safely
 from psofa_gevent.idle import IdleTimer
 from psofa_gevent.ready import ready_sessions
+from psofa_gevent.registry import Registry
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import Endpoint
@@ -79,12 +80,8 @@ class SessionManager:
         self._stops: list[Stop] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
-        self.sessions: dict[PsSession[Any], None] = {}
+        self.sessions = Registry()
         """All that have not ended, in the order in which they came."""
-        self._by_id: dict[uuid.UUID, PsSession[Any]] | None = None
-        """The same by their ids, from the first time on that somebody asks."""
-        self._has_duplicates = False
-        """Whether two sessions ever had the same id."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
         self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
@@ -119,9 +116,7 @@ class SessionManager:
         try:
             greenlet: Any = session._greenlet
             greenlet.rawlink(self._greenlet_ended)
-            self.sessions[session] = None
-            if self._by_id is not None:
-                self._add_by_id(self._by_id, session)
+            self.sessions.add(session)
             self._idle.add(session)
             if self._heartbeats is not None:
                 self._heartbeats.add(session)
@@ -135,25 +130,11 @@ class SessionManager:
         return session
 
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
-        """The open session with that id; the last one of several."""
-        if self._by_id is None:
-            self._by_id = {}
-            for session in self.sessions:
-                self._add_by_id(self._by_id, session)
-        found = self._by_id.get(connection_id)
-        if found is not None and found._open and not found._is_opening:
-            return found
-        if self._has_duplicates:
-            for session in reversed(self.sessions):
-                is_open = session._open and not session._is_opening
-                if is_open and session.connection_id == connection_id:
-                    return session
+        """The open session with that id; the last one of several. From any thread."""
+        for session in self.sessions.find(connection_id):
+            if session._open and not session._is_opening:
+                return session
         return None
-
-    def _add_by_id(self, by_id: dict[uuid.UUID, PsSession[Any]], session: PsSession[Any]) -> None:
-        if session.connection_id in by_id:
-            self._has_duplicates = True
-        by_id[session.connection_id] = session
 
     def set_stop(self, stop: Stop) -> Stop:
         """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""
@@ -200,11 +181,8 @@ class SessionManager:
 
     def forget(self, session: PsSession[Any]) -> bool:
         """Count the session no more; false if it did not count any longer."""
-        if session not in self.sessions:
+        if not self.sessions.discard(session):
             return False
-        del self.sessions[session]
-        if self._by_id is not None and self._by_id.get(session.connection_id) is session:
-            del self._by_id[session.connection_id]
         self._idle.discard(session)
         if self._heartbeats is not None:
             self._heartbeats.discard(session)

@@ -73,7 +73,7 @@ class SessionOwner(Generic[M]):
         """The open session with that id; ``None`` if there is none.
 
         Of several, since ids may be chosen, the one that came last. From any greenlet and any OS
-        thread; in the hub's own it takes the same time with any number of sessions.
+        thread; it takes the same time with any number of sessions.
 
         Raises:
             TypeError: that is no `uuid.UUID`.
@@ -81,14 +81,7 @@ class SessionOwner(Generic[M]):
         if not isinstance(connection_id, uuid.UUID):
             raise TypeError(f"connection_id must be a uuid.UUID, not {connection_id!r}")
         manager = self._manager
-        if manager is None:
-            return None
-        if manager.thread.is_current():
-            return manager.get_session(connection_id)
-        for session in reversed(self.sessions):
-            if session.connection_id == connection_id:
-                return session
-        return None
+        return None if manager is None else manager.get_session(connection_id)
 
     def broadcast(
         self,

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.addresses import format_address
-from psofa_gevent.connection_id import random_bytes, random_id
+from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
 from psofa_gevent.framed import FramedReceiver
@@ -194,7 +194,7 @@ class PsSession(SendingHalf[M]):
         self._keeps_watching = host.ready.keeps_watching
         self._is_opening = host.prologue is not None
         """Whether ``on_open`` has to wait for what comes before it."""
-        self._connection_id = connection_id or random_bytes()
+        self._connection_id: bytes | uuid.UUID = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
         self._idle = NEVER if idle is None else idle / 1_000
@@ -243,7 +243,7 @@ class PsSession(SendingHalf[M]):
         chosen = self._connection_id
         if isinstance(chosen, bytes):
             # Another thread that asks just now makes an equal one.
-            chosen = self._connection_id = random_id(chosen)
+            chosen = self._connection_id = uuid.UUID(bytes=chosen)
         return chosen
 
     @property

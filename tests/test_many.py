@@ -13,6 +13,8 @@ from typing import Any
 import gevent
 import gevent.event
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers import NativeThread
 from psofa_gevent import (
@@ -26,7 +28,9 @@ from psofa_gevent import (
     PsServer,
     PsSession,
 )
+from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.framing import Framing, LengthPrefix, Line
+from psofa_gevent.registry import Registry
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -381,6 +385,52 @@ def test_of_sessions_with_the_same_chosen_id_the_last_is_found(ps_server: Server
         eventually(lambda: bundle.get_session_count() == 1)
         assert bundle.get_session(chosen) is first
         assert NativeThread(bundle.get_session, chosen).wait() is first
+
+
+def test_to_find_a_session_no_ids_are_made(room: MakeRoom) -> None:
+    here = room(3)
+    for look_for in (uuid.uuid4(), here.sessions[1].connection_id):
+        here.server.get_session(look_for)
+        NativeThread(here.server.get_session, look_for).join()
+    made = [isinstance(session._connection_id, uuid.UUID) for session in here.sessions]
+    assert made == [False, True, False]
+
+
+def test_random_ids_are_of_version_4() -> None:
+    ids = {uuid.UUID(bytes=random_bytes()) for _ in range(1_000)}
+    assert len(ids) == 1_000
+    assert all(each.version == 4 and each.variant == uuid.RFC_4122 for each in ids)
+    ones = [bin(each.int).count("1") for each in ids]
+    assert 60 < sum(ones) / len(ones) < 66  # of 122 random bits and two that are set
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9))))
+def test_the_last_of_those_with_an_id_is_found_in_whatever_order_they_come_and_go(
+    steps: list[tuple[int, int]],
+) -> None:
+    ids = [uuid.uuid4() for _ in range(4)]
+    registry, here = Registry(), list[Any]()
+    for which, leaves in steps:
+        if leaves < len(here):
+            gone = here.pop(leaves)
+            assert registry.discard(gone)
+            assert not registry.discard(gone)
+        session: Any = WithId(ids[which])
+        registry.add(session)
+        here.append(session)
+        assert list(registry) == here
+        assert len(registry) == len(here)
+        for each in ids:
+            assert list(registry.find(each)) == [
+                session for session in reversed(here) if session._connection_id == each
+            ]
+
+
+class WithId:
+    """What a registry needs of a session."""
+
+    def __init__(self, connection_id: uuid.UUID) -> None:
+        self._connection_id = connection_id
 
 
 def test_an_id_must_be_one() -> None:
