@@ -16,7 +16,6 @@ from psofa_gevent.errors import PsKeyTakenError
 from psofa_gevent.hub_thread import new_lock
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import check_instance
 
 __all__ = ["Keys"]
 
@@ -30,7 +29,6 @@ class Keys(Generic[M]):
 
     def bind(self, session: PsSession[M], key: Hashable, *, replace: bool) -> None:
         """Let `key` lead to `session`. See `PsServer.bind`."""
-        check_instance("session", session, PsSession)
         with self._lock:
             old = self._sessions.get(key)
             if not session._open or old is session:

@@ -296,16 +296,21 @@ class PsMultiClient(ConnectingOwner[M]):
 
         Raises:
             TypeError: it is neither.
+            ValueError: it belongs to another client, or to a server.
         """
         self._forget_if_hub_is_gone()
         if isinstance(connection, PsSession):
+            self._check_owns(connection, connection.owner)
             links = [link for link in list(self._links) if link.session is connection]
             connection.close()
         else:
             link = check_instance("connection", connection, PsMultiClientConnection)._link
             links = [] if link is None else [link]
             if link is None:
+                self._check_owns(connection, connection.session.owner)
                 connection.session.close()
+            else:
+                self._check_owns(connection, link.manager.owner)
         for link in links:
             if link.manager.thread.is_current():
                 link.disconnect()

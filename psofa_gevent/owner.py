@@ -19,12 +19,13 @@ from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, new_lock
 from psofa_gevent.keys import Keys
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M, Message
-from psofa_gevent.settings import SessionSettings, check_seconds
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
 from psofa_gevent.stopping import Stop
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
 
 if TYPE_CHECKING:
-    from psofa_gevent.session import Owner, PsSession
+    from psofa_gevent.session import Owner
 
 __all__ = ["SessionOwner"]
 
@@ -97,7 +98,8 @@ class SessionOwner(Generic[M]):
 
         Args:
             message: as for `PsSession.send`.
-            exclude: a session, or several, that shall not get it.
+            exclude: a session, or several, that shall not get it. One of another owner does not
+                get it anyway.
             raw: as for `PsSession.send`.
 
         Raises:
@@ -109,7 +111,8 @@ class SessionOwner(Generic[M]):
     def group(self, name: str) -> PsGroup[M]:
         """The group of that name, the same one each time, for sessions to join.
 
-        It is there as long as somebody holds it, or a session is in it.
+        The name is this owner's; sessions of others may join, too. It is there as long as somebody
+        holds it, or a session is in it.
 
         Raises:
             TypeError: `name` is no text.
@@ -135,8 +138,15 @@ class SessionOwner(Generic[M]):
         Raises:
             PsKeyTakenError: another open session has the key, and `replace` is false.
             TypeError: `session` is none, or `key` is not hashable.
+            ValueError: the session belongs to another owner, whose `find` would be asked for it.
         """
+        check_instance("session", session, PsSession)
+        self._check_owns(session, session.owner)
         self._keys.bind(session, key, replace=replace)
+
+    def _check_owns(self, what: object, owner: object) -> None:
+        if owner is not self:
+            raise ValueError(f"{what!r} belongs to {owner!r}, and not to {self!r}")
 
     def unbind(self, key: Hashable) -> None:
         """Take a key from the session that has it. Without effect when none has."""

@@ -487,6 +487,21 @@ def test_a_device_that_comes_back_replaces_its_old_session(room: MakeRoom) -> No
     assert new.is_open
 
 
+def test_a_key_leads_to_a_session_of_the_same_owner(room: MakeRoom) -> None:
+    here = room(1)
+    with PsMultiClient(PsCallback()) as bundle:
+        foreign = bundle.connect(*here.server.address).session
+        for owner, session in ((here.server, foreign), (bundle, here.sessions[0])):
+            for replace in (False, True):
+                with pytest.raises(ValueError, match="belongs to") as caught:
+                    owner.bind(session, "key", replace=replace)
+                for each in (session, session.owner, owner):
+                    assert repr(each) in str(caught.value)
+            assert owner.find("key") is None
+        bundle.bind(foreign, "key")
+        assert bundle.find("key") is foreign
+
+
 def test_threads_that_bind_one_key_leave_one_session_with_it(room: MakeRoom) -> None:
     here = room(8)
 
