@@ -23,10 +23,10 @@ from gevent import GreenletExit
 from psofa_gevent.addresses import format_address
 from psofa_gevent.enums import PsCloseReason, PsRefusal
 from psofa_gevent.farewell import LONGEST_FAREWELL, Farewells, say
-from psofa_gevent.hub_thread import log_from_hub, log_safely
+from psofa_gevent.logs import log_from_hub, log_safely
 from psofa_gevent.peers import Networks, peer_address
 from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
-from psofa_gevent.tcp import Endpoint, endpoint
+from psofa_gevent.tcp import Endpoint, end, endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.manager import SessionManager
@@ -118,7 +118,7 @@ class Admission:
         if self._farewell and reason in (PsRefusal.PEER, PsRefusal.FULL):
             self._farewells.add(accepted, self._farewell, manager.thread)
         else:
-            accepted.close()
+            end(accepted)
         self._tell(manager.owner, reason, peer)
         return True
 

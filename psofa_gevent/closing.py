@@ -23,7 +23,8 @@ from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.errors import cut_traceback
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.logs import log_safely
 from psofa_gevent.worker import LibraryGreenlet, Worker
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from gevent import get_hub, getcurrent
 from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.times import SHORTEST_TIMER
 

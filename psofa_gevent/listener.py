@@ -24,6 +24,7 @@ block or raise.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import logging
 import os
@@ -40,13 +41,14 @@ from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import (
     ARE_INHERITED,
     NAMELESS,
     Endpoint,
+    end,
     endpoint,
     set_all_options,
     set_options,
@@ -80,10 +82,21 @@ class Listening(NamedTuple):
     is_inherited: bool = False
     """Whether somebody else made the socket, and may share it."""
 
-    def close(self) -> None:
-        """Close the socket, and remove the file of one that has one."""
+    def end(self) -> None:
+        """Let nobody connect any more, and remove the file of a socket that has one.
+
+        Also where another process has a duplicate of the socket, unless somebody else made it: who
+        has an inherited one may go on.
+        """
         if self.file is not None:
             self.file.remove()
+        if not self.is_inherited:
+            with contextlib.suppress(OSError):  # it does not listen yet; or, on macOS, anyway
+                self.socket.shutdown(_socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """The same, and close the socket."""
+        self.end()
         self.socket.close()
 
 
@@ -246,8 +259,7 @@ class Listener(StreamServer):
     def close(self) -> None:
         """Close the socket, and remove the file of one that has one."""
         self._turns.forget(self)
-        if self._listening.file is not None:
-            self._listening.file.remove()
+        self._listening.end()
         super().close()
 
     def full(self) -> bool:
@@ -336,7 +348,7 @@ class Listener(StreamServer):
             manager = self._manager
             manager.open(accepted, address, None, self._local_endpoint, manager.context)
         except BaseException as exc:
-            accepted.close()
+            end(accepted)
             if isinstance(exc, OSError):  # reset before it could be looked at
                 log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
             elif isinstance(exc, Exception):

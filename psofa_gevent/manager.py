@@ -29,12 +29,13 @@ from psofa_gevent.closing import CloseQueue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.heartbeat import Heartbeats
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
+from psofa_gevent.logs import log_safely
 from psofa_gevent.ready import ready_sessions
 from psofa_gevent.registry import Registry
 from psofa_gevent.session import PsSession, SessionGreenlet
-from psofa_gevent.settings import SessionSettings
+from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
 from psofa_gevent.work import Killer, kill_work
@@ -87,7 +88,7 @@ class SessionManager:
         self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
-        self._heartbeats = None if beat is None else Heartbeats(*beat)
+        self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
 
     def open(
         self,

@@ -59,7 +59,7 @@ from psofa_gevent.settings import (
     check_instance,
     check_seconds,
 )
-from psofa_gevent.tcp import Endpoint, endpoint, reset
+from psofa_gevent.tcp import Endpoint, end, endpoint, reset
 from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
 from psofa_gevent.work import Killer, spawn_work
@@ -589,10 +589,7 @@ class PsSession(SendingHalf[M]):
         self._leave_all()
         if not self._released:
             self._released = True
-            if self._may_linger:
-                self._sock.close()
-            else:
-                reset(self._sock)
+            (end if self._may_linger else reset)(self._sock)
 
     def _wake(self) -> None:
         if self._waiting_since:
@@ -742,7 +739,10 @@ class PsSession(SendingHalf[M]):
         if self._tls is not None and not self._eof_sent:
             with contextlib.suppress(OSError):
                 self._shut_socket()
-        self._sock.close()
+        if self._eof_sent and self._eof_received:
+            self._sock.close()  # both ends know
+        else:
+            end(self._sock)
 
     def _drop(self) -> None:
         """End a session whose greenlet has not started: no callback ever hears of it.

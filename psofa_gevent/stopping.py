@@ -25,7 +25,8 @@ from typing import NamedTuple
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import CallerEvent, log_safely
+from psofa_gevent.hub_thread import CallerEvent
+from psofa_gevent.logs import log_safely
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks

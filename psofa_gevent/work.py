@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit
 
 from psofa_gevent.aio import run_task
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.worker import LibraryGreenlet, WorkGreenlet
 
 if TYPE_CHECKING:
