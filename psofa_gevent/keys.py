@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Generic, NamedTuple
 
+from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsKeyTakenError
 from psofa_gevent.hub_thread import new_lock
 from psofa_gevent.messages import M
@@ -39,7 +40,7 @@ class Keys(Generic[M]):
             session._join(_Binding(self, key), None)
         if old is not None:
             old._leave(_Binding(self, key))
-            old.close()
+            old._ask_to_close(PsCloseReason.REPLACED)
 
     def unbind(self, key: Hashable) -> None:
         """Forget `key`."""

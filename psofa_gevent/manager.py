@@ -20,7 +20,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gevent import getcurrent
+from gevent import GreenletExit, getcurrent
 from gevent.event import Event
 from gevent.pool import Pool
 
@@ -125,8 +125,8 @@ class SessionManager:
                 self.admission.opened(session)
             # Never waits: a server accepts only while the pool has room.
             self.pool.start(greenlet)
-        except BaseException:
-            self._drop(session)
+        except BaseException as exc:
+            self._drop(session, PsCloseReason.FAILED, exc)
             raise
         return session
 
@@ -200,7 +200,7 @@ class SessionManager:
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""
         for session in [session for session in self.sessions if not session._started]:
-            self._drop(session)
+            self._drop(session, PsCloseReason.SHUTDOWN)
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
@@ -250,14 +250,16 @@ class SessionManager:
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
         session, greenlet.session = greenlet.session, None
         if session is not None:
-            self._drop(session)
+            self._drop(session, PsCloseReason.FAILED, GreenletExit())
 
-    def _drop(self, session: PsSession[Any]) -> None:
+    def _drop(
+        self, session: PsSession[Any], reason: PsCloseReason, cause: BaseException | None = None
+    ) -> None:
         """End a session that has not begun. Its work may have, and it counts until that has ended.
 
         Again without effect.
         """
-        session._drop()
+        session._drop(reason, cause)
         if session._work and session._killer is None:
             session._killer = Killer(session, partial(self._dropped, session))
         elif not session._work:

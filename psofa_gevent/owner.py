@@ -132,8 +132,8 @@ class SessionOwner(Generic[M]):
         Args:
             session: the session.
             key: anything that can be a dictionary's key.
-            replace: take the key from another session that has it, and close that: for a device
-                that comes back before its old connection was found to be dead.
+            replace: take the key from another session that has it, and close that (REPLACED): for a
+                device that comes back before its old connection was found to be dead.
 
         Raises:
             PsKeyTakenError: another open session has the key, and `replace` is false.

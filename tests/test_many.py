@@ -482,9 +482,36 @@ def test_a_device_that_comes_back_replaces_its_old_session(room: MakeRoom) -> No
     assert here.server.find("other key") is None
     (closed,) = callback.wait_for("on_close")
     assert closed.session is old
-    assert closed.value is PsCloseReason.SELF_CLOSE
+    assert closed.value is old.close_reason is PsCloseReason.REPLACED
+    assert old.close_cause is None
     assert here.server.find("device") is new
     assert new.is_open
+
+
+def test_a_thread_that_replaces_a_session_is_its_reason_at_once(room: MakeRoom) -> None:
+    callback = RecordingCallback()
+    here = room(2, callback=callback)
+    old, new = here.sessions
+    here.server.bind(old, "device")
+    NativeThread(here.server.bind, new, "device", replace=True).join()
+    assert not old.is_open  # the hub has yet to hear of it
+    assert old.close_reason is PsCloseReason.REPLACED
+    old.change_idle_milliseconds(1)
+    old.close()
+    NativeThread(old.close).join()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is old.close_reason is PsCloseReason.REPLACED
+
+
+def test_a_session_that_closes_already_is_not_replaced(room: MakeRoom) -> None:
+    callback = RecordingCallback()
+    here = room(2, callback=callback)
+    old, new = here.sessions
+    here.server.bind(old, "device")
+    old.close()
+    here.server.bind(new, "device", replace=True)
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is old.close_reason is PsCloseReason.SELF_CLOSE
 
 
 def test_a_key_leads_to_a_session_of_the_same_owner(room: MakeRoom) -> None:
