@@ -6,7 +6,7 @@ import ssl
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import ConnectingOwner
@@ -16,9 +16,20 @@ from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_seconds
+from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings, check_seconds
 
 __all__ = ["PsClient"]
+
+
+class ClientKeywords(SessionKeywords, total=False):
+    """The parameters of `PsClient`, but for its first three and ``framing``."""
+
+    socket_address_family: PsSocketAddressFamily
+    ssl_context: ssl.SSLContext | bool | None
+    server_hostname: str | None
+    source_address: tuple[str, int] | None
+    endpoints: Sequence[tuple[str, int]]
+    reconnect: PsReconnect | bool | None
 
 
 class PsClient(ConnectingOwner[M]):
@@ -30,9 +41,29 @@ class PsClient(ConnectingOwner[M]):
     it is connected on entry, unless it is, or connects, already, and disconnected on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsClient[bytes],
+        callback: PsCallback[bytes],
+        host: str,
+        port: int,
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ClientKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        host: str,
+        port: int,
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ClientKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         host: str,
         port: int,
         *,
@@ -50,7 +81,7 @@ class PsClient(ConnectingOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,

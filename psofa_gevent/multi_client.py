@@ -7,7 +7,7 @@ import ssl
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Generic, Self
+from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
@@ -19,7 +19,13 @@ from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_instance, check_seconds
+from psofa_gevent.settings import (
+    Heartbeat,
+    SessionKeywords,
+    SessionSettings,
+    check_instance,
+    check_seconds,
+)
 from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
@@ -82,6 +88,13 @@ class PsMultiClientConnection(Generic[M]):
         return self._link.wait_connected(timeout)
 
 
+class MultiClientKeywords(SessionKeywords, total=False):
+    """The parameters of `PsMultiClient`, but for ``callback`` and ``framing``."""
+
+    ssl_context: ssl.SSLContext | bool | None
+    reconnect: PsReconnect | bool | None
+
+
 class PsMultiClient(ConnectingOwner[M]):
     """A TCP client of many connections, to one server or to many.
 
@@ -90,9 +103,25 @@ class PsMultiClient(ConnectingOwner[M]):
     is initialised on entry and destroyed on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsMultiClient[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[MultiClientKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[MultiClientKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         ssl_context: ssl.SSLContext | bool | None = None,
         reconnect: PsReconnect | bool | None = None,
@@ -104,7 +133,7 @@ class PsMultiClient(ConnectingOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
@@ -298,16 +327,21 @@ class PsMultiClient(ConnectingOwner[M]):
 
         Raises:
             TypeError: it is neither.
+            ValueError: it belongs to another client, or to a server.
         """
         self._forget_if_hub_is_gone()
         if isinstance(connection, PsSession):
+            self._check_owns(connection, connection.owner)
             links = [link for link in list(self._links) if link.session is connection]
             connection.close()
         else:
             link = check_instance("connection", connection, PsMultiClientConnection)._link
             links = [] if link is None else [link]
             if link is None:
+                self._check_owns(connection, connection.session.owner)
                 connection.session.close()
+            else:
+                self._check_owns(connection, link.manager.owner)
         for link in links:
             if link.manager.thread.is_current():
                 link.disconnect()

@@ -42,7 +42,8 @@ def read(  # noqa: C901, PLR0912, PLR0915
         pulled_until: not 0: hand over nothing, but return what was read; None when this moment
             of the monotonic clock has come, and somebody woke the session.
     """
-    ready: list[Any] = session._ready.sessions  # whoever waits has a greenlet
+    of_hub = session._ready
+    ready: list[Any] = of_hub.sessions  # whoever waits has a greenlet
     become_ready = ready.append
     hub = session._host.thread.hub
     size = session._host.settings.read_buffer_size
@@ -91,6 +92,7 @@ def read(  # noqa: C901, PLR0912, PLR0915
                 session._stop_watching()
                 _receive_eof(session)
                 return None
+            session._received_at = of_hub.now
             if session._framed is None:
                 session._messages_received += 1
                 on_message(session, message)

@@ -58,6 +58,7 @@ class SendingHalf(Generic[M]):
     """What of a session sends. `PsSession` adds how it lives, and how it closes."""
 
     __slots__ = (
+        "_asked_reason",
         "_bytes_sent",
         "_cork",
         "_cork_has_posts",
@@ -87,6 +88,8 @@ class SendingHalf(Generic[M]):
         self._open = True
         self._released = False
         self._reason = PsCloseReason.NONE
+        self._asked_reason = PsCloseReason.NONE
+        """What another thread has asked for, whose request may be on its way."""
         self._eof_requested = False
         self._eof_sent = False
         self._shuts_later = False

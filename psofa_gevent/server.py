@@ -8,7 +8,7 @@ import resource
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, Unpack, overload
 
 import gevent
 from gevent import getcurrent
@@ -38,6 +38,7 @@ from psofa_gevent.service import Service
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
+    SessionKeywords,
     SessionSettings,
     check_bool,
     check_int,
@@ -57,6 +58,29 @@ CAP_WITHOUT_LIMIT = 1_000_000
 SHUTDOWN_TIMEOUT = 5.0
 
 
+class ServerKeywords(SessionKeywords, total=False):
+    """The parameters of `PsServer`, but for ``callback`` and ``framing``."""
+
+    host: str
+    port: int
+    listener: Given | Sequence[Given] | None
+    socket_address_family: PsSocketAddressFamily
+    backlog: int
+    receive_buffer_size: int | None
+    unix_mode: int | None
+    reuse_port: bool
+    max_sessions: int | None
+    ssl_context: ssl.SSLContext | None
+    handshake_timeout: float | None
+    proxy_protocol: bool
+    trusted_proxies: Collection[str]
+    allowed_networks: Collection[str] | None
+    denied_networks: Collection[str]
+    max_sessions_per_peer: int | None
+    refuse_when_full: bool
+    farewell: bytes | str | None
+
+
 class PsServer(SessionOwner[M]):
     """A TCP server: accepts connections, one session and one greenlet each.
 
@@ -65,9 +89,25 @@ class PsServer(SessionOwner[M]):
     down on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsServer[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -95,7 +135,7 @@ class PsServer(SessionOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import ssl
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar
 
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
@@ -21,6 +21,7 @@ __all__ = [
     "Default",
     "Heartbeat",
     "PsHeartbeat",
+    "SessionKeywords",
     "SessionSettings",
     "check_bool",
     "check_framing",
@@ -79,6 +80,28 @@ class Default(enum.Enum):
 
 DEFAULT: Final[Literal[Default.DEFAULT]] = Default.DEFAULT
 """Stands for the owner's ``send_timeout``."""
+
+
+class SessionKeywords(TypedDict, total=False):
+    """The parameters that all owners have, but for ``framing``: for overloads of the constructors.
+
+    Without a framing messages are bytes, which no default can tell a type checker.
+    """
+
+    read_buffer_size: int
+    divide: int
+    idle_milliseconds: int | None
+    send_timeout: float | None
+    callback_timeout: float | None
+    linger_timeout: float
+    no_delay: bool
+    allow_half_open: bool
+    frame_timeout: float | None
+    high_water: int
+    overflow: PsOverflow
+    keep_alive: float | None
+    user_timeout: float | None
+    heartbeat: Heartbeat | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
