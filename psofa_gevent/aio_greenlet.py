@@ -68,7 +68,6 @@ class LoopGreenlet(greenlet):
         "_to_cancel",
         "_unclaimed",
         "_wake",
-        "_wake_threadsafe",
         "_woken",
         "hub",
         "loop",
@@ -108,7 +107,7 @@ class LoopGreenlet(greenlet):
         self._keep_alive: Any = hub.loop.async_(ref=False)
         self._keep_alive.start(_do_nothing)
         self._keeps_alive = False
-        self._wake = self._wake_threadsafe = hub.loop.run_callback(self.switch)
+        self._wake = hub.loop.run_callback(self.switch)
 
     def run(self) -> None:
         """Run the loop until `end`, whatever happens in it."""
@@ -239,13 +238,8 @@ class LoopGreenlet(greenlet):
         if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
-    def wake_threadsafe(self) -> None:
-        """Let the loop go on, if it is parked by then. From any thread."""
-        # One that is pending has yet to look at what the caller has just given to the loop.
-        if not self._wake_threadsafe.pending:
-            self._wake_threadsafe = self.hub.loop.run_callback_threadsafe(self._unpark_to_work)
-
-    def _unpark_to_work(self) -> None:
+    def unpark(self) -> None:
+        """Let the loop go on, if it is parked. In the hub."""
         self._woken = True
         self._unpark()
 
