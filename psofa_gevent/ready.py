@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from time import time
 from typing import Any, Protocol
 
-from gevent import get_hub, monkey
+from gevent import get_hub
 from greenlet import greenlet
+
+from psofa_gevent.native import new_local
 
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
@@ -134,5 +136,4 @@ def ready_sessions() -> ReadySessions:
     return ready
 
 
-# The original: in a patched process threading.local is about greenlets.
-_of_thread: Any = monkey.get_original("threading", "local")()
+_of_thread = new_local()

@@ -214,11 +214,17 @@ class ScriptedServer:
         self.close()
 
 
+native_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
+"""Blocks the OS thread, its hub included, in a patched process too."""
+
+
 class NativeThread(Generic[T]):
     """A real OS thread, in a monkey-patched process too, running `function` once.
 
     It starts at once. Where `function` makes gevent create a hub for the thread, that is destroyed.
     """
+
+    destroys_hub = True
 
     def __init__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
         self._results: list[T] = []
@@ -232,8 +238,9 @@ class NativeThread(Generic[T]):
             except BaseException as error:
                 self._errors.append(error)
             finally:
-                # Of no use if there was none; but gevent has no public way to ask.
-                gevent.get_hub().destroy(destroy_loop=True)
+                if self.destroys_hub:
+                    # Of no use if there was none; but gevent has no public way to ask.
+                    gevent.get_hub().destroy(destroy_loop=True)
                 self._running.release()
 
         monkey.get_original("_thread", "start_new_thread")(body, ())
