@@ -34,7 +34,7 @@ NOTHING: Any = object()
 class FramedReceiver:
     """Cuts what a session receives into messages."""
 
-    __slots__ = ("_decoder", "_given_out", "_left", "_messages", "framing")
+    __slots__ = ("_begun_after", "_decoder", "_left", "_messages", "framing")
 
     def __init__(self, framing: Framing[Any]) -> None:
         self.framing: Framing[Any] | None = framing
@@ -42,8 +42,8 @@ class FramedReceiver:
         self._decoder: Decoder[Any] = framing.decoder()
         self._messages: Iterator[Any] | None = None
         """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
-        self._given_out = 0
-        """Messages of the session when the one that is not whole began, or before."""
+        self._begun_after = (0, 0)
+        """How many messages, and what else, had come before the one that is not whole."""
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
 
@@ -61,7 +61,6 @@ class FramedReceiver:
 
     def feed(self, session: PsSession[Any], data: bytes) -> None:
         """More has come. All messages before were taken."""
-        self._given_out = session._messages_received
         self._messages = iter(self._decoder.feed(data))
 
     def hand_over(self, session: PsSession[Any]) -> None:
@@ -131,10 +130,13 @@ class FramedReceiver:
         if timeout is None or not session._open:
             return
         left, self._left = self._left, NEVER
-        if not self._decoder.kept:
+        begun_after, self._begun_after = (
+            self._begun_after,
+            (session._messages_received, self._decoder.skips),
+        )
+        if not self._decoder.has_begun:
             session._frame_deadline = NEVER
-        elif session._messages_received != self._given_out:
-            self._given_out = session._messages_received
+        elif begun_after != self._begun_after:
             self._set_deadline(session, timeout)
         elif left != NEVER:
             self._set_deadline(session, left)
@@ -171,9 +173,10 @@ class FramedReceiver:
 
     def end(self, session: PsSession[Any]) -> None:
         """The peer sends no more."""
-        if kept := self._decoder.kept:
+        if self._decoder.has_begun:
             text = "%r: the peer closed after %d bytes of a message"
-            session._log_peer("the peer closed within a message", text, session, kept)
+            kind = "the peer closed within a message"
+            session._log_peer(kind, text, session, self._decoder.kept)
 
 
 def _fail(session: PsSession[Any], cause: Exception) -> None:

@@ -60,7 +60,7 @@ from psofa_gevent.settings import (
     check_instance,
     check_seconds,
 )
-from psofa_gevent.tcp import Endpoint, end, endpoint, reset
+from psofa_gevent.tcp import Endpoint, end, endpoint, keep_urgent_in_line, reset
 from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
 from psofa_gevent.work import Killer, spawn_work
@@ -188,6 +188,7 @@ class PsSession(SendingHalf[M]):
         super().__init__(host, sock)
         settings = host.settings
         sock.setblocking(False)
+        keep_urgent_in_line(sock)
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None

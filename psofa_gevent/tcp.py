@@ -35,6 +35,7 @@ __all__ = [
     "Endpoint",
     "end",
     "endpoint",
+    "keep_urgent_in_line",
     "reset",
     "set_all_options",
     "set_options",
@@ -101,6 +102,16 @@ def set_user_timeout(sock: _socket.socket, seconds: float) -> None:
     assert USER_TIMEOUT is not None
     with contextlib.suppress(OSError):
         sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, max(1, round(seconds * 1_000)))
+
+
+def keep_urgent_in_line(sock: Any) -> None:
+    """Have urgent data come where it stands in the stream: SO_OOBINLINE, as RFC 6093 demands.
+
+    Otherwise the kernel takes the last urgent byte out of it: ftplib's ``abort`` sends such a line
+    end, and telnet clients an interrupt. `sock`: of any kind, TLS included.
+    """
+    with contextlib.suppress(OSError):  # macOS, for a connection that was reset
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
 
 
 def set_options(sock: _socket.socket, settings: SessionSettings) -> None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import ftplib
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import close_reasons, stalled_peer
+from helpers import NativeThread, ScriptedServer, close_reasons, stalled_peer
 from psofa_gevent import (
     PsCallback,
     PsClient,
     PsCloseReason,
     PsMultiClient,
     PsMultiClientError,
+    PsServer,
     PsSession,
 )
-from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session, eventually
+from psofa_gevent.framing import Line
+from psofa_gevent.testing import (
+    ClientFactory,
+    RecordingCallback,
+    ScriptedClient,
+    ServerFactory,
+    connected_session,
+    eventually,
+)
 
 needs_user_timeout = pytest.mark.skipif(
     not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no TCP_USER_TIMEOUT"
@@ -118,3 +131,85 @@ def test_a_source_address_that_is_none_is_refused(
 ) -> None:
     with pytest.raises(error, match=r"source_address|host|port"):
         PsClient(PsCallback(), "localhost", 1, source_address=source_address)
+
+
+# Urgent data
+
+
+@contextlib.contextmanager
+def own_listener(callback: PsCallback) -> Iterator[ScriptedClient]:
+    with (
+        PsServer(callback, host="127.0.0.1", port=0) as server,
+        ScriptedClient(server.address) as peer,
+    ):
+        yield peer
+
+
+@contextlib.contextmanager
+def inherited_listener(callback: PsCallback) -> Iterator[ScriptedClient]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ScriptedClient(listener.getsockname()) as peer,  # before anything could be set
+        PsServer(callback, listener=listener),
+    ):
+        yield peer
+
+
+@contextlib.contextmanager
+def client(callback: PsCallback) -> Iterator[ScriptedClient]:
+    with ScriptedServer() as server, PsClient(callback, *server.address):
+        yield server.accept()
+
+
+@contextlib.contextmanager
+def multi_client(callback: PsCallback) -> Iterator[ScriptedClient]:
+    with ScriptedServer() as server, PsMultiClient(callback) as bundle:
+        bundle.connect(*server.address)
+        yield server.accept()
+
+
+@pytest.mark.parametrize("connected", [own_listener, inherited_listener, client, multi_client])
+def test_urgent_data_comes_in_its_place_in_the_stream(
+    connected: Callable[[PsCallback], contextlib.AbstractContextManager[ScriptedClient]],
+) -> None:
+    callback = RecordingCallback()
+    with connected(callback) as peer:
+        peer.send("before")
+        peer.socket.send(b"urgent", socket.MSG_OOB)
+        peer.send("after")
+        peer.socket.send(b"!", socket.MSG_OOB)
+        peer.send("end")
+        eventually(lambda: callback.received().endswith(b"end"))
+    assert callback.received() == b"beforeurgentafter!end"
+
+
+def test_sockets_that_know_no_urgent_data_are_left_alone(tmp_path: Path) -> None:
+    callback = RecordingCallback()
+    with (
+        PsServer(callback, host=f"unix:{tmp_path}/socket") as server,
+        PsClient(PsCallback(), *server.address) as client,
+    ):
+        assert client.session is not None
+        client.session.send("hello")
+        callback.wait_for("on_message")
+
+
+def test_ftplib_can_abort(ps_server: ServerFactory, ps_client: ClientFactory) -> None:
+    class Ftp(RecordingCallback):
+        def on_open(self, session: PsSession) -> None:
+            session.send("220 hello")
+
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            session.send("226 done")
+
+    def abort_and_go_on(host: str, port: int) -> list[str]:
+        ftp = ftplib.FTP()
+        ftp.connect(host, port, timeout=5)
+        with contextlib.closing(ftp):
+            return [ftp.abort(), ftp.voidcmd("NOOP")]
+
+    callback = Ftp()
+    server = ps_server(callback, framing=Line(newline=b"\r\n"))
+    assert NativeThread(abort_and_go_on, *server.address[:2]).wait() == ["226 done"] * 2
+    assert [event.value for event in callback.named("on_message")] == [b"ABOR", b"NOOP"]
