@@ -41,7 +41,7 @@ from psofa_gevent.settings import (
     check_instance,
     check_ssl_context,
 )
-from psofa_gevent.tcp import set_options
+from psofa_gevent.tcp import end, set_options
 from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.tls import TlsSocket
 
@@ -193,14 +193,12 @@ class ConnectingOwner(SessionOwner[M]):
             self._connectors.discard(connector)
         try:
             self._check_still_wanted(manager, where)
-        except PsError:
-            sock.close()
-            raise
-        try:
             return manager.open(sock, address, target.connection_id)
-        except OSError as exc:
-            sock.close()
-            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+        except BaseException as exc:
+            end(sock)
+            if isinstance(exc, OSError):
+                raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            raise
 
     def _new_link(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
         """What stays connected to `target`, and begins at once."""
@@ -311,7 +309,7 @@ def _shake_hands(
             else:
                 return tls
     except BaseException:
-        connected.close()
+        end(connected)
         raise
 
 
@@ -409,8 +407,9 @@ class Connector:
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(path)
             return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, connecting.detach())
-        finally:
-            connecting.close()
+        except BaseException:
+            end(connecting)
+            raise
 
     def _try(
         self, address: SocketAddress, family: PsSocketAddressFamily, timeout: float | None
@@ -431,5 +430,6 @@ class Connector:
                 # again gets that very port in the end, and is connected with itself.
                 raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             return _socket.socket(number, _socket.SOCK_STREAM, 0, connecting.detach())
-        finally:
-            connecting.close()
+        except BaseException:
+            end(connecting)
+            raise

@@ -143,7 +143,7 @@ class PsMultiClient(ConnectingOwner[M]):
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -346,9 +346,14 @@ class PsMultiClient(ConnectingOwner[M]):
 
     def _adopt(self, connected: _socket.socket) -> PsSession:
         """Take over a connected stream socket of any kind: for `psofa_gevent.testing`."""
+        manager = self._running_manager()
         sock = _socket.socket(connected.family, connected.type, connected.proto, connected.detach())
-        set_options(sock, self._settings)
-        return self._running_manager().open(sock, sock.getpeername())
+        try:
+            set_options(sock, self._settings)
+            return manager.open(sock, sock.getpeername())
+        except BaseException:
+            sock.close()
+            raise
 
     def _running_manager(self) -> SessionManager:
         self._forget_if_hub_is_gone()
