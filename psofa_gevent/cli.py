@@ -355,6 +355,22 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a post beyond that: close the session, or drop messages "
         "(default: %(default)s)",
     )
+    reading.add_argument(
+        "--send-buffer-size",
+        type=word_or(int, "auto"),
+        default="auto",
+        metavar="BYTES",
+        help="SO_SNDBUF; a number turns off the kernel's own tuning, and bounds what a slow client "
+        "costs there (default: %(default)s)",
+    )
+    reading.add_argument(
+        "--unsent-low-water",
+        type=word_or(int, "auto"),
+        default="auto",
+        metavar="BYTES",
+        help="what the kernel may keep unsent for a slow client (TCP_NOTSENT_LOWAT; default: "
+        "%(default)s, on Linux as much as --high-water)",
+    )
 
     times = parser.add_argument_group("time limits")
     times.add_argument(

@@ -246,8 +246,11 @@ class Listener(StreamServer):
         self._has_options = ARE_INHERITED
         """Whether accepted sockets have their options by themselves."""
         if listening.is_inherited:
-            self._set_options, self._has_options = set_all_options, sock.family == _socket.AF_UNIX
+            self._set_options, self._has_options = set_all_options, False
             self.max_accept = ACCEPTS_OF_SHARED
+        if sock.family == _socket.AF_UNIX:  # has one option, and does not hand it on
+            self._set_options = set_options
+            self._has_options = manager.settings.send_buffer_size is None
         # Without the pool: gevent's way to go on when it has room is not fair to the others.
         super().__init__(sock, handle=_never_called, spawn=None)
 

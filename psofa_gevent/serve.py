@@ -128,6 +128,8 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         frame_timeout=args.frame_timeout,
         high_water=args.high_water,
         overflow=OVERFLOWS[args.overflow],
+        send_buffer_size=args.send_buffer_size,
+        unsent_low_water=args.unsent_low_water,
         keep_alive=args.keep_alive,
         user_timeout=args.user_timeout,
         heartbeat=args.heartbeat or args.raw_heartbeat,

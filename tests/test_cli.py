@@ -1126,6 +1126,8 @@ def test_every_setting_of_the_server_has_an_option(
         "frame_timeout": 11.5,
         "high_water": 12,
         "overflow": PsOverflow.DROP_OLDEST,
+        "send_buffer_size": 17,
+        "unsent_low_water": 18,
         "handshake_timeout": 13.5,
         "keep_alive": 14.5,
         "user_timeout": 15.5,
