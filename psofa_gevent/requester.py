@@ -53,7 +53,7 @@ from psofa_gevent.errors import (
     PsRequestTimeoutError,
     PsSendError,
 )
-from psofa_gevent.hub_thread import get_ident, log_from_hub
+from psofa_gevent.hub_thread import get_ident
 from psofa_gevent.messages import M, Message
 from psofa_gevent.send_line import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.session import PsSession
@@ -633,7 +633,7 @@ class _InOrder(_Pending[T]):
             f"late_timeout={self._late_timeout:g} s after that"
         )
         session._request_close(PsCloseReason.FAILED, error)
-        log_from_hub(logging.DEBUG, "%s", error)
+        session._log(logging.DEBUG, "%s", error)
 
     def fail(self, error: Callable[[], PsRequestError]) -> None:
         if self._session._host.thread.is_destroyed():

@@ -99,6 +99,8 @@ class SessionKeywords(TypedDict, total=False):
     frame_timeout: float | None
     high_water: int
     overflow: PsOverflow
+    send_buffer_size: int | None
+    unsent_low_water: int | None
     keep_alive: float | None
     user_timeout: float | None
     heartbeat: Heartbeat | None
