@@ -25,7 +25,11 @@ from psofa_gevent import (
     settings,
     tcp,
 )
+from psofa_gevent.client import ClientKeywords
 from psofa_gevent.framing import Line
+from psofa_gevent.multi_client import MultiClientKeywords
+from psofa_gevent.server import ServerKeywords
+from psofa_gevent.settings import SessionKeywords
 from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session
 
 Make = Callable[..., Any]
@@ -437,3 +441,21 @@ def test_constructors_open_nothing() -> None:
     assert not first.started
     assert not second.started
     assert first.address == second.address == ("0.0.0.0", 8710)
+
+
+@pytest.mark.parametrize(
+    ("owner", "keywords"),
+    [
+        (PsServer, ServerKeywords),
+        (PsClient, ClientKeywords),
+        (PsMultiClient, MultiClientKeywords),
+    ],
+)
+def test_type_checkers_know_every_parameter_that_a_constructor_takes_by_name(
+    owner: type, keywords: type
+) -> None:
+    parameters = inspect.signature(owner).parameters.values()
+    by_name = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert set(keywords.__annotations__) | set(SessionKeywords.__annotations__) == (
+        by_name - {"framing"}
+    )
