@@ -25,6 +25,7 @@ from greenlet import greenlet
 
 import psofa_gevent
 from helpers import Keeping, NativeThread, attached, local_server, run_python, stalled_peer
+from marks import sync_and_async
 from psofa_gevent import PsCloseReason, PsRefusal, PsSession, logs
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import (
@@ -683,10 +684,22 @@ def test_filters_see_the_callers_context_variables_or_those_it_gives(holding: Ho
 
 
 @pytest.mark.logs_errors
+@sync_and_async
 def test_filters_see_the_context_variables_of_the_session_that_a_record_is_about(
-    ps_server: ServerFactory, ps_client: ClientFactory
+    use_async_callback: bool, ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     class Callback(RecordingCallback):
+        def on_open(self, session: PsSession) -> None:
+            VARIABLE.set(str(session.connection_id))
+            super().on_open(session)
+
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            raise ValueError("mine")
+
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            super().on_close(session, close_reason)
+            raise ValueError("mine")
+
         async def on_open_async(self, session: PsSession) -> None:
             VARIABLE.set(str(session.connection_id))
             await super().on_open_async(session)
@@ -700,7 +713,7 @@ def test_filters_see_the_context_variables_of_the_session_that_a_record_is_about
 
     handler = Keeping()
     handler.addFilter(Seeing())
-    callback = Callback(use_async_callback=True)
+    callback = Callback(use_async_callback=use_async_callback)
     with attached(handler):
         server = ps_server(callback)
         clients = [ps_client(server) for _ in range(3)]
