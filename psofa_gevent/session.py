@@ -354,8 +354,8 @@ class PsSession(SendingHalf[M]):
     def _use_tls(self, sock: TlsSocket) -> None:
         """From now on all bytes go through `sock`."""
         self._stop_watching()
-        self._tls = self._sock = sock
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
+        self._tls = self._sock = sock
 
     # A user's values
 
