@@ -678,12 +678,14 @@ class PsSession(SendingHalf[M]):
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
         finally:
-            self._kill_work()
-            if self._killer is not None:
-                self._killer.wait()
-                self._killer = None
-            self._greenlet = None
-            self._host.session_ended(self)
+            try:
+                self._kill_work()
+                if self._killer is not None:
+                    self._killer.wait()
+                    self._killer = None
+            finally:
+                self._greenlet = None
+                self._host.session_ended(self)
 
     def _kill_work(self) -> None:
         """Begin to kill what works beside the callbacks, which are through; unless that is done."""
