@@ -354,8 +354,8 @@ class PsSession(SendingHalf[M]):
     def _use_tls(self, sock: TlsSocket) -> None:
         """From now on all bytes go through `sock`."""
         self._stop_watching()
-        self._tls = self._sock = sock
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
+        self._tls = self._sock = sock
 
     # A user's values
 
@@ -678,12 +678,14 @@ class PsSession(SendingHalf[M]):
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
         finally:
-            self._kill_work()
-            if self._killer is not None:
-                self._killer.wait()
-                self._killer = None
-            self._greenlet = None
-            self._host.session_ended(self)
+            try:
+                self._kill_work()
+                if self._killer is not None:
+                    self._killer.wait()
+                    self._killer = None
+            finally:
+                self._greenlet = None
+                self._host.session_ended(self)
 
     def _kill_work(self) -> None:
         """Begin to kill what works beside the callbacks, which are through; unless that is done."""
