@@ -23,10 +23,10 @@ from gevent import GreenletExit
 from psofa_gevent.addresses import format_address
 from psofa_gevent.enums import PsCloseReason, PsRefusal
 from psofa_gevent.farewell import LONGEST_FAREWELL, Farewells, say
-from psofa_gevent.hub_thread import log_from_hub, log_safely
+from psofa_gevent.logs import log_from_hub, log_safely
 from psofa_gevent.peers import Networks, peer_address
 from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
-from psofa_gevent.tcp import Endpoint, endpoint
+from psofa_gevent.tcp import Endpoint, end, endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.manager import SessionManager
@@ -118,7 +118,7 @@ class Admission:
         if self._farewell and reason in (PsRefusal.PEER, PsRefusal.FULL):
             self._farewells.add(accepted, self._farewell, manager.thread)
         else:
-            accepted.close()
+            end(accepted)
         self._tell(manager.owner, reason, peer)
         return True
 
@@ -136,11 +136,11 @@ class Admission:
         """The manager has the session no more."""
         key = self._keys.pop(session, None)
         if key is not None:
-            left = self._counts[key] - 1
+            left = self._counts.get(key, 1) - 1  # none: there was no memory for it
             if left:
                 self._counts[key] = left
             else:
-                del self._counts[key]
+                self._counts.pop(key, None)
 
     def close(self) -> None:
         """The server has stopped, or its hub is gone: close what is on its way out."""

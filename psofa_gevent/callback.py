@@ -10,6 +10,11 @@ is kept on the session (`PsSession.set_value`). Which greenlet runs what:
   other ``on_close`` calls and nothing else.
 - ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.
 
+The callbacks of a session, ``on_accept`` and ``on_close`` included, run in one `contextvars`
+context, which is that session's own: what one of them sets, the others see, and no other session
+does. It begins as a copy of the context of whoever called ``start`` or ``connect``. ``on_start``
+runs in the caller's itself, ``on_stop`` in a copy.
+
 With ``use_async_callback = True`` the ``*_async`` twins are called instead, in the same order and
 under the same rules, as tasks of the asyncio loop that runs on this thread's gevent hub.
 """

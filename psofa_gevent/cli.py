@@ -418,12 +418,19 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="give a client up that does not acknowledge what was sent for so long (not on every "
         "system); 'none': the kernel's own time (default: %(default)s)",
     )
-    times.add_argument(
+    heartbeats = times.add_mutually_exclusive_group()
+    heartbeats.add_argument(
         "--heartbeat",
         type=serve.heartbeat,
         metavar="MILLISECONDS,TEXT",
         help=r"send TEXT, in which \n and the like are escapes, to a client that was sent nothing "
         "for so long (default: nothing)",
+    )
+    heartbeats.add_argument(
+        "--raw-heartbeat",
+        type=serve.raw_heartbeat,
+        metavar="MILLISECONDS,HEX",
+        help="the same with bytes, in hexadecimal digits, that the framing leaves alone",
     )
     times.add_argument(
         "--handshake-timeout",

@@ -5,16 +5,11 @@ from __future__ import annotations
 import ssl
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import (
-    ConnectingOwner,
-    Target,
-    all_endpoints,
-)
+from psofa_gevent.connecting import ConnectingOwner
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
@@ -101,7 +96,7 @@ class PsClient(ConnectingOwner[M]):
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -131,9 +126,14 @@ class PsClient(ConnectingOwner[M]):
             ssl_context,
             reconnect,
         )
-        others = all_endpoints(host, port, endpoints)
-        self._target = Target(others, socket_address_family, None, server_hostname, source_address)
-        self._target.check_tls(self._ssl_context)
+        self._asked_for = self._target(
+            host,
+            port,
+            socket_address_family,
+            endpoints=endpoints,
+            source_address=source_address,
+            server_hostname=server_hostname,
+        )
         by_itself = (
             "does not connect by itself" if self._reconnect is None else "call connect first"
         )
@@ -144,7 +144,7 @@ class PsClient(ConnectingOwner[M]):
         state = "disconnected" if self.session is None else "connected"
         if self.session is None and self._stays_connected:
             state = "connecting"
-        return f"<PsClient {self._target} {state}>"
+        return f"<PsClient {self._asked_for} {state}>"
 
     @property
     def _link(self) -> Link | None:
@@ -184,7 +184,7 @@ class PsClient(ConnectingOwner[M]):
             TypeError, ValueError: an argument is not what it should be.
             Exception: what ``on_start`` raised.
         """
-        target = replace(self._target, connection_id=connection_id)
+        target = self._asked_for.with_id(connection_id)
         check_seconds("timeout", timeout)
         self._check_idle()
         was_started = self._manager is not None
@@ -216,7 +216,7 @@ class PsClient(ConnectingOwner[M]):
             TypeError: `connection_id` is none.
             Exception: what ``on_start`` raised.
         """
-        target = replace(self._target, connection_id=connection_id)
+        target = self._asked_for.with_id(connection_id)
         if self._reconnect is None:
             raise PsClientError(f"{self!r}: connect_in_background needs reconnect")
         self._check_idle()
@@ -251,7 +251,7 @@ class PsClient(ConnectingOwner[M]):
         self._forget_if_hub_is_gone()
         if self._is_stopping:
             raise PsClientError(
-                f"the client of {self._target} is disconnecting, so it does not connect"
+                f"the client of {self._asked_for} is disconnecting, so it does not connect"
             )
         if self._is_starting:
             raise PsClientError(f"{self!r} is starting: on_start has not returned")

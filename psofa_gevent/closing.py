@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextvars import Context
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from gevent import GreenletExit
+from gevent import GreenletExit, getcurrent
 from gevent.event import Event
 from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.errors import cut_traceback
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.logs import log_safely
 from psofa_gevent.worker import LibraryGreenlet, Worker
 
 if TYPE_CHECKING:
@@ -46,16 +48,24 @@ KILLS_BEFORE_GIVING_UP = 5
 class CloseQueue:
     """Delivers ``on_close`` and ``on_stop``, one at a time."""
 
-    def __init__(self, dispatch: Dispatch, thread: HubThread, settled: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        context: Context,
+        thread: HubThread,
+        settled: Callable[[], None],
+    ) -> None:
         """Make the queue.
 
         Args:
             dispatch: the callbacks.
+            context: that of ``on_stop``.
             thread: where they run.
             settled: called whenever nothing is left to deliver. In the close greenlet; where a call
                 is left behind (`hurry`, `abandon`), in the greenlet that stops the manager.
         """
         self._dispatch = dispatch
+        self._context = context
         self._thread = thread
         self._settled = settled
         self._queue: Queue[tuple[Callable[..., None], Any, tuple[object, ...]]] = Queue()
@@ -185,6 +195,10 @@ class CloseQueue:
                 self._one_less()
 
     def _call(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+        # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
+        current: Any = getcurrent()
+        before = current.gr_context
+        current.gr_context = subject._context if args else self._context
         try:
             call(subject, *args)
         except GreenletExit as exc:
@@ -194,8 +208,11 @@ class CloseQueue:
                 self._thread.raise_in_main(exc)
             logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
         finally:
-            if args and subject.close_cause is not None:
-                cut_traceback(subject.close_cause)
+            current.gr_context = before
+            if args:
+                subject._context = None
+                if subject.close_cause is not None:
+                    cut_traceback(subject.close_cause)
 
     def _one_less(self) -> None:
         self.pending -= 1

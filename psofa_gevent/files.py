@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.messages import as_bytes
 from psofa_gevent.send_line import Gave
 from psofa_gevent.settings import MAX_BUFFER, check_int

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -24,12 +23,8 @@ __all__ = [
     "HubThread",
     "NativeEvent",
     "get_ident",
-    "log_from_hub",
-    "log_safely",
     "new_lock",
 ]
-
-logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -277,19 +272,6 @@ def _outcome(function: Callable[[], object]) -> BaseException | None:
 def _resolve(future: asyncio.Future[T], value: T) -> None:
     if not future.done():
         future.set_result(value)
-
-
-def log_safely(level: int, message: str, *args: object, **kwargs: Any) -> None:
-    """Log where a handler that raises must not undo what is going on."""
-    # logging itself keeps quiet about a handler's errors unless asked (`logging.raiseExceptions`).
-    if logger.isEnabledFor(level):
-        with contextlib.suppress(Exception):
-            logger.log(level, message, *args, **kwargs)
-
-
-def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:
-    """Log in a greenlet of its own: a handler may block, which the hub must not."""
-    gevent.spawn(logger.log, level, message, *args, **kwargs)
 
 
 def _discard_result(

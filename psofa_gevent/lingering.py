@@ -92,7 +92,10 @@ def _drain(session: PsSession[Any], deadline: float) -> None:
             _wait(session, min(LONGEST_LOOK, left))
     while True:
         read = _read_and_drop(session)
-        if read == b"" or (read is None and unacknowledged(session._sock) == 0):
+        if read == b"":
+            session._eof_received = True
+            return
+        if read is None and unacknowledged(session._sock) == 0:
             return
         left = deadline - monotonic()
         if left <= 0:

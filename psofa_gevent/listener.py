@@ -25,6 +25,7 @@ calls `Listeners.close`. `pause` and `resume` may be called in any thread.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import logging
 import os
@@ -41,13 +42,14 @@ from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import (
     ARE_INHERITED,
     NAMELESS,
     Endpoint,
+    end,
     endpoint,
     set_all_options,
     set_options,
@@ -81,10 +83,21 @@ class Listening(NamedTuple):
     is_inherited: bool = False
     """Whether somebody else made the socket, and may share it."""
 
-    def close(self) -> None:
-        """Close the socket, and remove the file of one that has one."""
+    def end(self) -> None:
+        """Let nobody connect any more, and remove the file of a socket that has one.
+
+        Also where another process has a duplicate of the socket, unless somebody else made it: who
+        has an inherited one may go on.
+        """
         if self.file is not None:
             self.file.remove()
+        if not self.is_inherited:
+            with contextlib.suppress(OSError):  # it does not listen yet; or, on macOS, anyway
+                self.socket.shutdown(_socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """The same, and close the socket."""
+        self.end()
         self.socket.close()
 
 
@@ -164,7 +177,11 @@ def duplicate(descriptor: int) -> Listening:
     except BaseException:
         os.close(copy)
         raise
-    listening.setblocking(False)
+    try:
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
     return Listening(listening, is_inherited=True)
 
 
@@ -243,8 +260,7 @@ class Listener(StreamServer):
     def close(self) -> None:
         """Close the socket, and remove the file of one that has one."""
         self._turns.forget(self)
-        if self._listening.file is not None:
-            self._listening.file.remove()
+        self._listening.end()
         super().close()
 
     def full(self) -> bool:
@@ -312,7 +328,11 @@ class Listener(StreamServer):
             self._accept_failed(exc)
             return None
         self._backoff = self.min_delay
-        return _socket.socket(*self._kind, descriptor), address
+        try:
+            return _socket.socket(*self._kind, descriptor), address
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager, unless the rules refuse it."""
@@ -326,14 +346,16 @@ class Listener(StreamServer):
                 return
             if not self._has_options:
                 self._set_options(accepted, self._manager.settings)
-            self._manager.open(accepted, address, None, self._local_endpoint)
-        except OSError as exc:
-            # Reset before it could be looked at.
-            accepted.close()
-            log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
-        except Exception as exc:
-            accepted.close()
-            log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+            manager = self._manager
+            manager.open(accepted, address, None, self._local_endpoint, manager.context)
+        except BaseException as exc:
+            end(accepted)
+            if isinstance(exc, OSError):  # reset before it could be looked at
+                log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
+            elif isinstance(exc, Exception):
+                log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+            else:
+                raise
 
     def _accept_failed(self, exc: OSError) -> None:
         owner = self._manager.owner

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -30,13 +31,15 @@ from psofa_gevent.closing import CloseQueue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.heartbeat import Heartbeats
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
+from psofa_gevent.logs import log_safely
 from psofa_gevent.ready import ready_sessions
 from psofa_gevent.session import PsSession, SessionGreenlet
-from psofa_gevent.settings import SessionSettings
+from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
+from psofa_gevent.work import Killer, kill_work
 
 if TYPE_CHECKING:
     from psofa_gevent.admission import Admission
@@ -58,6 +61,9 @@ class SessionManager:
     ) -> None:
         self.owner = owner
         self.settings = settings
+        self.context = copy_context()
+        """Of ``on_stop``; that of an accepted session begins as a copy of it. As it was for who
+        started."""
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
@@ -84,10 +90,10 @@ class SessionManager:
         """Whether two sessions ever had the same id."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
-        self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
+        self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
-        self._heartbeats = None if beat is None else Heartbeats(*beat)
+        self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
 
     def open(
         self,
@@ -95,31 +101,40 @@ class SessionManager:
         remote_endpoint: object,
         connection_id: uuid.UUID | None = None,
         local_endpoint: Endpoint | None = None,
+        context: Context | None = None,
     ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
+
+        If that fails, for whatever reason, nothing of it is left, and the caller closes the socket.
 
         Args:
             sock: the socket, its options set.
             remote_endpoint: the peer's address.
             connection_id: the session's id; by default a random one.
             local_endpoint: the socket's own address where it is known; else the system is asked.
+            context: what the session's begins as a copy of; by default the caller's.
 
         Raises:
-            OSError: the socket is not connected any more. The caller closes it.
+            OSError: the socket is not connected any more.
         """
-        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint)
-        greenlet: Any = session._greenlet
-        greenlet.rawlink(self._greenlet_ended)
-        self.sessions[session] = None
-        if self._by_id is not None:
-            self._add_by_id(self._by_id, session)
-        self._idle.add(session)
-        if self._heartbeats is not None:
-            self._heartbeats.add(session)
-        if self.admission is not None:
-            self.admission.opened(session)
-        # Never waits: a server accepts only while the pool has room.
-        self.pool.start(greenlet)
+        own = copy_context() if context is None else context.copy()
+        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint, own)
+        try:
+            greenlet: Any = session._greenlet
+            greenlet.rawlink(self._greenlet_ended)
+            self.sessions[session] = None
+            if self._by_id is not None:
+                self._add_by_id(self._by_id, session)
+            self._idle.add(session)
+            if self._heartbeats is not None:
+                self._heartbeats.add(session)
+            if self.admission is not None:
+                self.admission.opened(session)
+            # Never waits: a server accepts only while the pool has room.
+            self.pool.start(greenlet)
+        except BaseException:
+            self._drop(session)
+            raise
         return session
 
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
@@ -166,8 +181,12 @@ class SessionManager:
             # No callback hears of one that was closed before it opened, unless that failed.
             if not session._is_opening or session._reason is PsCloseReason.FAILED:
                 self.closing.put(session)
+            else:
+                session._context = None
             self._tell_that_over(session)
             log_safely(logging.DEBUG, "%r: closed", session)
+        else:  # it was abandoned, and is through after all
+            session._context = None
 
     def when_over(self, session: PsSession[Any], function: Callable[[float], object]) -> None:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.
@@ -205,19 +224,24 @@ class SessionManager:
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""
         for session in [session for session in self.sessions if not session._started]:
-            self.forget(session)
-            session._drop()
+            self._drop(session)
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
         for session in list(self.sessions):
             session._request_close(reason)
 
-    def kill_sessions(self) -> None:
-        """Throw `GreenletExit` into whatever the sessions still do."""
+    def kill_sessions(self, *, again: bool) -> None:
+        """Throw `GreenletExit` into whatever the sessions still do.
+
+        `again`: callbacks that run have swallowed one, so what works beside them gets one as well;
+        at first it is left for the session to kill, once its callback has ended.
+        """
         for session in list(self.sessions):
             if session._greenlet is not None:
                 session._greenlet.kill(block=False)
+            if session._greenlet is None or (again and session._killer is None):
+                kill_work(session)
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
@@ -248,8 +272,24 @@ class SessionManager:
 
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
-        session = greenlet.session
-        if session is not None and not session._started:
-            self.forget(session)
-            session._drop()
-            self._tell_that_over(session)
+        session, greenlet.session = greenlet.session, None
+        if session is not None:
+            self._drop(session)
+
+    def _drop(self, session: PsSession[Any]) -> None:
+        """End a session that has not begun. Its work may have, and it counts until that has ended.
+
+        Again without effect.
+        """
+        session._drop()
+        if session._work and session._killer is None:
+            session._killer = Killer(session, partial(self._dropped, session))
+        elif not session._work:
+            self._dropped(session)
+
+    def _dropped(self, session: PsSession[Any]) -> None:
+        if session._killer is not None:
+            session._killer.stop()
+            session._killer = None
+        self.forget(session)
+        self._tell_that_over(session)

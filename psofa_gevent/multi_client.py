@@ -11,11 +11,7 @@ from typing import Generic, Self
 
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import (
-    ConnectingOwner,
-    Target,
-    all_endpoints,
-)
+from psofa_gevent.connecting import ConnectingOwner
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
@@ -147,7 +143,7 @@ class PsMultiClient(ConnectingOwner[M]):
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -230,11 +226,14 @@ class PsMultiClient(ConnectingOwner[M]):
                 refused, or timed out, or could not be made.
             TypeError, ValueError: an argument is not what it should be.
         """
-        others = all_endpoints(host, port, endpoints)
-        target = Target(
-            others, socket_address_family, connection_id, server_hostname, source_address
-        )
-        target.check_tls(self._ssl_context)
+        target = self._target(
+            host,
+            port,
+            socket_address_family,
+            endpoints=endpoints,
+            source_address=source_address,
+            server_hostname=server_hostname,
+        ).with_id(connection_id)
         check_seconds("timeout", timeout)
         manager = self._running_manager()
         if self._reconnect is None:
@@ -276,11 +275,14 @@ class PsMultiClient(ConnectingOwner[M]):
             PsMultiClientError: there is no `reconnect`, or it is not initialised.
             TypeError, ValueError: an argument is not what it should be.
         """
-        others = all_endpoints(host, port, endpoints)
-        target = Target(
-            others, socket_address_family, connection_id, server_hostname, source_address
-        )
-        target.check_tls(self._ssl_context)
+        target = self._target(
+            host,
+            port,
+            socket_address_family,
+            endpoints=endpoints,
+            source_address=source_address,
+            server_hostname=server_hostname,
+        ).with_id(connection_id)
         if self._reconnect is None:
             raise PsMultiClientError(f"{self!r}: connect_in_background needs reconnect")
         link = self._new_link(self._running_manager(), target, self._reconnect)
@@ -344,9 +346,14 @@ class PsMultiClient(ConnectingOwner[M]):
 
     def _adopt(self, connected: _socket.socket) -> PsSession:
         """Take over a connected stream socket of any kind: for `psofa_gevent.testing`."""
+        manager = self._running_manager()
         sock = _socket.socket(connected.family, connected.type, connected.proto, connected.detach())
-        set_options(sock, self._settings)
-        return self._running_manager().open(sock, sock.getpeername())
+        try:
+            set_options(sock, self._settings)
+            return manager.open(sock, sock.getpeername())
+        except BaseException:
+            sock.close()
+            raise
 
     def _running_manager(self) -> SessionManager:
         self._forget_if_hub_is_gone()

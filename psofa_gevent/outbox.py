@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason, PsOverflow
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.send_line import Batch, Parking
 
 if TYPE_CHECKING:

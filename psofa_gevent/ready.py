@@ -56,11 +56,16 @@ class ReadySessions:
 
     def register(self) -> None:
         """One more session may become ready."""
-        self._registered += 1
         if self._check is None:
             # Of the lowest priority: after all watchers of sockets in a round.
-            self._check = self._loop.check(ref=False, priority=self._loop.MINPRI)
-            self._check.start(self._run if self._is_reversed else self._reverse_and_run)
+            check = self._loop.check(ref=False, priority=self._loop.MINPRI)
+            try:
+                check.start(self._run if self._is_reversed else self._reverse_and_run)
+            except BaseException:
+                check.close()
+                raise
+            self._check = check
+        self._registered += 1
 
     def unregister(self) -> None:
         """One session less."""

@@ -12,6 +12,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from gevent import getcurrent
 from gevent.event import Event
 
 from psofa_gevent.errors import PsError, cut_traceback
-from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.logs import log_safely
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.worker import Worker, may_wait
@@ -39,8 +40,9 @@ logger = logging.getLogger("psofa_gevent")
 class PsReconnect:
     """When a client connects again: exponential backoff with jitter, and when it gives up.
 
-    What counts as a failure is an attempt that failed at all endpoints, and a session that did not
-    last for `steady_after`. A session that lasted ends the row of failures.
+    What counts as a failure is an attempt that failed at all endpoints, and a session that received
+    nothing and did not last for `steady_after`. Any other session was a success, which ends the row
+    of failures: there are servers that answer and close.
 
     Attributes:
         first_delay: seconds before the first attempt after a session, or after the first failure.
@@ -49,11 +51,10 @@ class PsReconnect:
         jitter: which part of each wait is left to chance, from 0 to 1, so that a thousand clients
             whose server restarts do not all come at once.
         attempts: failures in a row after which it gives up; ``None``: any number.
-        give_up_after: seconds without a session that lasted, after which it gives up; ``None``:
-            never.
+        give_up_after: seconds without a success, after which it gives up; ``None``: never.
         attempt_timeout: seconds for each attempt at each endpoint; ``None``: as long as the system
             takes.
-        steady_after: seconds after which a session counts as one that lasted.
+        steady_after: seconds after which a session is a success even if it received nothing.
         should_retry: asked after each failure and after each session, with the number of failures
             in a row and the last error (``None`` after a session): ``False`` gives up. It runs in
             a greenlet of the client, and may wait.
@@ -146,7 +147,9 @@ class Link:
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
-        self._worker: Worker | None = Worker(self._stay_connected, lambda: not self.has_ended)
+        self._worker: Worker | None = Worker(
+            self._stay_connected, lambda: not self.has_ended, copy_context()
+        )
         """None when it has ended: the two would keep each other alive, and the last session."""
 
     def start(self) -> None:
@@ -285,7 +288,7 @@ class Link:
         assert self.session is not None
         lasted = self._ended_at - self._opened_at
         self._opened_at = 0.0
-        if lasted >= self._policy.steady_after:
+        if lasted >= self._policy.steady_after or self.session.bytes_received:
             self._failures = 0
             self._tried_since = monotonic()
         else:

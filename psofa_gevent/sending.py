@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.files import REFUSALS, File, FileSource, Progress
-from psofa_gevent.hub_thread import get_ident, log_from_hub
+from psofa_gevent.hub_thread import get_ident
+from psofa_gevent.logs import log_from_hub
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
 from psofa_gevent.outbox import Outbox
 from psofa_gevent.send_line import (

@@ -31,6 +31,7 @@ from psofa_gevent.network import local_addresses
 from psofa_gevent.places import DEFAULT_HOST, DEFAULT_PORT, Given
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
+from psofa_gevent.settings import PsHeartbeat
 from psofa_gevent.unix_sockets import unix_path
 
 __all__ = ["ModuleFailedError", "UsageError", "run"]
@@ -124,7 +125,7 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         overflow=OVERFLOWS[args.overflow],
         keep_alive=args.keep_alive,
         user_timeout=args.user_timeout,
-        heartbeat=args.heartbeat,
+        heartbeat=args.heartbeat or args.raw_heartbeat,
     )
 
 
@@ -142,6 +143,24 @@ def heartbeat(text: str) -> tuple[int, bytes]:
     # Escapes only: "unicode_escape" takes anything else for Latin-1.
     escaped = message.encode("ascii", "backslashreplace").decode("unicode_escape")
     return int(milliseconds), escaped.encode()
+
+
+def raw_heartbeat(text: str) -> PsHeartbeat:
+    """One that no framing touches, on the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    milliseconds, _, digits = text.partition(",")
+    try:
+        message = bytes.fromhex(digits)
+    except ValueError:
+        message = b""
+    if not message or not milliseconds.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"must be MILLISECONDS,HEX, such as 30000,fff1, not {text!r}"
+        )
+    return PsHeartbeat(int(milliseconds), message, raw=True)
 
 
 def listeners(texts: Sequence[str]) -> list[Given]:

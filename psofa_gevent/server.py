@@ -19,8 +19,8 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listeners
+from psofa_gevent.logs import log_safely
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
@@ -169,7 +169,7 @@ class PsServer(SessionOwner[M]):
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -258,12 +258,15 @@ class PsServer(SessionOwner[M]):
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
             opened = open_all(self._places, self._bind_options)
-            if manager.stop is not None:
+            try:
+                if manager.stop is not None:
+                    raise PsServerError(f"{self!r} was shut down while it started")
+                self._set_entrance(manager)
+                listeners = self._listeners = Listeners(opened, manager)
+            except BaseException:
                 for each in opened:
                     each.close()
-                raise PsServerError(f"{self!r} was shut down while it started")
-            self._set_entrance(manager)
-            listeners = self._listeners = Listeners(opened, manager)
+                raise
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True

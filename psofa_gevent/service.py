@@ -17,7 +17,7 @@ import logging
 from typing import Any
 
 from psofa_gevent import systemd
-from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.logs import log_safely
 from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = ["Service"]

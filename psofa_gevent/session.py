@@ -33,6 +33,7 @@ import logging
 import ssl
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic, time
@@ -62,10 +63,10 @@ from psofa_gevent.settings import (
     check_instance,
     check_seconds,
 )
-from psofa_gevent.tcp import Endpoint, endpoint, reset
+from psofa_gevent.tcp import Endpoint, end, endpoint, reset
 from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
-from psofa_gevent.work import Killer, kill_work, spawn_work
+from psofa_gevent.work import Killer, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class SessionGreenlet(LibraryGreenlet):
 
     def __init__(self, session: PsSession[Any]) -> None:
         super().__init__()
+        # Once, so a message costs nothing; and not by Context.run, which one greenlet could be in.
+        self.gr_context = session._context
         self.session: PsSession[Any] | None = session
         """None when the session has ended: whoever switched here last may hold this greenlet."""
 
@@ -130,11 +133,9 @@ class SessionGreenlet(LibraryGreenlet):
             self.session._uncork_without_waiting()
 
     def _run(self) -> None:
-        try:
-            assert self.session is not None
-            self.session._live()
-        finally:
-            self.session = None
+        assert self.session is not None
+        self.session._live()
+        self.session = None
 
 
 class PsSession(SendingHalf[M]):
@@ -184,7 +185,8 @@ class PsSession(SendingHalf[M]):
         sock: _socket.socket | TlsSocket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None,
-        local_endpoint: Endpoint | None = None,
+        local_endpoint: Endpoint | None,
+        context: Context,
     ) -> None:
         super().__init__(host, sock)
         settings = host.settings
@@ -192,12 +194,10 @@ class PsSession(SendingHalf[M]):
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None
-        self._watcher: Any = self._loop.io(sock.fileno(), READ)
         self._ready = host.ready
         self._keeps_watching = host.ready.keeps_watching
         self._is_opening = host.prologue is not None
         """Whether ``on_open`` has to wait for what comes before it."""
-        self._ready.register()
         self._connection_id = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
@@ -224,10 +224,20 @@ class PsSession(SendingHalf[M]):
         self._killer: Killer | None = None
         self._slice: IdleSlice | None = None
         self._tls: TlsSocket | None = None
-        if type(sock) is TlsSocket:
-            self._use_tls(sock)
-        self._context = host.dispatch.new_context()
-        self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
+        self._context: Context | None = context
+        """Of all its callbacks and its work; None when ``on_close`` has returned, as what was set
+        there may well hold the session."""
+        self._greenlet: SessionGreenlet | None = None
+        self._watcher: Any = self._loop.io(sock.fileno(), READ)
+        try:  # what has to be undone where a later line fails, for want of memory, say
+            if type(sock) is TlsSocket:
+                self._use_tls(sock)
+            self._greenlet = SessionGreenlet(self)
+            self._ready.register()
+        except BaseException:
+            self._watcher.close()
+            self._greenlet = None
+            raise
 
     # What a callback asks
 
@@ -389,7 +399,9 @@ class PsSession(SendingHalf[M]):
         When the session's callbacks are through it is killed (`gevent.GreenletExit` where it waits,
         which cancels a coroutine), again each second until it has ended, and then ``on_close``
         comes. What it raises is logged and closes the session with FAILED, as in a
-        callback. ``callback_timeout`` does not count it.
+        callback. ``callback_timeout`` does not count it. It runs in the session's own context: what
+        it sets there, the callbacks see. A context of its own is
+        ``session.spawn(contextvars.copy_context().run, function)``.
 
         In the hub's thread, in any greenlet or coroutine. Returns at once.
 
@@ -581,10 +593,7 @@ class PsSession(SendingHalf[M]):
         self._leave_all()
         if not self._released:
             self._released = True
-            if self._may_linger:
-                self._sock.close()
-            else:
-                reset(self._sock)
+            (end if self._may_linger else reset)(self._sock)
 
     def _wake(self) -> None:
         if self._waiting_since:
@@ -616,22 +625,33 @@ class PsSession(SendingHalf[M]):
             while self._reason is PsCloseReason.NONE and not self._open:
                 # Another thread's request is on its way, with what that thread has posted before.
                 self._wait_until_woken(REQUEST_LOOK)
-            if self._work:
-                self._killer = Killer(self)
+            self._kill_work()
             linger(self)
         except BaseException as exc:
-            # Killed while it lingered; the rest does not wait.
+            # Killed since the last callback; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._host.thread.raise_in_main(exc)
             logger.debug("%r: did not linger to the end: %r", self, exc)
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Take the last steps: all of them, wherever something was thrown in on the way here."""
+        try:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
+        finally:
+            self._kill_work()
             if self._killer is not None:
                 self._killer.wait()
                 self._killer = None
-            self._host.session_ended(self)
             self._greenlet = None
+            self._host.session_ended(self)
+
+    def _kill_work(self) -> None:
+        """Begin to kill what works beside the callbacks, which are through; unless that is done."""
+        if self._work and self._killer is None:
+            self._killer = Killer(self, self._wake)
 
     def _wait_until_woken(self, seconds: float | None) -> None:
         """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
@@ -723,17 +743,24 @@ class PsSession(SendingHalf[M]):
         if self._tls is not None and not self._eof_sent:
             with contextlib.suppress(OSError):
                 self._shut_socket()
-        self._sock.close()
+        if self._eof_sent and self._eof_received:
+            self._sock.close()  # both ends know
+        else:
+            end(self._sock)
 
     def _drop(self) -> None:
-        """End a session whose greenlet has not started: no callback ever hears of it."""
+        """End a session whose greenlet has not started: no callback ever hears of it.
+
+        Its work is the manager's affair. Again without effect.
+        """
         self._open = False
+        self._context = None
         self._leave_all()
-        kill_work(self)
         self._release()
-        if self._greenlet is not None:
-            self._greenlet.kill(block=False)
-            self._greenlet = None
+        greenlet, self._greenlet = self._greenlet, None
+        if greenlet is not None:
+            greenlet.session = None
+            greenlet.kill(block=False)
 
 
 def _format(address: Endpoint | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import ssl
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
@@ -20,6 +20,7 @@ __all__ = [
     "DEFAULT",
     "Default",
     "Heartbeat",
+    "PsHeartbeat",
     "SessionSettings",
     "check_bool",
     "check_framing",
@@ -34,8 +35,27 @@ __all__ = [
 
 T = TypeVar("T")
 
-Heartbeat = tuple[int, Any]
-"""Milliseconds, and a message or a function of the session that returns one, or ``None``."""
+
+class PsHeartbeat(NamedTuple):
+    """What a session sends when it has sent nothing for a while: the setting ``heartbeat``.
+
+    The tuple ``(milliseconds, message)`` is short for one that is not `raw`.
+
+    Attributes:
+        milliseconds: of sending nothing, 1 or more.
+        message: what is sent then, or a function of the session (also ``async``) that returns it,
+            or ``None`` for nothing.
+        raw: the session's framing leaves the message alone: bytes, or text as UTF-8. For protocols
+            whose sign of life is no message, such as a NUL between telegrams.
+    """
+
+    milliseconds: int
+    message: Any
+    raw: bool = False
+
+
+Heartbeat = PsHeartbeat | tuple[int, Any]
+"""What the setting may be."""
 
 MAX_PORT = 65_535
 LONGEST_TIME = 1e9
@@ -175,20 +195,23 @@ def check_heartbeat(value: object, framing: Framing[Any] | None) -> None:
         return
     error = (
         "heartbeat must be None, or milliseconds (1 or more) and a message or a function of the "
-        f"session, such as (30_000, b'ping'), not {value!r}"
+        "session, such as (30_000, b'ping') or PsHeartbeat(30_000, b'\\0', raw=True), "
+        f"not {value!r}"
     )
-    if not isinstance(value, tuple) or len(value) != 2 or type(value[0]) is not int:
+    if not isinstance(value, tuple) or len(value) not in (2, 3):
         raise TypeError(error)
-    milliseconds, what = value
-    if not 1 <= milliseconds <= 2**53:
+    heartbeat = PsHeartbeat(*value)
+    if type(heartbeat.milliseconds) is not int or type(heartbeat.raw) is not bool:
+        raise TypeError(error)
+    if not 1 <= heartbeat.milliseconds <= 2**53:
         raise ValueError(error)
-    if callable(what):
+    if callable(heartbeat.message):
         return
-    if framing is not None:
-        framing.encode(what)
+    if framing is not None and not heartbeat.raw:
+        framing.encode(heartbeat.message)
         return
     try:
-        is_empty = not as_bytes(what)
+        is_empty = not as_bytes(heartbeat.message)
     except TypeError:
         raise TypeError(error) from None
     if is_empty:

@@ -25,7 +25,8 @@ from typing import NamedTuple
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import CallerEvent, log_safely
+from psofa_gevent.hub_thread import CallerEvent
+from psofa_gevent.logs import log_safely
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks
@@ -189,7 +190,7 @@ class Stop:
         next_kill = since
         while not manager.is_quiet() and monotonic() < self._second_deadline(since):
             if monotonic() >= next_kill:
-                manager.kill_sessions()
+                manager.kill_sessions(again=next_kill > since)
                 next_kill = monotonic() + KILL_PERIOD
             self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()

@@ -1,5 +1,9 @@
 """What the kernel knows of a connection and does with it: the socket options behind the settings.
 
+Also its ends, `end` and `reset`. A plain close(2) says nothing to the peer as long as another
+descriptor of the same socket is open: one that a child process has, which a C extension has forked,
+or any child in the moment after its fork (`psofa_gevent.forking`). Both ends reach the peer anyway.
+
 Plain system calls on non-blocking sockets: nothing here waits, and nothing switches greenlets.
 """
 
@@ -11,9 +15,16 @@ import errno
 import os
 import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from psofa_gevent.unix_sockets import unix_endpoint
+
+try:
+    import ctypes
+except ImportError:
+    HAS_CTYPES = False  # a Python that was built without libffi
+else:
+    HAS_CTYPES = True
 
 if TYPE_CHECKING:
     from psofa_gevent.settings import SessionSettings
@@ -22,12 +33,23 @@ __all__ = [
     "ARE_INHERITED",
     "NAMELESS",
     "Endpoint",
+    "end",
     "endpoint",
     "reset",
     "set_all_options",
     "set_options",
     "unacknowledged",
 ]
+
+
+class Socket(Protocol):
+    """A socket, plain or with TLS."""
+
+    def fileno(self) -> int: ...
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
+    def shutdown(self, how: int, /) -> None: ...
+    def close(self) -> None: ...
+
 
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
@@ -102,11 +124,46 @@ def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
         set_options(sock, settings)
 
 
-def reset(sock: _socket.socket) -> None:
-    """Close `sock` so that the peer gets an RST: SO_LINGER with a time of zero (tcp(7))."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _RESET_ON_CLOSE)
+def end(sock: Socket) -> None:
+    """Close `sock`, and end its connection, or its listening, whoever holds a duplicate of it.
+
+    shutdown(2) of both directions does what close(2) does where there is no duplicate: FIN, and RST
+    for what the peer still sends.
+    """
+    with contextlib.suppress(OSError):  # there is no connection any more
+        sock.shutdown(_socket.SHUT_RDWR)
     sock.close()
+
+
+def reset(sock: Socket) -> None:
+    """Close `sock` so that the peer gets an RST, whoever holds a duplicate of it.
+
+    On Linux a connect(2) to AF_UNSPEC does it. Elsewhere SO_LINGER with a time of zero has close(2)
+    send the RST, and a FIN comes before it, which is all that a duplicate lets through.
+    """
+    if not _disconnect(sock):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _RESET_ON_CLOSE)
+            sock.shutdown(_socket.SHUT_RDWR)
+    sock.close()
+
+
+if sys.platform == "linux" and HAS_CTYPES:
+    # With the GIL held: the call takes a microsecond, and does not wait.
+    _connect = ctypes.PyDLL(None).connect
+    _connect.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    _NOWHERE = bytes(16)
+    """A struct sockaddr of the family AF_UNSPEC, which is 0."""
+
+    def _disconnect(sock: Socket) -> bool:
+        """Reset the connection (connect(2): AF_UNSPEC dissolves the association)."""
+        return bool(_connect(sock.fileno(), _NOWHERE, len(_NOWHERE)) == 0)
+
+else:
+
+    def _disconnect(sock: Socket) -> bool:
+        """There is no such call here."""
+        return False
 
 
 if sys.platform == "linux":

@@ -8,6 +8,7 @@ come to its end. A call that waits for that end must not wait in one of them, no
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from gevent import Greenlet, getcurrent
@@ -78,9 +79,22 @@ class Worker:
     owner, so an owner that is dropped goes, greenlet and all.
     """
 
-    def __init__(self, job: Callable[[], None], has_work: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        job: Callable[[], None],
+        has_work: Callable[[], bool],
+        context: Context | None = None,
+    ) -> None:
+        """Say what to do, in its first line and again where it was killed.
+
+        Args:
+            job: it never returns.
+            has_work: whether it has to go on.
+            context: that of the job; by default one of its own, which is empty.
+        """
         self._job = job
         self._has_work = has_work
+        self._context = context
         self._stopped = False
         self.greenlet: LibraryGreenlet | None = None
 
@@ -88,6 +102,7 @@ class Worker:
         """Start the greenlet unless it runs. Does not switch."""
         if self.greenlet is None and not self._stopped:
             greenlet = LibraryGreenlet(self._job)
+            greenlet.gr_context = self._context
             greenlet.rawlink(self._ended)
             self.greenlet = greenlet
             greenlet.start()

@@ -26,7 +26,15 @@ import pytest
 import helpers
 import psofa_gevent
 from marks import needs_ipv6
-from psofa_gevent import PsOverflow, PsServer, PsSocketAddressFamily, cli, demo, serve
+from psofa_gevent import (
+    PsHeartbeat,
+    PsOverflow,
+    PsServer,
+    PsSocketAddressFamily,
+    cli,
+    demo,
+    serve,
+)
 from psofa_gevent.testing import ScriptedClient, eventually
 
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)
@@ -654,6 +662,15 @@ BROKEN_APP = """
         (["serve", "--trusted-proxy", "10.0.0.1"], "--trusted-proxy needs --proxy-protocol"),
         (["serve", "--heartbeat", "30000"], "must be MILLISECONDS,TEXT, such as 30000,ping, not"),
         (["serve", "--heartbeat", "x,ping"], "must be MILLISECONDS,TEXT, such as 30000,ping, not"),
+        (
+            ["serve", "--raw-heartbeat", "30000"],
+            "must be MILLISECONDS,HEX, such as 30000,fff1, not",
+        ),
+        (
+            ["serve", "--raw-heartbeat", "5,ping"],
+            "must be MILLISECONDS,HEX, such as 30000,fff1, not",
+        ),
+        (["serve", "--heartbeat", "5,x", "--raw-heartbeat", "5,00"], "not allowed with argument"),
         (["serve", "--no-delay", "maybe"], "--no-delay"),
         (["serve", "app"], "'app' is not of the form module:attribute"),
         (["serve", "app.py:Upper"], "'app.py:Upper' is not of the form module:attribute"),
@@ -916,6 +933,8 @@ def test_every_setting_of_the_server_has_an_option(
     assert isinstance(settings["ssl_context"], ssl.SSLContext)
     assert {**settings, "ssl_context": None} == expected
     assert settings_from(monkeypatch, "--port", "1")["port"] == 1
+    raw = settings_from(monkeypatch, "--framing", "line", "--raw-heartbeat", "16,fff1")
+    assert raw["heartbeat"] == PsHeartbeat(16, b"\xff\xf1", raw=True)
 
 
 def test_listeners_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,7 +280,7 @@ def test_failed_start_ends_the_wait_of_others(monkeypatch: pytest.MonkeyPatch) -
         raise gevent.socket.gaierror(gevent.socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", fail_late)
-    server = local_server()
+    server = PsServer(PsCallback(), host="localhost", port=0)
     starter = gevent.spawn(pytest.raises, PsServerError, server.start)
     assert resolving.wait(5)
     waiter = gevent.spawn(server.wait_for, 20.0)
@@ -690,7 +690,7 @@ def test_shutdown_while_start_looks_up_the_host_leaves_nothing(
 
     monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", look_up_slowly)
     callback = echo()
-    server = local_server(callback)
+    server = PsServer(callback, host="localhost", port=0)
     starter = gevent.spawn(server.start)
     assert resolving.wait(5)
     stopper = gevent.spawn(server.shutdown)
@@ -701,7 +701,7 @@ def test_shutdown_while_start_looks_up_the_host_leaves_nothing(
     assert starter.dead
     assert stopper.dead
     assert not server.started
-    assert server.address == (LOOPBACK, 0)
+    assert server.address == ("localhost", 0)
     names = [event.name for event in callback.events]
     assert names in ([], ["on_start", "on_stop"])
     with server:

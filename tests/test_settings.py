@@ -16,6 +16,7 @@ import pytest
 from psofa_gevent import (
     PsCallback,
     PsClient,
+    PsHeartbeat,
     PsMultiClient,
     PsOverflow,
     PsServer,
@@ -93,7 +94,11 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "overflow": ["CLOSE", 1, None, PsOverflow],
     "keep_alive": NOT_SECONDS,
     "user_timeout": NOT_SECONDS,
-    "heartbeat": [b"ping", 1000, [1, b"x"], (1,), (1, b"x", 2), (1.5, b"x"), (1, None), (1, 2)],
+    "heartbeat": [
+        *(b"ping", 1000, [1, b"x"], (1,), (1, b"x", 2), (1.5, b"x"), (1, None), (1, 2)),
+        *((1, b"x", True, 0), PsHeartbeat(1, b"x", raw=None)),  # type: ignore[arg-type]  # what is tested
+        *(PsHeartbeat(1, None, raw=True), PsHeartbeat(1, {}, raw=True)),
+    ],
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
@@ -106,7 +111,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "high_water": [0, -1, 2**63, TOO_LARGE_FOR_A_FLOAT],
     "keep_alive": [*SECONDS_OUT_OF_RANGE, 0, 32_768],
     "user_timeout": [*SECONDS_OUT_OF_RANGE, 0, 2_000_001],
-    "heartbeat": [(0, b"x"), (-1, b"x"), (1, b""), (1, "")],
+    "heartbeat": [(0, b"x"), (-1, b"x"), (1, b""), (1, ""), PsHeartbeat(1, b"", raw=True)],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
@@ -323,7 +328,10 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "high_water": [1, 2**40],
     "overflow": list(PsOverflow),
     "keep_alive": [0.1, 60, 32_767, None],
-    "heartbeat": [(1, b"x"), (60_000, "text"), (5, lambda _session: b"x"), None],
+    "heartbeat": [
+        *((1, b"x"), (60_000, "text"), (5, lambda _session: b"x"), None),
+        *(PsHeartbeat(1, b"x"), PsHeartbeat(1, "\n", raw=True), (1, b"x", True)),
+    ],
     "user_timeout": [0.1, 30, None] if hasattr(socket, "TCP_USER_TIMEOUT") else [None],
 }
 
