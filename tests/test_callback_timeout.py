@@ -291,12 +291,12 @@ def test_waiting_for_the_next_message_is_not_the_callbacks_time(
     use_async_callback: bool, ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     callback = RecordingCallback(reply=bytes, use_async_callback=use_async_callback)
-    server = ps_server(callback, callback_timeout=0.05)
+    server = ps_server(callback, callback_timeout=0.5)
     client = ps_client(server)
     for _ in range(3):
         client.send("x")
         client.expect("x")
-        client.expect_nothing(0.12)
+        client.expect_nothing(0.7)
 
 
 @sync_and_async

@@ -766,7 +766,7 @@ def test_a_silent_client_holds_up_nobody_and_is_closed_in_time(
     ps_server: ServerFactory, peer: MakePeer, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = Echo()
-    server = ps_server(callback, ssl_context=server_context(), handshake_timeout=0.5)
+    server = ps_server(callback, ssl_context=server_context(), handshake_timeout=1.5)
     with ScriptedClient(server.address) as silent:
         client = peer(server)
         client.say(b"x")
