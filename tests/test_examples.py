@@ -400,7 +400,7 @@ def list_devices(http_address: Address) -> list[str]:
 def connect_device(devices: Address, http_address: Address, name: str) -> ScriptedClient:
     device = ScriptedClient(devices)
     device.send(f"HELLO {name}\n")
-    eventually(lambda: name in list_devices(http_address))
+    eventually(lambda: name in list_devices(http_address), timeout=20)
     return device
 
 
