@@ -59,6 +59,7 @@ from greenlet import greenlet
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_loop import HubLoop, hub_loop
 from psofa_gevent.aio_run import Run
+from psofa_gevent.logs import LogGreenlet
 
 __all__ = [
     "await_greenlet",
@@ -179,6 +180,8 @@ def in_coroutine() -> bool:
     while current is not None:
         if isinstance(current, LoopGreenlet):
             return True
+        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
+            return False
         current = current.parent
     return False
 

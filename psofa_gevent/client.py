@@ -6,7 +6,7 @@ import ssl
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting import ConnectingOwner
@@ -16,9 +16,20 @@ from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_seconds
+from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings, check_seconds
 
 __all__ = ["PsClient"]
+
+
+class ClientKeywords(SessionKeywords, total=False):
+    """The parameters of `PsClient`, but for its first three and ``framing``."""
+
+    socket_address_family: PsSocketAddressFamily
+    ssl_context: ssl.SSLContext | bool | None
+    server_hostname: str | None
+    source_address: tuple[str, int] | None
+    endpoints: Sequence[tuple[str, int]]
+    reconnect: PsReconnect | bool | None
 
 
 class PsClient(ConnectingOwner[M]):
@@ -30,9 +41,29 @@ class PsClient(ConnectingOwner[M]):
     it is connected on entry, unless it is, or connects, already, and disconnected on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsClient[bytes],
+        callback: PsCallback[bytes],
+        host: str,
+        port: int,
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ClientKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        host: str,
+        port: int,
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ClientKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         host: str,
         port: int,
         *,
@@ -50,10 +81,12 @@ class PsClient(ConnectingOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -90,6 +123,11 @@ class PsClient(ConnectingOwner[M]):
                 which the session closes with FAILED; ``None``: any time.
             high_water: bytes of `PsSession.post` that wait for the peer, at most.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux as many as `high_water`, and
+                65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
@@ -118,6 +156,8 @@ class PsClient(ConnectingOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,

@@ -25,15 +25,13 @@ from gevent.queue import Queue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.errors import cut_traceback
 from psofa_gevent.hub_thread import HubThread
-from psofa_gevent.logs import log_safely
+from psofa_gevent.logs import log
 from psofa_gevent.worker import LibraryGreenlet, Worker
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
 
 __all__ = ["CloseQueue"]
-
-logger = logging.getLogger("psofa_gevent")
 
 DYING_TIME = 0.05
 """Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
@@ -172,7 +170,7 @@ class CloseQueue:
 
     def _give_up(self) -> None:
         """Leave the running call behind, and let another greenlet go on with the queue."""
-        log_safely(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
+        log(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
         self._subject = None
         self._given_up += 1
         self._worker.replace()
@@ -202,11 +200,11 @@ class CloseQueue:
         try:
             call(subject, *args)
         except GreenletExit as exc:
-            logger.warning("%r: %s was ended", subject, _name(args), exc_info=exc)
+            log(logging.WARNING, "%r: %s was ended", subject, _name(args), exc_info=exc)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._thread.raise_in_main(exc)
-            logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
+            log(logging.ERROR, "%r: %s failed", subject, _name(args), exc_info=exc)
         finally:
             current.gr_context = before
             if args:

@@ -404,6 +404,7 @@ class Connector:
     def _try_unix(self, path: str, timeout: float | None) -> _socket.socket:
         connecting = socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
+            set_options(connecting, self._settings)
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(path)
             return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, connecting.detach())

@@ -21,7 +21,7 @@ from gevent import get_hub, getcurrent
 from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.logs import log_from_hub
+from psofa_gevent.logs import log
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.times import SHORTEST_TIMER
 
@@ -114,7 +114,7 @@ def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> 
     def call_limited(session: PsSession[Any], *args: Any) -> Any:
         def expired(error: TimeoutError) -> None:
             session._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.WARNING, "%r: %s", session, error)
+            session._log(logging.WARNING, "%r: %s", session, error)
 
         with Limit(name, timeout, expired) as limit:
             session._limit = limit
@@ -144,9 +144,10 @@ def _limited_answer(
 
 
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
-    def call_limited(subject: object, *args: Any) -> None:
+    def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
         def expired(error: TimeoutError) -> None:
-            log_from_hub(logging.WARNING, "%r: %s", subject, error)
+            context = subject._context if args else None
+            log(logging.WARNING, "%r: %s", subject, error, context=context)
 
         with Limit(name, timeout, expired):
             call(subject, *args)

@@ -4,7 +4,7 @@ It exists for sessions that have, or had, a framing; the others hand their chunk
 The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to who asks for the next one in
 the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All of
 it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
-calls. What may switch is ``on_message``, and the log handler of a malformed message.
+calls. What may switch is ``on_message``.
 
 Error handling: bytes that are no message close the session with FAILED, after the messages before
 them were handed over and without a traceback, since it is the peer's fault. An exception of
@@ -13,7 +13,6 @@ them were handed over and without a traceback, since it is the peer's fault. An 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NOTHING", "FramedReceiver"]
 
-logger = logging.getLogger("psofa_gevent")
-
 NOTHING: Any = object()
 """No message."""
 
@@ -37,7 +34,7 @@ NOTHING: Any = object()
 class FramedReceiver:
     """Cuts what a session receives into messages."""
 
-    __slots__ = ("_decoder", "_given_out", "_left", "_messages", "framing")
+    __slots__ = ("_begun_after", "_decoder", "_left", "_messages", "framing")
 
     def __init__(self, framing: Framing[Any]) -> None:
         self.framing: Framing[Any] | None = framing
@@ -45,8 +42,8 @@ class FramedReceiver:
         self._decoder: Decoder[Any] = framing.decoder()
         self._messages: Iterator[Any] | None = None
         """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
-        self._given_out = 0
-        """Messages of the session when the one that is not whole began, or before."""
+        self._begun_after = (0, 0)
+        """How many messages, and what else, had come before the one that is not whole."""
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
 
@@ -64,7 +61,6 @@ class FramedReceiver:
 
     def feed(self, session: PsSession[Any], data: bytes) -> None:
         """More has come. All messages before were taken."""
-        self._given_out = session._messages_received
         self._messages = iter(self._decoder.feed(data))
 
     def hand_over(self, session: PsSession[Any]) -> None:
@@ -134,10 +130,13 @@ class FramedReceiver:
         if timeout is None or not session._open:
             return
         left, self._left = self._left, NEVER
-        if not self._decoder.kept:
+        begun_after, self._begun_after = (
+            self._begun_after,
+            (session._messages_received, self._decoder.skips),
+        )
+        if not self._decoder.has_begun:
             session._frame_deadline = NEVER
-        elif session._messages_received != self._given_out:
-            self._given_out = session._messages_received
+        elif begun_after != self._begun_after:
             self._set_deadline(session, timeout)
         elif left != NEVER:
             self._set_deadline(session, left)
@@ -161,7 +160,9 @@ class FramedReceiver:
         """The message that has begun did not come in time."""
         timeout = session._host.settings.frame_timeout
         kept = self._decoder.kept
-        _fail(session, TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s"))
+        cause = TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s")
+        session._request_close(PsCloseReason.FAILED, cause)
+        session._log_peer("message not whole in time", "%r: not whole in time: %s", session, cause)
 
     def start_anew(self) -> bytes:
         """Forget what was read and belongs to no message that was handed over, and return it."""
@@ -172,13 +173,15 @@ class FramedReceiver:
 
     def end(self, session: PsSession[Any]) -> None:
         """The peer sends no more."""
-        if kept := self._decoder.kept:
-            logger.info("%r: the peer closed after %d bytes of a message", session, kept)
+        if self._decoder.has_begun:
+            text = "%r: the peer closed after %d bytes of a message"
+            kind = "the peer closed within a message"
+            session._log_peer(kind, text, session, self._decoder.kept)
 
 
 def _fail(session: PsSession[Any], cause: Exception) -> None:
     session._request_close(PsCloseReason.FAILED, cause)
-    logger.warning("%r: not a message: %s", session, cause)
+    session._log_peer("malformed message", "%r: malformed message: %s", session, cause)
 
 
 def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:

@@ -33,7 +33,6 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from time import monotonic
 from typing import Any, NamedTuple
 
 from gevent import monkey
@@ -42,7 +41,7 @@ from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.enums import PsSocketAddressFamily
-from psofa_gevent.logs import log_from_hub
+from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import (
@@ -64,8 +63,6 @@ _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
 """Hosts that are no address of an accepted socket."""
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
-WARNING_PERIOD = 60.0
-"""Seconds from one warning to the next: a server at its limit fails and heals many times in it."""
 ACCEPTS_OF_SHARED = 8
 """Accepts in one turn of the hub from a socket that other processes may share: a burst of clients
 is for all of them. One would be fairest, and took some 15 % more time for each connection; with
@@ -189,8 +186,6 @@ class Turns:
     """Which listener of a server accepts next while its pool is full, or was a moment ago."""
 
     def __init__(self, pool: Pool) -> None:
-        self.next_warning = monotonic()
-        """Before then, none of them says that it can't accept."""
         self._pool = pool
         self._waiting: deque[Listener] = deque()
         self._is_linked = False
@@ -252,8 +247,11 @@ class Listener(StreamServer):
         self._has_options = ARE_INHERITED
         """Whether accepted sockets have their options by themselves."""
         if listening.is_inherited:
-            self._set_options, self._has_options = set_all_options, sock.family == _socket.AF_UNIX
+            self._set_options, self._has_options = set_all_options, False
             self.max_accept = ACCEPTS_OF_SHARED
+        if sock.family == _socket.AF_UNIX:  # has one option, and does not hand it on
+            self._set_options = set_options
+            self._has_options = manager.settings.send_buffer_size is None
         # Without the pool: gevent's way to go on when it has room is not fair to the others.
         super().__init__(sock, handle=_never_called, spawn=None)
 
@@ -351,9 +349,9 @@ class Listener(StreamServer):
         except BaseException as exc:
             end(accepted)
             if isinstance(exc, OSError):  # reset before it could be looked at
-                log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
+                log(logging.DEBUG, "%r: gone before it began: %s", address, exc)
             elif isinstance(exc, Exception):
-                log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+                log(logging.ERROR, "%r: could not be started", address, exc_info=exc)
             else:
                 raise
 
@@ -363,26 +361,22 @@ class Listener(StreamServer):
         if exc.errno in LISTENER_IS_GONE:
             where = format_address(*self.endpoint[:2])
             why = os.strerror(exc.errno)
-            log_from_hub(logging.ERROR, "%r: the listener %s is gone: %s", owner, where, why)
+            log(logging.ERROR, "%r: the listener %s is gone: %s", owner, where, why)
             return
         if self._backoff == self.min_delay:
-            log_from_hub(
-                self._level(exc),
-                "%r: cannot accept: %s; connections wait in the backlog until it can",
-                owner,
-                exc,
-            )
+            self._tell(exc)
         self._timer = self.loop.timer(self._backoff)
         self._timer.start(self._try_accepting)
         self._backoff = min(self.max_delay, self._backoff * 2)
 
-    def _level(self, exc: OSError) -> int:
-        """How loudly to tell that accepting has paused."""
-        now = monotonic()
-        if exc.errno == errno.ECONNABORTED or now < self._turns.next_warning:
-            return logging.DEBUG
-        self._turns.next_warning = now + WARNING_PERIOD
-        return logging.WARNING
+    def _tell(self, exc: OSError) -> None:
+        """Tell that accepting has paused: a server at its limit fails and heals many times."""
+        owner = self._manager.owner
+        text = "%r: cannot accept: %s; connections wait in the backlog until it can"
+        if exc.errno == errno.ECONNABORTED:
+            log(logging.DEBUG, text, owner, exc)
+        else:
+            self._manager.peer_log.tell(owner, "cannot accept", text, owner, exc)
 
 
 class Listeners:

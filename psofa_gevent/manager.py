@@ -7,7 +7,7 @@ How a socket comes to be is not its affair: it is handed over in `open`.
 All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
 There are two exceptions: owners copy and count `SessionManager.sessions` in any thread, and
 `SessionManager.end_with_hub` runs in any thread, when the hub was destroyed. Nothing here switches
-greenlets but `release`, which `Stop` calls in a greenlet of its own, and log handlers.
+greenlets but `release`, which `Stop` calls in a greenlet of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gevent import getcurrent
+from gevent import GreenletExit, getcurrent
 from gevent.event import Event
 from gevent.pool import Pool
 
@@ -33,8 +33,8 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.heartbeat import Heartbeats
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
-from psofa_gevent.logs import log_safely
 from psofa_gevent.ready import ready_sessions
+from psofa_gevent.registry import Registry
 from psofa_gevent.session import PsSession, SessionGreenlet
 from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tcp import Endpoint
@@ -67,6 +67,7 @@ class SessionManager:
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
+        self.peer_log = owner._peer_log
         self.prologue: Callable[[PsSession[Any]], None] | None = None
         self.admission: Admission | None = None
         """Who is let in; None: everyone, and nobody is counted."""
@@ -82,12 +83,8 @@ class SessionManager:
         self._stops: list[Stop] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
-        self.sessions: dict[PsSession[Any], None] = {}
+        self.sessions = Registry()
         """All that have not ended, in the order in which they came."""
-        self._by_id: dict[uuid.UUID, PsSession[Any]] | None = None
-        """The same by their ids, from the first time on that somebody asks."""
-        self._has_duplicates = False
-        """Whether two sessions ever had the same id."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
         self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
@@ -122,9 +119,7 @@ class SessionManager:
         try:
             greenlet: Any = session._greenlet
             greenlet.rawlink(self._greenlet_ended)
-            self.sessions[session] = None
-            if self._by_id is not None:
-                self._add_by_id(self._by_id, session)
+            self.sessions.add(session)
             self._idle.add(session)
             if self._heartbeats is not None:
                 self._heartbeats.add(session)
@@ -132,31 +127,17 @@ class SessionManager:
                 self.admission.opened(session)
             # Never waits: a server accepts only while the pool has room.
             self.pool.start(greenlet)
-        except BaseException:
-            self._drop(session)
+        except BaseException as exc:
+            self._drop(session, PsCloseReason.FAILED, exc)
             raise
         return session
 
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
-        """The open session with that id; the last one of several."""
-        if self._by_id is None:
-            self._by_id = {}
-            for session in self.sessions:
-                self._add_by_id(self._by_id, session)
-        found = self._by_id.get(connection_id)
-        if found is not None and found._open and not found._is_opening:
-            return found
-        if self._has_duplicates:
-            for session in reversed(self.sessions):
-                is_open = session._open and not session._is_opening
-                if is_open and session.connection_id == connection_id:
-                    return session
+        """The open session with that id; the last one of several. From any thread."""
+        for session in self.sessions.find(connection_id):
+            if session._open and not session._is_opening:
+                return session
         return None
-
-    def _add_by_id(self, by_id: dict[uuid.UUID, PsSession[Any]], session: PsSession[Any]) -> None:
-        if session.connection_id in by_id:
-            self._has_duplicates = True
-        by_id[session.connection_id] = session
 
     def set_stop(self, stop: Stop) -> Stop:
         """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""
@@ -184,7 +165,7 @@ class SessionManager:
             else:
                 session._context = None
             self._tell_that_over(session)
-            log_safely(logging.DEBUG, "%r: closed", session)
+            session._log(logging.DEBUG, "%r: closed", session)
         else:  # it was abandoned, and is through after all
             session._context = None
 
@@ -203,11 +184,8 @@ class SessionManager:
 
     def forget(self, session: PsSession[Any]) -> bool:
         """Count the session no more; false if it did not count any longer."""
-        if session not in self.sessions:
+        if not self.sessions.discard(session):
             return False
-        del self.sessions[session]
-        if self._by_id is not None and self._by_id.get(session.connection_id) is session:
-            del self._by_id[session.connection_id]
         self._idle.discard(session)
         if self._heartbeats is not None:
             self._heartbeats.discard(session)
@@ -224,7 +202,7 @@ class SessionManager:
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""
         for session in [session for session in self.sessions if not session._started]:
-            self._drop(session)
+            self._drop(session, PsCloseReason.SHUTDOWN)
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
@@ -251,11 +229,8 @@ class SessionManager:
             session._release()
             if session._killer is not None:
                 session._killer.stop()
-            log_safely(
-                logging.ERROR,
-                "%r: its callback does not end: left behind, without on_close",
-                session,
-            )
+            text = "%r: its callback does not end: left behind, without on_close"
+            session._log(logging.ERROR, text, session)
         return len(stuck)
 
     def end_with_hub(self) -> None:
@@ -274,14 +249,16 @@ class SessionManager:
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
         session, greenlet.session = greenlet.session, None
         if session is not None:
-            self._drop(session)
+            self._drop(session, PsCloseReason.FAILED, GreenletExit())
 
-    def _drop(self, session: PsSession[Any]) -> None:
+    def _drop(
+        self, session: PsSession[Any], reason: PsCloseReason, cause: BaseException | None = None
+    ) -> None:
         """End a session that has not begun. Its work may have, and it counts until that has ended.
 
         Again without effect.
         """
-        session._drop()
+        session._drop(reason, cause)
         if session._work and session._killer is None:
             session._killer = Killer(session, partial(self._dropped, session))
         elif not session._work:

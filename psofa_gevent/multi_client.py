@@ -7,7 +7,7 @@ import ssl
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Generic, Self
+from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
@@ -19,7 +19,13 @@ from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_instance, check_seconds
+from psofa_gevent.settings import (
+    Heartbeat,
+    SessionKeywords,
+    SessionSettings,
+    check_instance,
+    check_seconds,
+)
 from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
@@ -82,6 +88,13 @@ class PsMultiClientConnection(Generic[M]):
         return self._link.wait_connected(timeout)
 
 
+class MultiClientKeywords(SessionKeywords, total=False):
+    """The parameters of `PsMultiClient`, but for ``callback`` and ``framing``."""
+
+    ssl_context: ssl.SSLContext | bool | None
+    reconnect: PsReconnect | bool | None
+
+
 class PsMultiClient(ConnectingOwner[M]):
     """A TCP client of many connections, to one server or to many.
 
@@ -90,9 +103,25 @@ class PsMultiClient(ConnectingOwner[M]):
     is initialised on entry and destroyed on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsMultiClient[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[MultiClientKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[MultiClientKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         ssl_context: ssl.SSLContext | bool | None = None,
         reconnect: PsReconnect | bool | None = None,
@@ -104,10 +133,12 @@ class PsMultiClient(ConnectingOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -137,6 +168,11 @@ class PsMultiClient(ConnectingOwner[M]):
                 which the session closes with FAILED; ``None``: any time.
             high_water: bytes of `PsSession.post` that wait for the peer, at most.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux as many as `high_water`, and
+                65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
@@ -165,6 +201,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,
@@ -298,16 +336,21 @@ class PsMultiClient(ConnectingOwner[M]):
 
         Raises:
             TypeError: it is neither.
+            ValueError: it belongs to another client, or to a server.
         """
         self._forget_if_hub_is_gone()
         if isinstance(connection, PsSession):
+            self._check_owns(connection, connection.owner)
             links = [link for link in list(self._links) if link.session is connection]
             connection.close()
         else:
             link = check_instance("connection", connection, PsMultiClientConnection)._link
             links = [] if link is None else [link]
             if link is None:
+                self._check_owns(connection, connection.session.owner)
                 connection.session.close()
+            else:
+                self._check_owns(connection, link.manager.owner)
         for link in links:
             if link.manager.thread.is_current():
                 link.disconnect()

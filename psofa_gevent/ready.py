@@ -13,10 +13,13 @@ Whoever takes one out looks whether that session waits. All of it belongs to the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import time
 from typing import Any, Protocol
 
-from gevent import get_hub, monkey
+from gevent import get_hub
 from greenlet import greenlet
+
+from psofa_gevent.native import new_local
 
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
@@ -50,6 +53,9 @@ class ReadySessions:
         self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
         """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
         itself at a reset, with the bytes before that still unread, and tells nobody."""
+        self.now = 0.0
+        """When those that are ready began to go on (`time.time`): asked once for all of them, as a
+        clock for each message would be felt."""
         self._registered = 0
         self._check: Any = None
         self._soon: Any = None
@@ -110,6 +116,8 @@ class ReadySessions:
         # In the hub. Each switch comes back when nobody is left, or when a callback waits on
         # something else: then the rest is still here.
         sessions = self.sessions
+        if sessions:
+            self.now = time()
         while sessions:
             session = sessions.pop()
             if session._waiting_since and session._greenlet is not None:
@@ -128,5 +136,4 @@ def ready_sessions() -> ReadySessions:
     return ready
 
 
-# The original: in a patched process threading.local is about greenlets.
-_of_thread: Any = monkey.get_original("threading", "local")()
+_of_thread = new_local()

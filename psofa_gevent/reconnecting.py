@@ -22,7 +22,7 @@ from gevent import getcurrent
 from gevent.event import Event
 
 from psofa_gevent.errors import PsError, cut_traceback
-from psofa_gevent.logs import log_safely
+from psofa_gevent.logs import log
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.worker import Worker, may_wait
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["Link", "PsReconnect", "check_reconnect"]
-
-logger = logging.getLogger("psofa_gevent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +256,8 @@ class Link:
         self._opened_at = monotonic()
         again = " again" if self.session is not None else ""
         if again or self._last_error is not None:  # the log has it that there is none
-            log_safely(logging.INFO, "%s: connected%s: %r", self._name, again, session)
+            text = "%s: connected%s: %r"
+            session._log(logging.INFO, text, self._name, again, session)
         self._last_error = None
         self.session = session
         if self.has_ended:  # it was stopped in the moment in which the peer answered
@@ -274,14 +273,13 @@ class Link:
     def _attempt_failed(self, exc: Exception) -> None:
         is_first, has_cause = self._last_error is None, isinstance(exc, PsError)
         self._last_error = exc if isinstance(exc, PsError) else self._error(f"failed: {exc!r}")
-        log_safely(
-            logging.WARNING if is_first or not has_cause else logging.DEBUG,
-            "%s: attempt %d failed: %s",
-            self._name,
-            self._failures,
-            exc,
-            exc_info=None if has_cause else exc,
-        )
+        what = ("%s: attempt %d failed: %s", self._name, self._failures, exc)
+        if not has_cause:
+            log(logging.WARNING, *what, exc_info=exc)
+        elif is_first:
+            self.manager.peer_log.tell(self.manager.owner, "attempt failed", *what)
+        else:
+            log(logging.DEBUG, *what)
         cut_traceback(self._last_error)  # it is kept, and its frames hold this link
 
     def _session_ended(self) -> None:
@@ -294,8 +292,8 @@ class Link:
         else:
             self._failures += 1
         how = _how_it_ended(self.session)
-        identity = self.session.connection_id
-        log_safely(logging.INFO, "%s: session %s ended: %s", self._name, identity, how)
+        text = "%s: session %s ended: %s"
+        self.session._log(logging.INFO, text, self._name, self.session.connection_id, how)
         self._wait_or_give_up()
 
     def _wait_or_give_up(self) -> None:
@@ -305,7 +303,7 @@ class Link:
             return
         if why is not None:
             self._why_ended = f"gave up {why}"
-            log_safely(logging.WARNING, "%s", self.not_connected())
+            log(logging.WARNING, "%s", self.not_connected())
             self._end()
             return
         gevent.sleep(max(delay, SHORTEST_TIMER))
@@ -323,7 +321,7 @@ class Link:
                 if policy.should_retry(self._failures, self._last_error) is False:
                     return "as should_retry says"
             except (Exception, gevent.Timeout) as exc:
-                log_safely(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
+                log(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
                 return f"as should_retry failed: {exc!r}"
         return None
 

@@ -9,20 +9,22 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   was done for it: by `abort`, or for a session that never began (`_drop`), never ends, or has lost
   its hub (`_end_with_hub`).
 - `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
-  the session where it waits on its own socket, and interrupts its senders. It never switches.
+  the session where it waits on its own socket, and interrupts its senders. It never switches. What
+  another thread asks for is decided there and then (`_ask_to_close`), and done when it comes here.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
   wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`). A
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
 What may switch: whatever runs a callback, `read` (and `receive`), the prologue and a handshake,
-`linger`, a send that waits, and a log handler, so logging comes after what must not be interrupted.
-All else runs through without another greenlet in between.
+`linger`, and a send that waits. All else, logging too, runs through without another greenlet in
+between.
 
 All attributes belong to the hub's thread, and callers in other OS threads are handed over
 (`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
-they were asked (`_open`, `_abort_asked`), `_join` and `_leave` change the memberships in steps that
-no thread can divide, and `_end_with_hub` ends a session whose hub runs no more.
+they were asked (`_open`, `_asked_reason`, `_abort_asked`), `_join` and `_leave` change the
+memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
+more.
 """
 
 from __future__ import annotations
@@ -42,13 +44,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.addresses import format_address
-from psofa_gevent.connection_id import random_bytes, random_id
+from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
 from psofa_gevent.framed import FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Handshake, begin_tls, begin_tls_async
 from psofa_gevent.proxy_protocol import PsProxyInfo
@@ -63,7 +66,7 @@ from psofa_gevent.settings import (
     check_instance,
     check_seconds,
 )
-from psofa_gevent.tcp import Endpoint, end, endpoint, reset
+from psofa_gevent.tcp import Endpoint, end, endpoint, keep_urgent_in_line, reset
 from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
 from psofa_gevent.work import Killer, spawn_work
@@ -82,8 +85,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Host", "Membership", "PsSession", "SessionGreenlet"]
 
-logger = logging.getLogger("psofa_gevent")
-
 P = ParamSpec("P")
 
 READ = 1
@@ -101,6 +102,7 @@ class Host(Protocol):
     ready: ReadySessions
     settings: SessionSettings
     dispatch: Dispatch
+    peer_log: PeerLog
     prologue: Callable[[PsSession[Any]], None] | None
     """What comes before ``on_open``, in the session's greenlet; it may close the session."""
 
@@ -167,6 +169,7 @@ class PsSession(SendingHalf[M]):
         "_opened_at",
         "_proxy",
         "_ready",
+        "_received_at",
         "_remote_endpoint",
         "_slice",
         "_started",
@@ -191,6 +194,7 @@ class PsSession(SendingHalf[M]):
         super().__init__(host, sock)
         settings = host.settings
         sock.setblocking(False)
+        keep_urgent_in_line(sock)
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None
@@ -198,7 +202,7 @@ class PsSession(SendingHalf[M]):
         self._keeps_watching = host.ready.keeps_watching
         self._is_opening = host.prologue is not None
         """Whether ``on_open`` has to wait for what comes before it."""
-        self._connection_id = connection_id or random_bytes()
+        self._connection_id: bytes | uuid.UUID = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
         self._idle = NEVER if idle is None else idle / 1_000
@@ -212,8 +216,8 @@ class PsSession(SendingHalf[M]):
         self._close_cause: BaseException | None = None
         self._may_linger = True
         self._abort_asked = False
-        self._bytes_received = 0
-        self._messages_received = 0
+        self._bytes_received = self._messages_received = 0
+        self._received_at = 0.0
         self._framed = None if settings.framing is None else FramedReceiver(settings.framing)
         self._frame_deadline = NEVER
         self._values: dict[str, Any] | None = None
@@ -247,7 +251,7 @@ class PsSession(SendingHalf[M]):
         chosen = self._connection_id
         if isinstance(chosen, bytes):
             # Another thread that asks just now makes an equal one.
-            chosen = self._connection_id = random_id(chosen)
+            chosen = self._connection_id = uuid.UUID(bytes=chosen)
         return chosen
 
     @property
@@ -288,6 +292,18 @@ class PsSession(SendingHalf[M]):
         return self._open
 
     @property
+    def close_reason(self) -> PsCloseReason:
+        """Why the session closed: what ``on_close`` is told, or will be. NONE: it is open.
+
+        Changes once, together with `is_open`: in the moment in which a close is requested, by
+        whomever and in whichever thread; ``on_close`` comes later. From any thread.
+        """
+        if self._open:
+            return PsCloseReason.NONE
+        # The hub has yet to come to it, if another thread has asked.
+        return self._reason if self._reason is not PsCloseReason.NONE else self._asked_reason
+
+    @property
     def close_cause(self) -> BaseException | None:
         """The exception behind a `PsCloseReason.FAILED`; ``None`` for every other reason.
 
@@ -299,6 +315,17 @@ class PsSession(SendingHalf[M]):
     def opened_at(self) -> datetime:
         """When the connection was accepted or made, in UTC."""
         return datetime.fromtimestamp(self._opened_at, UTC)
+
+    @property
+    def last_received_at(self) -> datetime | None:
+        """When the session last read bytes, in UTC; ``None``: it has read none yet.
+
+        Bytes of a message that is not whole count, a FIN, a TLS handshake and the header of a load
+        balancer do not; nor do bytes that wait in the kernel while a callback runs. Of the sessions
+        that have become readable at the same time all have the moment in which the first of them
+        was read: it is early by what the callbacks of those before it took.
+        """
+        return datetime.fromtimestamp(self._received_at, UTC) if self._received_at else None
 
     @property
     def bytes_received(self) -> int:
@@ -319,7 +346,7 @@ class PsSession(SendingHalf[M]):
         return self._messages_received
 
     def __repr__(self) -> str:
-        state = "open" if self._open else self._reason.name
+        state = "open" if self._open else self.close_reason.name
         return (
             f"<PsSession {self.connection_id} {_format(self._local_endpoint)} - "
             f"{_format(self._remote_endpoint)} {state}>"
@@ -534,11 +561,22 @@ class PsSession(SendingHalf[M]):
         What was sent before still reaches the peer. A callback that runs is not interrupted; the
         session ends when it returns. From any greenlet and any OS thread; again without effect.
         """
+        self._ask_to_close(PsCloseReason.SELF_CLOSE)
+
+    def _ask_to_close(self, reason: PsCloseReason) -> None:
+        """Ask for the close, from any thread, and return at once."""
         if get_ident() != self._thread_ident:
-            self._open = False  # at once; the reason follows in the hub's thread
-            self._host.thread.call_soon(self._request_close, PsCloseReason.SELF_CLOSE)
+            self._note_asked(reason)
+            self._host.thread.call_soon(self._request_close, reason)
         else:
-            self._request_close(PsCloseReason.SELF_CLOSE)
+            self._request_close(reason)
+
+    def _note_asked(self, reason: PsCloseReason) -> None:
+        """In another thread: from now on the session is closed, for `reason` if it was open."""
+        # As in `_decide`: without a call in between, so that no other thread comes in between.
+        if self._open:
+            self._asked_reason = reason
+            self._open = False
 
     def abort(self) -> None:
         """Reset the connection (RST) at once: nothing is drained, also while a close lingers.
@@ -548,7 +586,7 @@ class PsSession(SendingHalf[M]):
         """
         if get_ident() != self._thread_ident:
             self._abort_asked = True
-            self._open = False
+            self._note_asked(PsCloseReason.SELF_CLOSE)
             self._host.thread.call_soon(self._abort)
         else:
             self._abort()
@@ -567,27 +605,31 @@ class PsSession(SendingHalf[M]):
         if self._host.thread.is_destroyed():
             self._end_with_hub()
             return
-        if self._reason is not PsCloseReason.NONE:
+        if not self._decide(reason, cause):
             return
-        if not self._open:  # another thread asked before; its request is on its way
-            reason, cause = PsCloseReason.SELF_CLOSE, None
-        self._reason = reason
-        self._close_cause = cause
-        self._open = False
         self._wake()
         if self._line is not None:
             self._line.interrupt()
         if self._memberships:
             self._leave_all()
 
+    def _decide(self, reason: PsCloseReason, cause: BaseException | None = None) -> bool:
+        """Settle the reason; false if it was settled. Without what follows from it."""
+        if self._reason is not PsCloseReason.NONE:
+            return False
+        if not self._open:  # another thread asked before; its request is on its way
+            reason, cause = self._asked_reason, None
+        self._reason = reason
+        self._close_cause = cause
+        self._open = False
+        return True
+
     def _end_with_hub(self) -> None:
         """Close the socket: nothing will run for this session any more, as its hub was destroyed.
 
         From any thread. No callback hears of it; watchers and timers went with the hub.
         """
-        if self._reason is PsCloseReason.NONE:
-            self._reason = PsCloseReason.SELF_CLOSE
-        self._open = False
+        self._decide(PsCloseReason.SELF_CLOSE)
         self._waiting_since = 0.0
         self._line = None
         self._leave_all()
@@ -602,6 +644,7 @@ class PsSession(SendingHalf[M]):
     def _resume(self) -> None:
         # Since the wake-up the greenlet may have gone on, and be in a callback now.
         if self._waiting_since and self._greenlet is not None:
+            self._ready.now = time()  # there may be bytes to read
             switch(self._greenlet)
 
     # The life of the session, in its own greenlet
@@ -614,7 +657,7 @@ class PsSession(SendingHalf[M]):
                     self._host.prologue(self)
                     self._is_opening = not self._open
                 if not self._is_opening:
-                    logger.debug("%r: opened", self)
+                    self._log(logging.DEBUG, "%r: opened", self)
                     self._host.dispatch.on_open(self)
                     if self._framed is not None:  # on_open may have received messages itself
                         self._framed.hand_over(self)
@@ -631,7 +674,7 @@ class PsSession(SendingHalf[M]):
             # Killed since the last callback; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._host.thread.raise_in_main(exc)
-            logger.debug("%r: did not linger to the end: %r", self, exc)
+            self._log(logging.DEBUG, "%r: did not linger to the end: %r", self, exc)
         finally:
             self._end()
 
@@ -717,14 +760,13 @@ class PsSession(SendingHalf[M]):
         self._request_close(PsCloseReason.FAILED, exc)
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._host.thread.raise_in_main(exc)
-        # Last, as a log handler may switch.
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
-            logger.debug("%r: a callback ended with its session", self, exc_info=exc)
+            self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
-            logger.warning("%r: a callback was ended", self, exc_info=exc)
+            self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
         else:
-            logger.error("%r: failed: %r", self, exc, exc_info=exc)
+            self._log(logging.ERROR, "%r: failed: %r", self, exc, exc_info=exc)
 
     def _release(self, *, with_reset: bool = False) -> None:
         """Let go of watcher and socket, in this order: descriptors are used again at once."""
@@ -748,12 +790,12 @@ class PsSession(SendingHalf[M]):
         else:
             end(self._sock)
 
-    def _drop(self) -> None:
+    def _drop(self, reason: PsCloseReason, cause: BaseException | None = None) -> None:
         """End a session whose greenlet has not started: no callback ever hears of it.
 
         Its work is the manager's affair. Again without effect.
         """
-        self._open = False
+        self._decide(reason, cause)
         self._context = None
         self._leave_all()
         self._release()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit
 
 from psofa_gevent.aio import run_task
-from psofa_gevent.logs import log_from_hub
 from psofa_gevent.worker import LibraryGreenlet, WorkGreenlet
 
 if TYPE_CHECKING:
@@ -86,7 +85,8 @@ class Killer:
         self._kills += 1
         if self._kills == LOUD_AFTER:
             left = len(session._work or ())
-            log_from_hub(logging.WARNING, "%r: %d greenlets of its own do not end", session, left)
+            text = "%r: %d greenlets of its own do not end"
+            session._log(logging.WARNING, text, session, left)
 
     def wait(self) -> None:
         """Wait until all has ended. In the session's own greenlet; raises nothing."""

@@ -15,6 +15,7 @@ from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
 
 from psofa_gevent.aio import in_coroutine
+from psofa_gevent.logs import LogGreenlet
 
 __all__ = [
     "LibraryGreenlet",
@@ -67,8 +68,13 @@ def may_wait() -> bool:
 
 
 def may_wait_for_callbacks() -> bool:
-    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all."""
-    return getcurrent() is not get_hub_if_exists() and not in_callback()
+    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all.
+
+    No log handler, as the end of a stop waits for those.
+    """
+    current = getcurrent()
+    is_hub = current is get_hub_if_exists()
+    return not (is_hub or isinstance(current, LogGreenlet) or in_callback())
 
 
 class Worker:

@@ -24,7 +24,9 @@ from psofa_gevent import (
     PsSession,
 )
 from psofa_gevent.framing import (
+    SKIP,
     Between,
+    Decoded,
     Delimiter,
     FixedSize,
     Framing,
@@ -49,6 +51,7 @@ FRAMINGS: list[Framing[bytes]] = [
     Varint(),
     FixedSize(4),
     Between(b"\x02", b"\x03"),
+    Between(b"~", b"~"),
 ]
 MESSAGES = [b"one ", b"two ", b"3   ", b"four"]
 
@@ -501,6 +504,101 @@ def test_frame_timeout_does_not_count_what_a_callback_takes(
     client.send("and half\n")
     callback.wait_for("on_message", 2)
     assert messages_of(callback) == [b"long", b"half and half"]
+
+
+class Stomp(Framing[bytes]):
+    """Ended by NUL, with line ends in between that mean nothing, which are skipped or kept."""
+
+    max_size = 64
+
+    def __init__(self, *, skips: bool) -> None:
+        self.skips = skips
+
+    def __repr__(self) -> str:
+        return f"Stomp(skips={self.skips})"
+
+    def decode(self, data: bytes, start: int) -> Decoded[bytes]:
+        begin = start
+        while begin < len(data) and data[begin] == 10:
+            begin += 1
+        if begin > start and self.skips:
+            return SKIP, begin
+        end = data.find(b"\0", begin)
+        return None if end < 0 else (data[begin:end], end + 1)
+
+
+@pytest.mark.parametrize(
+    ("framing", "beat", "message", "right"),
+    [
+        (Stomp(skips=True), b"\n", b"SEND\0", b"SEND"),
+        (Stomp(skips=False), b"\n", b"SEND\0", b"SEND"),
+        (Delimiter(b"\0", ignore=b"\r\n"), b"\r\n", b"SEND\0", b"SEND"),
+        (Delimiter(b"\0"), b"\n", b"SEND\0", b"\n" * 100 + b"SEND"),
+        (Between(b"~", b"~"), b"~", b"~SEND~", b"SEND"),
+        (Between(b"~", b"~"), b"~", b"SEND~", b"SEND"),
+        (Between(b"~", b"~", resynchronise=True), b"~", b"SEND~", b"SEND"),
+    ],
+    ids=repr,
+)
+def test_bytes_that_keep_a_connection_alive_are_no_message_that_has_begun(
+    framing: Framing[bytes],
+    beat: bytes,
+    message: bytes,
+    right: bytes,
+    ps_server: ServerFactory,
+    ps_client: ClientFactory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "psofa_gevent")
+    callback = RecordingCallback()
+    server = ps_server(callback, framing=framing, frame_timeout=0.3, divide=1)
+    client = ps_client(server)
+    (session,) = eventually(lambda: server.sessions)
+
+    def send(data: bytes) -> None:
+        expected = session.bytes_received + len(data)
+        client.send(data)
+        eventually(lambda: session.bytes_received == expected)
+
+    for _ in range(100):
+        send(beat)
+    # Looked at together, and this one begins later.
+    other = ps_client(server)
+    other.send(b"SE" if beat != b"~" else b"~SE")
+    callback.wait_for("on_close")
+    assert [event.session is session for event in callback.named("on_close")] == [False]
+    send(message)
+    send(beat)
+    client.eof()
+    callback.wait_for("on_close", 2)
+    assert messages_of(callback) == [right]
+    assert callback.named("on_close", session)[0].value is PsCloseReason.PEER_CLOSE
+    assert not [each for each in caplog.messages if "of a message" in each and "closed" in each]
+
+
+def test_frame_timeout_begins_anew_behind_what_is_skipped(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Telnet(Framing[bytes]):
+        """Options of three bytes, which mean nothing here, between lines."""
+
+        def decode(self, data: bytes, start: int) -> Decoded[bytes]:
+            if data[start] == 255:
+                return (SKIP, start + 3) if len(data) - start >= 3 else None
+            end = data.find(b"\n", start)
+            return None if end < 0 else (data[start:end], end + 1)
+
+    callback = RecordingCallback()
+    server = ps_server(callback, framing=Telnet(), frame_timeout=0.8, divide=1)
+    client = ps_client(server)
+    # Never without something that has begun, for longer than frame_timeout.
+    client.send(b"\xff")
+    for _ in range(25):
+        gevent.sleep(0.1)
+        client.send(b"\xfb\x01\xff")
+    client.send(b"\xfb\x01line\n")
+    callback.wait_for("on_message")
+    assert close_reasons(callback) == []
 
 
 # What others send

@@ -1418,7 +1418,7 @@ def test_a_context_for_the_other_side_is_refused() -> None:
     with pytest.raises(ValueError, match="ssl_context must be made with"):
         PsClient(PsCallback(), "localhost", 1, ssl_context=server_context())
     with pytest.raises(TypeError, match="ssl_context must be an"):
-        PsServer(PsCallback(), ssl_context=True)  # type: ignore[arg-type]  # the point
+        PsServer(PsCallback(), ssl_context=True)  # type: ignore[call-overload]  # the point
     with pytest.raises(TypeError, match="ssl_context must be an"):
         PsMultiClient(PsCallback(), ssl_context=False)
     with pytest.raises(ValueError, match="server_hostname='x' is for TLS"):
