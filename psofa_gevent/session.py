@@ -1,7 +1,8 @@
 """A session: one connection, from the connected socket to the moment it is queued for ``on_close``.
 
 Rules, kept in this file, and by the parts of a session's life that are files of their own
-(`psofa_gevent.reading`, `psofa_gevent.lingering`):
+(`psofa_gevent.prologue`, `psofa_gevent.opening`, `psofa_gevent.reading`, `psofa_gevent.receiving`,
+`psofa_gevent.lingering`, `psofa_gevent.work`):
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
   then the end. That greenlet is the only one that ends it. It closes the socket too, unless that
@@ -15,10 +16,15 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
-What may switch: whatever runs a callback, `read` (and `receive`), `linger`, and a send that waits.
-All else, logging too, runs through without another greenlet in between. All attributes belong to
-the hub's thread, and callers in other OS threads are handed over (`HubThread`); only `close` and
-`abort` note there at once that they were asked (`_open`, `_asked_reason`, `_abort_asked`).
+What may switch: whatever runs a callback, `read` (and `receive`), the prologue and a handshake,
+`linger`, and a send that waits. All else, logging too, runs through without another greenlet in
+between.
+
+All attributes belong to the hub's thread, and callers in other OS threads are handed over
+(`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
+they were asked (`_open`, `_asked_reason`, `_abort_asked`), `_join` and `_leave` change the
+memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
+more.
 """
 
 from __future__ import annotations
