@@ -141,7 +141,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
+                than twice as many, whatever the sizes of messages.
             overflow: what happens to a post beyond that.
             send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
                 too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
