@@ -5,8 +5,9 @@ ends when a close was requested, by whomever: here for the peer's FIN, for what 
 the connection, and for a peer that was silent for the idle time.
 
 - The wait comes before the read: an idle session owns no buffer.
-- What may switch: a callback, the wait, and a log handler. Nothing else, so between two of them no
-  other greenlet runs.
+- What may switch: a callback, the wait, the end of a turn between two messages of one read
+  (`psofa_gevent.framed`), and a log handler. Nothing else, so between two of them no other greenlet
+  runs.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
-What may switch: whatever runs a callback, `read` (and `receive`), `linger`, a send that waits, and
-a log handler, so logging comes after what must not be interrupted. All else runs through without
-another greenlet in between. All attributes belong to the hub's thread, and callers in other OS
-threads are handed over (`HubThread`); only `close` and `abort` note there at once that they were
-asked (`_open`, `_abort_asked`).
+What may switch: whatever runs a callback, `read` (and `receive`), `linger`, a send that waits, the
+end of a turn between two messages of one read, and a log handler, so logging comes after what must
+not be interrupted. All else runs through without another greenlet in between. All attributes belong
+to the hub's thread, and callers in other OS threads are handed over (`HubThread`); only `close` and
+`abort` note there at once that they were asked (`_open`, `_abort_asked`).
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class SessionGreenlet(LibraryGreenlet):
         """Called by gevent when the session's greenlet is about to wait."""
         if self.session is not None and self.session._cork is not None:
             self.session._uncork_without_waiting()
+            if self.session._framed is not None:
+                self.session._framed.others_had_turn()
 
     def _run(self) -> None:
         try:
@@ -520,7 +522,7 @@ class PsSession(SendingHalf[M]):
         session ends when it returns. From any greenlet and any OS thread; again without effect.
         """
         if get_ident() != self._thread_ident:
-            self._open = False  # at once; the reason follows in the hub's thread
+            self._stop_handing_over()  # at once; the reason follows in the hub's thread
             self._host.thread.call_soon(self._request_close, PsCloseReason.SELF_CLOSE)
         else:
             self._request_close(PsCloseReason.SELF_CLOSE)
@@ -533,7 +535,7 @@ class PsSession(SendingHalf[M]):
         """
         if get_ident() != self._thread_ident:
             self._abort_asked = True
-            self._open = False
+            self._stop_handing_over()
             self._host.thread.call_soon(self._abort)
         else:
             self._abort()
@@ -558,12 +560,18 @@ class PsSession(SendingHalf[M]):
             reason, cause = PsCloseReason.SELF_CLOSE, None
         self._reason = reason
         self._close_cause = cause
-        self._open = False
+        self._stop_handing_over()
         self._wake()
         if self._line is not None:
             self._line.interrupt()
         if self._memberships:
             self._leave_all()
+
+    def _stop_handing_over(self) -> None:
+        """Nothing comes to a callback any more: a close was asked for. From any thread."""
+        self._open = False
+        if self._framed is not None:
+            self._framed.look_soon()
 
     def _end_with_hub(self) -> None:
         """Close the socket: nothing will run for this session any more, as its hub was destroyed.
@@ -643,6 +651,15 @@ class PsSession(SendingHalf[M]):
             if timer is not None:
                 timer.stop()
                 timer.close()
+
+    def _give_up_turn(self) -> None:
+        """Let all others go on that can, and the hub, and go on after them; or earlier, if woken.
+
+        In the session's own greenlet, between two messages. What was collected leaves before.
+        """
+        self._stop_watching()  # its socket is readable, as a rule
+        self._ready.resume_later(self)
+        self._wait_until_woken(None)
 
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.
