@@ -16,19 +16,19 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 from asyncio import Handle
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import Context
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import TypeVar, TypeVarTuple, Unpack
 
-from gevent import get_hub, getcurrent, monkey
+from gevent import get_hub, getcurrent
 
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_run import Run
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.native import AtThreadEnd, new_local
 
 __all__ = ["HubLoop", "hub_loop"]
 
@@ -44,7 +44,7 @@ def hub_loop() -> HubLoop:
     loop: HubLoop | None = getattr(_of_thread, "loop", None)
     if loop is None or loop.hub is not get_hub() or loop.greenlet.dead:
         loop = _of_thread.loop = HubLoop()
-        _of_thread.closer = _Closer(loop)
+        _of_thread.at_end = AtThreadEnd(loop.shut_down)
     return loop
 
 
@@ -162,7 +162,8 @@ class HubLoop(asyncio.SelectorEventLoop):
             super()._close_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
 
     def _write_to_self(self) -> None:
-        self.greenlet.wake_threadsafe()
+        # In any thread.
+        self.thread.call_soon(self.greenlet.unpark)
 
     def _check_thread(self) -> None:
         # asyncio compares thread idents, which in a patched process are those of greenlets.
@@ -170,19 +171,7 @@ class HubLoop(asyncio.SelectorEventLoop):
             raise RuntimeError("the loop of another thread's hub: use call_soon_threadsafe")
 
 
-class _Closer:
-    """Shuts a loop down when the thread ends, to which the object belongs, or gets a new hub."""
-
-    def __init__(self, loop: HubLoop) -> None:
-        self._loop = loop
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self._loop.shut_down()
-
-
-# The original: in a patched process threading.local is about greenlets.
-_of_thread: Any = monkey.get_original("threading", "local")()
+_of_thread = new_local()
 
 _abandoned: list[HubLoop] = []
 """The loops that came with a fork. Collected they would close what is the parent's."""

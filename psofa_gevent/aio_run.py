@@ -87,7 +87,7 @@ class Run(Generic[T]):
                 self._waiting_since = 1.0
                 try:
                     if in_turn:
-                        host.ready.switch_on()
+                        host.run_queue.switch_on()
                     else:
                         host.hub.switch()
                 except BaseException as exc:
@@ -177,9 +177,9 @@ class Run(Generic[T]):
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._loop.greenlet.claim(exc)
         self.has_ended = True
-        ready = self._loop.greenlet.ready
-        ready.add([self])
-        ready.run_soon()
+        run_queue = self._loop.greenlet.run_queue
+        run_queue.add([self])
+        run_queue.run_soon()
 
     def drop(self) -> None:
         """Never begin: the loop has ended."""

@@ -15,6 +15,7 @@ import contextlib
 from typing import Any
 
 from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.tcp import end
 
 __all__ = ["LONGEST_FAREWELL", "Farewells", "say"]
 
@@ -49,10 +50,10 @@ class Farewells:
             sock.send(words)
             sock.shutdown(_socket.SHUT_WR)
         except OSError:
-            sock.close()
+            end(sock)
             return
         if len(self._leaving) >= MOST_AT_A_TIME:
-            sock.close()
+            end(sock)
             return
         self._leaving.add(_Leaving(sock, thread.loop, self._leaving))
 
@@ -73,9 +74,13 @@ class _Leaving:
         self._among = among
         self._left = MOST_BYTES
         self._watcher = loop.io(sock.fileno(), READ)
-        self._watcher.start(self._read_and_drop)
         self._timer = loop.timer(LONGEST_TIME)
-        self._timer.start(self.close)
+        try:
+            self._watcher.start(self._read_and_drop)
+            self._timer.start(self.close)
+        except BaseException:
+            self.close()
+            raise
 
     def _read_and_drop(self) -> None:
         try:
@@ -96,4 +101,4 @@ class _Leaving:
                 watcher.stop()
                 watcher.close()
         finally:
-            self._sock.close()
+            end(self._sock)

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.messages import as_bytes
 from psofa_gevent.send_line import Gave
 from psofa_gevent.settings import MAX_BUFFER, check_int
@@ -229,7 +228,7 @@ class FileSource:
         if self.begun:
             session._break_stream()
             session._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.WARNING, "%s", error)
+            session._log(logging.WARNING, "%s", error)
         return PsSendError(*error.args)  # not the one that the session keeps
 
 

@@ -4,8 +4,7 @@ It exists for sessions that have, or had, a framing; the others hand their chunk
 The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to who asks for the next one in
 the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All of
 it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
-calls. What may switch is ``on_message``, the end of a turn, and the log handler of a malformed
-message.
+calls. What may switch is ``on_message``, and the end of a turn.
 
 A read may have 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its turn:
 the hub and all sessions that are ready go on, then this one with the next message. That is a wait
@@ -18,7 +17,6 @@ them were handed over and without a traceback, since it is the peer's fault. An 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["NOTHING", "FramedReceiver"]
-
-logger = logging.getLogger("psofa_gevent")
 
 NOTHING: Any = object()
 """No message."""
@@ -245,7 +241,9 @@ class FramedReceiver:
         """The message that has begun did not come in time."""
         timeout = session._host.settings.frame_timeout
         kept = self._decoder.kept
-        _fail(session, TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s"))
+        cause = TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s")
+        session._request_close(PsCloseReason.FAILED, cause)
+        session._log_peer("message not whole in time", "%r: not whole in time: %s", session, cause)
 
     def start_anew(self) -> bytes:
         """Forget what was read and belongs to no message that was handed over, and return it."""
@@ -258,13 +256,14 @@ class FramedReceiver:
     def end(self, session: PsSession[Any]) -> None:
         """The peer sends no more."""
         if self._decoder.has_begun:
-            kept = self._decoder.kept
-            logger.info("%r: the peer closed after %d bytes of a message", session, kept)
+            text = "%r: the peer closed after %d bytes of a message"
+            kind = "the peer closed within a message"
+            session._log_peer(kind, text, session, self._decoder.kept)
 
 
 def _fail(session: PsSession[Any], cause: Exception) -> None:
     session._request_close(PsCloseReason.FAILED, cause)
-    logger.warning("%r: not a message: %s", session, cause)
+    session._log_peer("malformed message", "%r: malformed message: %s", session, cause)
 
 
 def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:

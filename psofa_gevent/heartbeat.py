@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from gevent import Greenlet
 
     from psofa_gevent.session import PsSession
+    from psofa_gevent.settings import PsHeartbeat
 
 __all__ = ["Heartbeats"]
 
@@ -46,10 +46,10 @@ AT_A_TIME = 100
 class Heartbeats:
     """Those of one owner. All methods: in the hub's thread; none switches."""
 
-    def __init__(self, milliseconds: int, what: object) -> None:
-        self._seconds = milliseconds / 1_000
+    def __init__(self, heartbeat: PsHeartbeat) -> None:
+        self._seconds = heartbeat.milliseconds / 1_000
         self._period = min(max(self._seconds / LOOKS, SHORTEST_PERIOD), LONGEST_PERIOD)
-        self._what = what
+        self._heartbeat = heartbeat
         self._quiet: dict[PsSession[Any], _Quiet] = {}
         self._not_empty = Event()
         self._worker = Worker(self._look_for_ever, self._has_work)
@@ -98,13 +98,14 @@ class Heartbeats:
     def _beat(self, session: PsSession[Any], quiet: _Quiet) -> None:
         if session._eof_requested:
             return
-        if callable(self._what):
+        heartbeat = self._heartbeat
+        if callable(heartbeat.message):
             if quiet.asked is None or quiet.asked.dead:
                 with contextlib.suppress(PsClosedError):  # by another thread, just now
-                    quiet.asked = session.spawn(_ask_and_post, session, self._what)
+                    quiet.asked = session.spawn(_ask_and_post, session, heartbeat)
             return
         try:
-            session.post(self._what)
+            session.post(heartbeat.message, raw=heartbeat.raw)
         except Exception as exc:  # the session has gone over to a framing that can't carry it
             session._fail(exc)
 
@@ -123,10 +124,10 @@ class _Quiet:
         """What runs the function, or did."""
 
 
-def _ask_and_post(session: PsSession[Any], function: Callable[[PsSession[Any]], Any]) -> None:
-    """Post what `function`, plain or ``async``, makes of the session; ``None``: nothing."""
-    message = function(session)
+def _ask_and_post(session: PsSession[Any], heartbeat: PsHeartbeat) -> None:
+    """Post what its function, plain or ``async``, makes of the session; ``None``: nothing."""
+    message = heartbeat.message(session)
     if asyncio.iscoroutine(message):
-        message = run_task(message)
+        message = run_task(message, context=session._context)
     if message is not None:
-        session.post(message)
+        session.post(message, raw=heartbeat.raw)

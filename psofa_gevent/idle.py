@@ -68,8 +68,8 @@ class IdleTimer:
     def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""
         place = self._slices[self._added % len(self._slices)]
-        place.sessions.add(session)
         place.due = min(place.due, monotonic() + session._idle)
+        place.sessions.add(session)
         session._slice = place
         self._added += 1
         self._count += 1

@@ -12,12 +12,10 @@ outbox does not hold its session: that would be a cycle.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason, PsOverflow
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.send_line import Batch, Parking
 
 if TYPE_CHECKING:
@@ -109,9 +107,9 @@ class Outbox:
         )
         session._break_stream()
         session._request_close(PsCloseReason.FAILED, error, linger=False)
-        log_from_hub(logging.WARNING, "%s", error)
         for batch in self._batches:
             batch.buffers.clear()
+        session._log_peer("more posts than high_water wait", "%s", error)
 
     async def wait(self, session: SendingHalf[Any], parking: Parking, *, in_callback: bool) -> None:
         """Wait until all that is kept now has left. It leaves also if the wait is broken off.

@@ -16,10 +16,13 @@ Whoever takes one out looks whether that session waits. All of it belongs to the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import time
 from typing import Any, Protocol
 
-from gevent import get_hub, monkey
+from gevent import get_hub
 from greenlet import greenlet
+
+from psofa_gevent.native import new_local
 
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
@@ -53,6 +56,9 @@ class ReadySessions:
         self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
         """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
         itself at a reset, with the bytes before that still unread, and tells nobody."""
+        self.now = 0.0
+        """When those that are ready began to go on (`time.time`): asked once for all of them, as a
+        clock for each message would be felt."""
         self._registered = 0
         self._check: Any = None
         self._soon: Any = None
@@ -62,22 +68,29 @@ class ReadySessions:
 
     def register(self) -> None:
         """One more session may become ready."""
-        self._registered += 1
         if self._check is None:
             # Of the lowest priority: after all watchers of sockets in a round.
-            self._check = self._loop.check(ref=False, priority=self._loop.MINPRI)
-            self._check.start(self._runs_a_round())
-            self._keep_turning = self._loop.idle()
+            check = self._loop.check(ref=False, priority=self._loop.MINPRI)
+            try:
+                check.start(self._runs_a_round())
+            except BaseException:
+                check.close()
+                raise
+            self._check = check
+        self._registered += 1
 
     def unregister(self) -> None:
         """One session less."""
         self._registered -= 1
         if self._registered == 0:
-            for watcher in (self._check, self._keep_turning):
-                watcher.stop()
-                watcher.close()
+            self._check.stop()
+            self._check.close()
             self._check = None
             self._gave_up_turn.clear()
+            if self._keep_turning is not None:
+                self._keep_turning.stop()
+                self._keep_turning.close()
+                self._keep_turning = None
 
     def add(self, several: Sequence[Ready]) -> None:
         """Some are ready: after those that are there, in this order.
@@ -99,6 +112,8 @@ class ReadySessions:
         That is the one whose events the hub has yet to ask for: ``run_callback`` would call it
         before that, dozens of times.
         """
+        if self._keep_turning is None:
+            self._keep_turning = self._loop.idle()
         if not self._gave_up_turn:
             self._check.callback = self._run_round_and_resume
             self._keep_turning.start(_do_nothing)
@@ -137,6 +152,8 @@ class ReadySessions:
         # In the hub. Each switch comes back when nobody is left, or when a callback waits on
         # something else: then the rest is still here.
         sessions = self.sessions
+        if sessions:
+            self.now = time()
         while sessions:
             session = sessions.pop()
             if session._waiting_since and session._greenlet is not None:
@@ -159,5 +176,4 @@ def ready_sessions() -> ReadySessions:
     return ready
 
 
-# The original: in a patched process threading.local is about greenlets.
-_of_thread: Any = monkey.get_original("threading", "local")()
+_of_thread = new_local()

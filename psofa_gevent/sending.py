@@ -18,12 +18,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.files import REFUSALS, File, FileSource, Progress
-from psofa_gevent.hub_thread import get_ident, log_from_hub
+from psofa_gevent.hub_thread import get_ident
+from psofa_gevent.logs import log
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
 from psofa_gevent.outbox import Outbox
 from psofa_gevent.send_line import (
@@ -56,6 +58,7 @@ class SendingHalf(Generic[M]):
     """What of a session sends. `PsSession` adds how it lives, and how it closes."""
 
     __slots__ = (
+        "_asked_reason",
         "_bytes_sent",
         "_cork",
         "_cork_has_posts",
@@ -85,6 +88,8 @@ class SendingHalf(Generic[M]):
         self._open = True
         self._released = False
         self._reason = PsCloseReason.NONE
+        self._asked_reason = PsCloseReason.NONE
+        """What another thread has asked for, whose request may be on its way."""
         self._eof_requested = False
         self._eof_sent = False
         self._shuts_later = False
@@ -113,6 +118,20 @@ class SendingHalf(Generic[M]):
 
     def _wake(self) -> None:
         raise NotImplementedError
+
+    _context: Context | None
+    """The context variables of the session."""
+
+    def _log(
+        self, level: int, message: str, *args: object, exc_info: BaseException | None = None
+    ) -> None:
+        """Log about the session, in its context: `psofa_gevent.logs.log`."""
+        log(level, message, *args, exc_info=exc_info, context=self._context, stacklevel=2)
+
+    def _log_peer(self, kind: str, message: str, *args: object) -> None:
+        """Log what the peer did: `PeerLog.tell`."""
+        host = self._host
+        host.peer_log.tell(host.owner, kind, message, *args, context=self._context, stacklevel=2)
 
     def send(  # noqa: C901 - each call more would be felt
         self,
@@ -639,7 +658,7 @@ class SendingHalf(Generic[M]):
         if begun:
             self._break_stream()
             self._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
+            self._log(logging.ERROR, "%s; a part of the message had left", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
 
     def _line_up(

@@ -8,7 +8,7 @@ import resource
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, Unpack, overload
 
 import gevent
 from gevent import getcurrent
@@ -19,8 +19,8 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listeners
+from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
@@ -38,6 +38,7 @@ from psofa_gevent.service import Service
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
+    SessionKeywords,
     SessionSettings,
     check_bool,
     check_int,
@@ -50,13 +51,34 @@ from psofa_gevent.worker import may_wait_for_callbacks
 
 __all__ = ["PsServer"]
 
-logger = logging.getLogger("psofa_gevent")
-
 DESCRIPTORS_FOR_OTHERS = 64
 """File descriptors that the default cap leaves to others in the process, or a sixteenth of all."""
 CAP_WITHOUT_LIMIT = 1_000_000
 """The default cap where the process may open any number of files."""
 SHUTDOWN_TIMEOUT = 5.0
+
+
+class ServerKeywords(SessionKeywords, total=False):
+    """The parameters of `PsServer`, but for ``callback`` and ``framing``."""
+
+    host: str
+    port: int
+    listener: Given | Sequence[Given] | None
+    socket_address_family: PsSocketAddressFamily
+    backlog: int
+    receive_buffer_size: int | None
+    unix_mode: int | None
+    reuse_port: bool
+    max_sessions: int | None
+    ssl_context: ssl.SSLContext | None
+    handshake_timeout: float | None
+    proxy_protocol: bool
+    trusted_proxies: Collection[str]
+    allowed_networks: Collection[str] | None
+    denied_networks: Collection[str]
+    max_sessions_per_peer: int | None
+    refuse_when_full: bool
+    farewell: bytes | str | None
 
 
 class PsServer(SessionOwner[M]):
@@ -67,9 +89,25 @@ class PsServer(SessionOwner[M]):
     down on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsServer[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -97,10 +135,12 @@ class PsServer(SessionOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -163,13 +203,18 @@ class PsServer(SessionOwner[M]):
                 which the session closes with FAILED; ``None``: any time.
             high_water: bytes of `PsSession.post` that wait for the peer, at most.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux as many as `high_water`, and
+                65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -191,6 +236,8 @@ class PsServer(SessionOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,
@@ -258,19 +305,22 @@ class PsServer(SessionOwner[M]):
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
             opened = open_all(self._places, self._bind_options)
-            if manager.stop is not None:
+            try:
+                if manager.stop is not None:
+                    raise PsServerError(f"{self!r} was shut down while it started")
+                self._set_entrance(manager)
+                listeners = self._listeners = Listeners(opened, manager)
+            except BaseException:
                 for each in opened:
                     each.close()
-                raise PsServerError(f"{self!r} was shut down while it started")
-            self._set_entrance(manager)
-            listeners = self._listeners = Listeners(opened, manager)
+                raise
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True
             if self._manager is not manager or not self.started:
                 raise PsServerError(f"{self!r} was shut down while it started")
             listeners.start()
-        logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
+        log(logging.INFO, "%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
@@ -305,8 +355,10 @@ class PsServer(SessionOwner[M]):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
-        once. On any other way out (an exception) the server is shut down too. Afterwards the
-        program's own signal handlers work again.
+        once, also as process 1 of a container. One of the two that is ignored stays ignored, and
+        other signals are left alone: SIGHUP ends the process, unless the program handles it. On
+        any other way out (an exception) the server is shut down too. Afterwards the program's own
+        signal handlers work again.
 
         Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
         and feeds the unit's watchdog: see `psofa_gevent.systemd`.
@@ -324,7 +376,7 @@ class PsServer(SessionOwner[M]):
         signals: list[str] = []
 
         def shut_down() -> None:
-            logger.info("%r: %s: shutting down", self, signals[0])
+            log(logging.INFO, "%r: %s: shutting down", self, signals[0])
             self.shutdown(shutdown_timeout, drain=drain)
 
         def ask(name: str) -> None:
@@ -489,7 +541,7 @@ class PsServer(SessionOwner[M]):
                 listeners.close()
         self._admission.close()
         if has_started:
-            log_safely(logging.INFO, "%s: stopped", stopped)
+            log(logging.INFO, "%s: stopped", stopped)
 
 
 def _default_cap() -> int:

@@ -1,5 +1,9 @@
 """What the kernel knows of a connection and does with it: the socket options behind the settings.
 
+Also its ends, `end` and `reset`. A plain close(2) says nothing to the peer as long as another
+descriptor of the same socket is open: one that a child process has, which a C extension has forked,
+or any child in the moment after its fork (`psofa_gevent.forking`). Both ends reach the peer anyway.
+
 Plain system calls on non-blocking sockets: nothing here waits, and nothing switches greenlets.
 """
 
@@ -11,9 +15,16 @@ import errno
 import os
 import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from psofa_gevent.unix_sockets import unix_endpoint
+
+try:
+    import ctypes
+except ImportError:
+    HAS_CTYPES = False  # a Python that was built without libffi
+else:
+    HAS_CTYPES = True
 
 if TYPE_CHECKING:
     from psofa_gevent.settings import SessionSettings
@@ -21,7 +32,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ARE_INHERITED",
     "NAMELESS",
+    "UNSENT_LOW_WATER",
+    "USER_TIMEOUT",
     "Endpoint",
+    "end",
     "endpoint",
     "keep_urgent_in_line",
     "reset",
@@ -29,6 +43,16 @@ __all__ = [
     "set_options",
     "unacknowledged",
 ]
+
+
+class Socket(Protocol):
+    """A socket, plain or with TLS."""
+
+    def fileno(self) -> int: ...
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
+    def shutdown(self, how: int, /) -> None: ...
+    def close(self) -> None: ...
+
 
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
@@ -42,6 +66,17 @@ KEEP_IDLE: int = getattr(_socket, "TCP_KEEPIDLE", None) or _socket.TCP_KEEPALIVE
 KEEP_PROBES = 3
 USER_TIMEOUT: int | None = getattr(_socket, "TCP_USER_TIMEOUT", None)
 """None where there is no such option."""
+UNSENT_LOW_WATER: int | None = getattr(_socket, "TCP_NOTSENT_LOWAT", None)
+"""None where there is no such option."""
+if UNSENT_LOW_WATER is None and sys.platform == "darwin":
+    UNSENT_LOW_WATER = 0x201  # netinet/tcp.h
+LEAST_UNSENT = 65_536
+"""Bytes that the kernel may keep unsent at least, unless a setting says less. A segment of Linux's
+has as many, so with less the sender is woken for each of them, and gains little."""
+_LARGEST_INT = 2**31 - 1
+_SO_BUF_LOCK = 72
+"""Linux since 5.15, asm-generic/socket.h: which sizes of buffers were set, and so do not grow."""
+_SOCK_SNDBUF_LOCK = 1
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _SO_NWRITE = 0x1024
 """macOS, sys/socket.h: bytes in the send buffer; Python has no name for it."""
@@ -92,6 +127,41 @@ def keep_urgent_in_line(sock: Any) -> None:
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
 
 
+def set_send_buffer(sock: _socket.socket, size: int) -> None:
+    """Fix the size of the kernel's send buffer (SO_SNDBUF, socket(7)), which grows no more then.
+
+    Linux takes twice that, for its own needs too, and no more than net.core.wmem_max.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, size)
+
+
+def release_send_buffer(sock: _socket.socket) -> None:
+    """Leave its size to the kernel again, if somebody has fixed it; where the system can."""
+    with contextlib.suppress(OSError):
+        locks = sock.getsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK)
+        if locks & _SOCK_SNDBUF_LOCK:
+            with contextlib.closing(_socket.socket(sock.family, sock.type)) as fresh:
+                size = fresh.getsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF)
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, size // 2)
+            sock.setsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK, locks & ~_SOCK_SNDBUF_LOCK)
+
+
+def set_unsent_low_water(sock: _socket.socket, settings: SessionSettings) -> None:
+    """Let the kernel take no more while so much is unsent (TCP_NOTSENT_LOWAT, tcp(7)).
+
+    Without a setting that is as much as may wait for the peer here: else a peer that does not read
+    is given megabytes before anything waits. Only on Linux, where the kernel refuses what is more;
+    elsewhere it only tells later that it takes more. Without effect on a socket that is not TCP.
+    """
+    size = settings.unsent_low_water
+    if size is None and sys.platform == "linux":
+        size = min(max(settings.high_water, LEAST_UNSENT), _LARGEST_INT)
+    if size is not None and UNSENT_LOW_WATER is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(_socket.IPPROTO_TCP, UNSENT_LOW_WATER, size)
+
+
 def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
     """Set what the settings say of a session's connection."""
     if settings.no_delay:
@@ -100,6 +170,9 @@ def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
         set_keep_alive(sock, settings.keep_alive)
     if settings.user_timeout is not None:
         set_user_timeout(sock, settings.user_timeout)
+    if settings.send_buffer_size is not None:
+        set_send_buffer(sock, settings.send_buffer_size)
+    set_unsent_low_water(sock, settings)
 
 
 def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
@@ -110,14 +183,51 @@ def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 0)
         if settings.user_timeout is None and USER_TIMEOUT is not None:
             sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, 0)
+        if settings.send_buffer_size is None:
+            release_send_buffer(sock)
         set_options(sock, settings)
 
 
-def reset(sock: _socket.socket) -> None:
-    """Close `sock` so that the peer gets an RST: SO_LINGER with a time of zero (tcp(7))."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _RESET_ON_CLOSE)
+def end(sock: Socket) -> None:
+    """Close `sock`, and end its connection, or its listening, whoever holds a duplicate of it.
+
+    shutdown(2) of both directions does what close(2) does where there is no duplicate: FIN, and RST
+    for what the peer still sends.
+    """
+    with contextlib.suppress(OSError):  # there is no connection any more
+        sock.shutdown(_socket.SHUT_RDWR)
     sock.close()
+
+
+def reset(sock: Socket) -> None:
+    """Close `sock` so that the peer gets an RST, whoever holds a duplicate of it.
+
+    On Linux a connect(2) to AF_UNSPEC does it. Elsewhere SO_LINGER with a time of zero has close(2)
+    send the RST, and a FIN comes before it, which is all that a duplicate lets through.
+    """
+    if not _disconnect(sock):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _RESET_ON_CLOSE)
+            sock.shutdown(_socket.SHUT_RDWR)
+    sock.close()
+
+
+if sys.platform == "linux" and HAS_CTYPES:
+    # With the GIL held: the call takes a microsecond, and does not wait.
+    _connect = ctypes.PyDLL(None).connect
+    _connect.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    _NOWHERE = bytes(16)
+    """A struct sockaddr of the family AF_UNSPEC, which is 0."""
+
+    def _disconnect(sock: Socket) -> bool:
+        """Reset the connection (connect(2): AF_UNSPEC dissolves the association)."""
+        return bool(_connect(sock.fileno(), _NOWHERE, len(_NOWHERE)) == 0)
+
+else:
+
+    def _disconnect(sock: Socket) -> bool:
+        """There is no such call here."""
+        return False
 
 
 if sys.platform == "linux":

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
@@ -35,6 +34,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.multi_client import PsMultiClient
 from psofa_gevent.server import PsServer
+from psofa_gevent.tcp import reset
 from psofa_gevent.times import SHORTEST_TIMER
 
 if TYPE_CHECKING:
@@ -205,11 +205,7 @@ class ScriptedClient:
             raise ValueError(
                 "reset() needs a TCP connection, a Unix socket pair has no RST: use serving()"
             )
-        linger_for_no_time = struct.pack("ii", 1, 0)
-        self.socket.setsockopt(
-            gevent.socket.SOL_SOCKET, gevent.socket.SO_LINGER, linger_for_no_time
-        )
-        self.socket.close()
+        reset(self.socket)
 
     def close(self) -> None:
         """Close the socket. As ever, the kernel sends RST where bytes are left unread, else FIN."""

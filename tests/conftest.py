@@ -54,6 +54,7 @@ import gevent.subprocess
 import hypothesis
 import pytest
 
+from progress import keep_progress
 from psofa_gevent.testing import ps_client, ps_server
 
 __all__ = ["ps_client", "ps_server"]
@@ -95,6 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "deadline(seconds): the longest the test may take",
     ):
         config.addinivalue_line("markers", marker)
+    keep_progress(config)
 
 
 class SpawnedGreenlets:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -106,6 +107,31 @@ def local_server(callback: PsCallback | None = None, **settings: Any) -> PsServe
     return PsServer(callback or PsCallback(), host=LOOPBACK, port=0, **settings)
 
 
+class Keeping(logging.Handler):
+    """Keeps the records."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextlib.contextmanager
+def attached(handler: logging.Handler) -> Iterator[None]:
+    """The library's logger with one more handler, for all levels."""
+    logger = logging.getLogger("psofa_gevent")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
 def close_reasons(callback: RecordingCallback) -> list[object]:
     """The reasons of all ``on_close`` calls so far; no session had two of them."""
     closed = callback.named("on_close")
@@ -188,11 +214,17 @@ class ScriptedServer:
         self.close()
 
 
+native_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
+"""Blocks the OS thread, its hub included, in a patched process too."""
+
+
 class NativeThread(Generic[T]):
     """A real OS thread, in a monkey-patched process too, running `function` once.
 
     It starts at once. Where `function` makes gevent create a hub for the thread, that is destroyed.
     """
+
+    destroys_hub = True
 
     def __init__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
         self._results: list[T] = []
@@ -206,8 +238,9 @@ class NativeThread(Generic[T]):
             except BaseException as error:
                 self._errors.append(error)
             finally:
-                # Of no use if there was none; but gevent has no public way to ask.
-                gevent.get_hub().destroy(destroy_loop=True)
+                if self.destroys_hub:
+                    # Of no use if there was none; but gevent has no public way to ask.
+                    gevent.get_hub().destroy(destroy_loop=True)
                 self._running.release()
 
         monkey.get_original("_thread", "start_new_thread")(body, ())

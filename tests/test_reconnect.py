@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -688,6 +689,43 @@ def test_sessions_that_do_not_last_count_as_failures() -> None:
         client.connect()  # may be asked for anew
         scripted.accept(timeout=20)
         client.disconnect()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_session_that_received_something_has_not_failed(tls: bool) -> None:
+    """Servers that answer and close, each time: the next connection comes after `first_delay`."""
+    exchanges = 8  # the wait after as many failures would be some 2 s, and after 3 it gives up
+    asked: list[int] = []
+    policy = PsReconnect(
+        first_delay=0.01,
+        longest_delay=60,
+        jitter=0,
+        attempts=3,
+        give_up_after=30,
+        should_retry=lambda failures, _error: asked.append(failures),
+    )
+    server_context = client_context = None
+    if tls:
+        trustme = pytest.importorskip("trustme")
+        authority = trustme.CA()
+        server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(server_context)
+        client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        authority.configure_trust(client_context)
+
+    def answer_and_close(session: PsSession) -> None:
+        session.send("time")
+        session.close()
+
+    once = ActingCallback(on_open=answer_and_close)
+    asking = RecordingCallback()
+    with (
+        PsServer(once, host="127.0.0.1", port=0, ssl_context=server_context) as server,
+        PsClient(asking, *server.address, reconnect=policy, ssl_context=client_context),
+    ):
+        asking.wait_for("on_close", exchanges, timeout=20)
+    assert set(asked) == {0}
+    assert asking.received().startswith(b"time" * exchanges)
 
 
 def test_a_slow_on_close_lets_no_session_last() -> None:

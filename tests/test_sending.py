@@ -92,12 +92,11 @@ def line(ps_server: ServerFactory) -> Iterator[LineFactory]:
 
         def make(callback: RecordingCallback | None = None, **settings: Any) -> Line:
             callback = callback or RecordingCallback()
-            server = ps_server(callback, **{"linger_timeout": 0.0, **settings})
+            own = {"linger_timeout": 0.0, "send_buffer_size": SMALL_BUFFER}
+            server = ps_server(callback, **{**own, **settings})
             peer = peers.enter_context(stalled_peer(server.address))
             session = callback.wait_for("on_open")[-1].session
             assert session is not None
-            # There is no setting for it: the kernel's own tuning serves users better.
-            session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
             return Line(server, session, peer, callback)
 
         yield make
@@ -114,9 +113,9 @@ def full_line() -> Iterator[FullLineFactory]:
 
         def make(callback: RecordingCallback | None = None) -> FullLine:
             callback = callback or RecordingCallback()
-            pair = pairs.enter_context(connected_session(callback, linger_timeout=0.0))
+            own: dict[str, Any] = {"linger_timeout": 0.0, "send_buffer_size": SMALL_BUFFER}
+            pair = pairs.enter_context(connected_session(callback, **own))
             callback.wait_for("on_open")
-            pair.session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
             return FullLine(pair.session, pair.peer, callback, fill(pair.session))
 
         yield make

@@ -17,9 +17,15 @@ from typing import Any
 import gevent
 import gevent.event
 import pytest
-from gevent import monkey
 
-from helpers import NativeThread, ScriptedServer, close_reasons, run_python, stalled_peer
+from helpers import (
+    NativeThread,
+    ScriptedServer,
+    close_reasons,
+    native_sleep,
+    run_python,
+    stalled_peer,
+)
 from psofa_gevent import (
     PsClient,
     PsClientError,
@@ -40,9 +46,6 @@ from psofa_gevent.testing import (
     eventually,
     serving,
 )
-
-native_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
-"""Blocks the hub, in a patched process too."""
 
 AT_ONCE = 2.0
 """Seconds that a native join may take of a call that returns at once."""
@@ -819,8 +822,7 @@ def stop_server_while_a_thread_is_at(line: int, operation: str) -> bool:
 
 PROGRAM = """
     import sys
-    from gevent import monkey
-    if sys.argv[1] == "patched":
+        if sys.argv[1] == "patched":
         monkey.patch_all()
     import gevent
     from helpers import NativeThread, ScriptedServer

@@ -73,6 +73,8 @@ def server_context(certificate: Any = CERTIFICATE) -> ssl.SSLContext:
 def client_context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     CA.configure_trust(context)
+    # Early 3.11s set it, and let a stream that was cut off pass for one that ended.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if version is not None:
         context.minimum_version = context.maximum_version = version
     return context
@@ -492,7 +494,9 @@ def test_a_message_that_broke_off_is_no_clean_end(ps_server: ServerFactory, peer
     session.close()
     with pytest.raises(PsSendError):
         sender.get(timeout=5)
-    assert isinstance(reading.get(timeout=5), ssl.SSLEOFError)
+    error = reading.get(timeout=5)
+    assert isinstance(error, ssl.SSLError)  # in early 3.11s no SSLEOFError
+    assert "eof" in str(error).lower()
 
 
 def read_all(client: TlsPeer) -> BaseException | None:
@@ -1414,7 +1418,7 @@ def test_a_context_for_the_other_side_is_refused() -> None:
     with pytest.raises(ValueError, match="ssl_context must be made with"):
         PsClient(PsCallback(), "localhost", 1, ssl_context=server_context())
     with pytest.raises(TypeError, match="ssl_context must be an"):
-        PsServer(PsCallback(), ssl_context=True)  # type: ignore[arg-type]  # the point
+        PsServer(PsCallback(), ssl_context=True)  # type: ignore[call-overload]  # the point
     with pytest.raises(TypeError, match="ssl_context must be an"):
         PsMultiClient(PsCallback(), ssl_context=False)
     with pytest.raises(ValueError, match="server_hostname='x' is for TLS"):

@@ -291,7 +291,7 @@ class _DecodeAgain(Decoder[T]):
         except PsFramingError:
             raise
         except Exception as exc:
-            raise PsFramingError(f"{self._framing!r}: malformed: {exc!r}") from exc
+            raise _malformed(self._framing, exc) from exc
 
     def _mistaken(self, found: object) -> PsFramingError:
         return PsFramingError(
@@ -383,7 +383,7 @@ class _TypedDecoder(Decoder[U]):
             try:
                 made = decode(message)
             except Exception as exc:
-                raise PsFramingError(f"{self._framing!r}: malformed: {exc!r}") from exc
+                raise _malformed(self._framing, exc) from exc
             yield made
         self.spent = self._decoder.spent
         self.skips = self._decoder.skips
@@ -399,6 +399,11 @@ class _TypedDecoder(Decoder[U]):
 
 def _name(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _malformed(framing: Framing[Any], exc: Exception) -> PsFramingError:
+    # Not its repr: that of a UnicodeDecodeError has the whole message, escaped.
+    return PsFramingError(f"{framing!r}: malformed: {type(exc).__name__}: {exc}")
 
 
 def too_large(framing: object, size: int | str) -> PsFramingError:
