@@ -17,8 +17,8 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
 What may switch: whatever runs a callback, `read` (and `receive`), the prologue and a handshake,
-`linger`, and a send that waits. All else, logging too, runs through without another greenlet in
-between.
+`linger`, a send that waits, and the end of a turn between two messages of one read. All else,
+logging too, runs through without another greenlet in between.
 
 All attributes belong to the hub's thread, and callers in other OS threads are handed over
 (`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
@@ -133,6 +133,8 @@ class SessionGreenlet(LibraryGreenlet):
         """Called by gevent when the session's greenlet is about to wait."""
         if self.session is not None and self.session._cork is not None:
             self.session._uncork_without_waiting()
+            if self.session._framed is not None:
+                self.session._framed.others_had_turn()
 
     def _run(self) -> None:
         assert self.session is not None
@@ -577,6 +579,8 @@ class PsSession(SendingHalf[M]):
         if self._open:
             self._asked_reason = reason
             self._open = False
+            if self._framed is not None:
+                self._framed.look_soon()
 
     def abort(self) -> None:
         """Reset the connection (RST) at once: nothing is drained, also while a close lingers.
@@ -622,6 +626,8 @@ class PsSession(SendingHalf[M]):
         self._reason = reason
         self._close_cause = cause
         self._open = False
+        if self._framed is not None:
+            self._framed.look_soon()
         return True
 
     def _end_with_hub(self) -> None:
@@ -711,6 +717,15 @@ class PsSession(SendingHalf[M]):
             if timer is not None:
                 timer.stop()
                 timer.close()
+
+    def _give_up_turn(self) -> None:
+        """Let all others go on that can, and the hub, and go on after them; or earlier, if woken.
+
+        In the session's own greenlet, between two messages. What was collected leaves before.
+        """
+        self._stop_watching()  # its socket is readable, as a rule
+        self._ready.resume_later(self)
+        self._wait_until_woken(None)
 
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.
