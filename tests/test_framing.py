@@ -634,7 +634,9 @@ def test_any_byte_can_be_ignored(ignore: bytes) -> None:
     assert decode(Delimiter(b"\0", ignore=ignore), [ignore * 3 + b"b^]\0"]) == [b"b^]"]
 
 
-@pytest.mark.parametrize("framing", [Delimiter(b"\0", max_size=5), Own(max_size=8)], ids=["delimiter", "own"])
+@pytest.mark.parametrize(
+    "framing", [Delimiter(b"\0", max_size=5), Own(max_size=8)], ids=["delimiter", "own"]
+)
 def test_no_message_has_begun_with_line_ends_but_they_are_its_first_bytes(
     framing: Framing[bytes],
 ) -> None:
