@@ -123,11 +123,8 @@ def post_to_all(
         receivers.append(session)
     for data, thread, receivers in alike:
         if thread.is_current():
-            _post_to_each(receivers, data)
+            for session in receivers:
+                session._post_here(data)
         else:
-            thread.call_soon(_post_to_each, receivers, data)
-
-
-def _post_to_each(sessions: list[PsSession[Any]], data: bytes) -> None:
-    for session in sessions:
-        session._post_here(data)
+            for session in receivers:
+                session._post_from_thread(data)

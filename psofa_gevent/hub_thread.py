@@ -115,9 +115,11 @@ class CallerEvent:
 class HubThread:
     """The thread in which this object was made, and its hub."""
 
-    __slots__ = ("_calls", "hub", "ident", "loop")
+    __slots__ = ("_calls", "hub", "ident", "lock", "loop")
 
     def __init__(self) -> None:
+        self.lock = new_lock()
+        """For what the sessions of one owner share with other threads."""
         self.hub = get_hub()
         self.loop = self.hub.loop
         self.ident = get_ident()

@@ -20,8 +20,9 @@ be refused when the pool is full, the listeners go on accepting then.
 
 If a listening socket itself is gone, that is an error in the log, and the open sessions go on.
 
-But for what makes the sockets, `pause` and `resume`, all of it runs in the hub, where nothing may
-block or raise.
+What accepts runs in the hub, where nothing may block or raise. The greenlet that calls the server's
+``start`` makes the sockets, and makes and starts `Listeners`; the greenlet that stops the server
+calls `Listeners.close`. `pause` and `resume` may be called in any thread.
 """
 
 from __future__ import annotations

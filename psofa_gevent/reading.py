@@ -5,7 +5,8 @@ ends when a close was requested, by whomever: here for the peer's FIN, for what 
 the connection, and for a peer that was silent for the idle time.
 
 - The wait comes before the read: an idle session owns no buffer.
-- What may switch: a callback, and the wait. Nothing else, so between two of them no other greenlet
+- What may switch: a callback, the wait, and the end of a turn between two messages of one read
+  (`psofa_gevent.framed`). Nothing else, so between two of them no other greenlet
   runs.
 """
 

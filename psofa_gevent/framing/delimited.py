@@ -241,7 +241,8 @@ class _DelimiterDecoder(_SearchingDecoder):
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         # Each attribute would be felt: a read may have thousands of messages.
-        end, drops_cr, max_size, ignored = self._end, self._drops_cr, self._max_size, self._ignored
+        end, drops_cr, max_size = self._end, self._drops_cr, self._max_size
+        ignored = self._ignored
         size = len(end)
         at = 0
         if self._tail:
