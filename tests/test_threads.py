@@ -822,7 +822,8 @@ def stop_server_while_a_thread_is_at(line: int, operation: str) -> bool:
 
 PROGRAM = """
     import sys
-        if sys.argv[1] == "patched":
+    from gevent import monkey
+    if sys.argv[1] == "patched":
         monkey.patch_all()
     import gevent
     from helpers import NativeThread, ScriptedServer
