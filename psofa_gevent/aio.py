@@ -59,6 +59,7 @@ from greenlet import greenlet
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_loop import HubLoop, hub_loop
 from psofa_gevent.aio_run import Run
+from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = [
     "await_greenlet",
@@ -95,7 +96,7 @@ def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
     """
     if timeout is None:
         return run_task(_as_coroutine(coro))
-    limit = gevent.Timeout(max(timeout, 0))
+    limit = gevent.Timeout(max(timeout, SHORTEST_TIMER))
     try:
         with limit:
             try:
