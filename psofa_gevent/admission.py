@@ -139,6 +139,11 @@ class Admission:
         """The server has stopped, or its hub is gone: close what is on its way out."""
         self._farewells.close()
 
+    def let_go(self, *, has_hub: bool) -> None:
+        """In a child process: nobody is here, and who is on the way out is the parent's."""
+        self.begin()
+        self._farewells.let_go(has_hub=has_hub)
+
     def _why_not(self, peer: Endpoint | None) -> PsRefusal | None:
         """Which of the rules about addresses refuses a client."""
         if not self._has_networks and self._most is None:

@@ -163,6 +163,12 @@ class CloseQueue:
         """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
         self._worker.stop()
 
+    def let_go(self) -> None:
+        """Deliver nothing more: it is the parent process's to deliver."""
+        self._worker.let_go()
+        self._subject = None
+        self.pending = 0
+
     def _put(self, call: Callable[..., None], subject: object, *args: object) -> None:
         self.pending += 1
         self._queue.put((call, subject, args))

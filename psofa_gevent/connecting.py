@@ -30,6 +30,7 @@ from psofa_gevent.addresses import (
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
+from psofa_gevent.forking import keep, release, unwatch, watch
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
@@ -46,9 +47,14 @@ from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.tls import TlsSocket
 
 if TYPE_CHECKING:
+    from gevent.hub import Hub
+
     from psofa_gevent.session import Owner
 
 __all__ = ["ConnectingOwner", "Target"]
+
+READ, WRITE = 1, 2
+"""The event masks of gevent's io watchers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,16 @@ class ConnectingOwner(SessionOwner[M]):
         if not self._is_still_wanted(manager):
             raise self._error(f"cannot connect to {where}: disconnected meanwhile")
 
+    def _let_go(self, hub: Hub | None) -> None:
+        super()._let_go(hub)
+        for connector in self._connectors:
+            connector.let_go(has_hub=hub is connector.hub)
+        keep(*self._connectors, *self._links)
+        self._connectors.clear()
+        for link in list(self._links):
+            link.let_go()
+            self._link_ended(link)
+
     def _bar_entrance(self) -> None:
         for link in list(self._links):
             link.stop()
@@ -304,8 +320,12 @@ def _shake_hands(
             try:
                 tls.shake_hands()
             except BlockingIOError:
-                wait = socket.wait_write if tls.wants_write else socket.wait_read
-                wait(connected.fileno())
+                hub = get_hub()
+                watcher = watch(hub.loop.io(connected.fileno(), WRITE if tls.wants_write else READ))
+                try:
+                    hub.wait(watcher)
+                finally:
+                    unwatch(watcher)
             else:
                 return tls
     except BaseException:
@@ -331,7 +351,10 @@ class Connector:
         self._source_address = source_address
         self._settings = settings
         self._error = error
+        self.hub = get_hub()
         self._greenlet: Any = None
+        self._connecting: Any = None
+        """The socket, while it is this object's: gevent's, then, for a handshake, a plain one."""
         self._tls: tuple[ssl.SSLContext, str] | None = None
 
     def use_tls(self, ssl_context: ssl.SSLContext, server_hostname: str) -> None:
@@ -357,6 +380,7 @@ class Connector:
             connected, address = self._try_all(timeout)
             if self._tls is None:
                 return connected, address
+            self._connecting = connected
             return _shake_hands(connected, *self._tls), address
         except ssl.SSLError as exc:
             raise self._error(f"cannot connect to {where}: TLS: {exc}") from exc
@@ -371,9 +395,26 @@ class Connector:
         except _NotWantedError:
             raise self._error(f"cannot connect to {where}: disconnected meanwhile") from None
         finally:
-            self._greenlet = None
+            self._greenlet = self._connecting = None
             limit.close()
             del limit  # it, when it was raised, and this frame would keep each other alive
+
+    def let_go(self, *, has_hub: bool) -> None:
+        """Close the socket, in a child process, and wake nobody: the attempt is the parent's."""
+        self._greenlet = None
+        connecting, self._connecting = self._connecting, None
+        if connecting is None:
+            return
+        if isinstance(connecting, socket.socket):
+            watched: Any = connecting
+            for watcher in (watched._read_event, watched._write_event):
+                # Else it would tell whoever waits that it is closed.
+                if has_hub and watcher is not None:
+                    release(watcher)
+            # Not by os.close, which in a patched process waits for the hub.
+            _socket.socket(fileno=connecting.detach() if has_hub else connecting.fileno()).close()
+        else:
+            connecting.close()
 
     def abort(self) -> None:
         """End the attempt, soon, with an error. In the hub's thread; does not switch."""
@@ -402,7 +443,7 @@ class Connector:
         raise OSError("the name has no address")
 
     def _try_unix(self, path: str, timeout: float | None) -> _socket.socket:
-        connecting = socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        connecting = self._connecting = socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
             set_options(connecting, self._settings)
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
@@ -416,7 +457,7 @@ class Connector:
         self, address: SocketAddress, family: PsSocketAddressFamily, timeout: float | None
     ) -> _socket.socket:
         number = socket_family(family)
-        connecting = socket.socket(number, _socket.SOCK_STREAM)
+        connecting = self._connecting = socket.socket(number, _socket.SOCK_STREAM)
         try:
             if family is PsSocketAddressFamily.IPV6:
                 connecting.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)

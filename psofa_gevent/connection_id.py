@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import uuid
 
+from psofa_gevent.forking import in_child
+
 __all__ = ["bytes_of", "random_bytes"]
 
 SIZE = 16
@@ -43,4 +45,4 @@ def bytes_of(connection_id: bytes | uuid.UUID) -> bytes:
 
 
 # A child process must not hand out what its parent hands out.
-os.register_at_fork(after_in_child=_unused.clear)
+in_child(_unused.clear)

@@ -21,6 +21,7 @@ from gevent import get_hub, getcurrent
 from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.logs import log
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.times import SHORTEST_TIMER
@@ -191,12 +192,11 @@ class Limit:
 
     def _start(self) -> None:
         again = min(self._timeout, LONGEST_RETHROW)
-        self._timer = get_hub().loop.timer(self._timeout, again)
+        self._timer = watch(get_hub().loop.timer(self._timeout, again))
         self._timer.start(self._throw)
 
     def _stop(self) -> None:
-        self._timer.stop()
-        self._timer.close()
+        unwatch(self._timer)
 
     def _throw(self) -> None:
         # In the hub, so the callback is switched out: the throw reaches it in its wait.

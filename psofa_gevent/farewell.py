@@ -14,6 +14,7 @@ import _socket
 import contextlib
 from typing import Any
 
+from psofa_gevent.forking import keep, release
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.tcp import end
 
@@ -63,6 +64,13 @@ class Farewells:
             with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
                 leaving.close()
 
+    def let_go(self, *, has_hub: bool) -> None:
+        """Leave them to the parent process. The hub is touched only where this one has it."""
+        for leaving in self._leaving:
+            leaving.let_go(has_hub=has_hub)
+        keep(*self._leaving)
+        self._leaving.clear()
+
 
 class _Leaving:
     """One of them."""
@@ -92,6 +100,13 @@ class _Leaving:
         self._left -= len(data)
         if not data or self._left <= 0:
             self.close()
+
+    def let_go(self, *, has_hub: bool) -> None:
+        """Leave it to the parent process."""
+        if has_hub:
+            release(self._watcher)
+            release(self._timer)
+        self._sock.close()
 
     def close(self) -> None:
         """Close it now. The watcher first: the descriptor is used again at once."""

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from psofa_gevent.buffers import Gave
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
+from psofa_gevent.forking import track
 from psofa_gevent.messages import as_bytes
 from psofa_gevent.settings import MAX_BUFFER, check_int
 from psofa_gevent.tls import TlsSocket
@@ -80,6 +81,7 @@ class FileSource:
     """A file on its way (`psofa_gevent.buffers.Source`). To be closed."""
 
     __slots__ = (
+        "__weakref__",
         "_by_kernel",
         "_encode",
         "_input",
@@ -134,10 +136,15 @@ class FileSource:
         """Bytes of the file that have left."""
         self.begun = False
         self.offered_at = 0.0
+        track(self)
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close what was opened. May be called again."""
         self._input.close()
+
+    def _let_go(self, _hub: object) -> None:
+        """Close what was opened: the file is the parent process's to send."""
+        self.close()
 
     @property
     def is_small(self) -> bool:
@@ -249,7 +256,9 @@ class _RegularFile:
         return piece
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class _Stream:

@@ -94,6 +94,8 @@ class PsGroup(Generic[M]):
     def _left(self, session: PsSession[Any], _state: object) -> None:
         self._members.pop(session, None)
 
+    _let_go = _left
+
 
 def post_to_all(
     sessions: list[PsSession[Any]],

@@ -74,6 +74,10 @@ class Heartbeats:
         """End the greenlet. Waits for it, so not from within it."""
         self._worker.stop()
 
+    def let_go(self) -> None:
+        """No more of them: the sessions are the parent process's."""
+        self._worker.let_go()
+
     def _has_work(self) -> bool:
         return bool(self._quiet)
 

@@ -19,6 +19,7 @@ import gevent
 from gevent import Greenlet, get_hub, getcurrent, monkey
 from gevent._hub_local import get_hub_if_exists  # there is no public way to ask without making one
 
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.hub_calls import HubCalls, hub_calls
 from psofa_gevent.native import get_ident, new_lock
 
@@ -97,15 +98,14 @@ class CallerEvent:
         """Wait for `set`, for at most `timeout` seconds; whether it was called."""
         if self._hub is None or self._native.is_set():
             return self._native.wait(timeout)
-        timer = self._hub.loop.timer(timeout)
+        timer = watch(self._hub.loop.timer(timeout))
         timer.start(self._wake)
         self._greenlet = getcurrent()
         try:
             self._hub.switch()
         finally:
             self._greenlet = None
-            timer.stop()
-            timer.close()
+            unwatch(timer)
         return self._native.is_set()
 
     def _wake(self) -> None:

@@ -93,6 +93,10 @@ class IdleTimer:
         """End the greenlet. Waits for it, so not from within it."""
         self._worker.stop()
 
+    def let_go(self) -> None:
+        """Look at nobody any more: the sessions are the parent process's."""
+        self._worker.let_go()
+
     def _has_work(self) -> bool:
         return self._count > 0
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsKeyTakenError
+from psofa_gevent.forking import keep
 from psofa_gevent.hub_thread import new_lock
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
@@ -54,6 +55,12 @@ class Keys(Generic[M]):
         session = self._sessions.get(key)
         return session if session is not None and session._open else None
 
+    def let_go(self) -> None:
+        """Forget all keys: the sessions are the parent process's. Their locks may be held there."""
+        keep(dict(self._sessions))
+        self._sessions.clear()
+        self._lock = new_lock()
+
     def forget(self, session: PsSession[Any], key: Hashable) -> None:
         """The session has lost its key."""
         with self._lock:
@@ -69,3 +76,6 @@ class _Binding(NamedTuple):
 
     def _left(self, session: PsSession[Any], _state: object) -> None:
         self.keys.forget(session, self.key)
+
+    def _let_go(self, session: PsSession[Any], state: object) -> None:
+        """`Keys.let_go` does it."""

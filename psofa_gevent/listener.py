@@ -36,7 +36,8 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from gevent import monkey
 from gevent.pool import Pool
@@ -45,6 +46,7 @@ from gevent.server import StreamServer
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
 from psofa_gevent.balance import SharedLoad
 from psofa_gevent.enums import PsSocketAddressFamily
+from psofa_gevent.forking import keep, track
 from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
@@ -75,7 +77,8 @@ TURNS_AT_ONCE = 100
 """Places that are given away in one turn of the hub; as gevent's ``max_accept``."""
 
 
-class Listening(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Listening:
     """A socket that listens, and what goes with it."""
 
     socket: socket.socket
@@ -83,6 +86,13 @@ class Listening(NamedTuple):
     """What `close` is to remove."""
     is_inherited: bool = False
     """Whether somebody else made the socket, and may share it."""
+
+    def __post_init__(self) -> None:
+        track(self)
+
+    def _let_go(self, _hub: object) -> None:
+        """Close the socket, in a child process. It goes on to listen: it is the parent's."""
+        self.socket.close()
 
     def end(self) -> None:
         """Let nobody connect any more, and remove the file of a socket that has one.
@@ -269,6 +279,13 @@ class Listener(StreamServer):
         self._listening.end()
         super().close()
 
+    def let_go(self, *, has_hub: bool) -> None:
+        """Accept nothing, in a child process. The hub is touched only where that has it."""
+        self._paused = True
+        self._turns.forget(self)
+        if has_hub:
+            self.stop_accepting()
+
     def full(self) -> bool:
         """Whether to leave connections where they are. gevent asks, and pauses if so."""
         if not self._refuses_when_full and self._turns.must_wait(self):
@@ -434,6 +451,12 @@ class Listeners:
         """Accept again. From any OS thread."""
         for listener in self._all:
             listener.resume()
+
+    def let_go(self, *, has_hub: bool) -> None:
+        """Accept nothing, in a child process. The hub is touched only where that has it."""
+        keep(self)
+        for listener in self._all:
+            listener.let_go(has_hub=has_hub)
 
     def close(self) -> None:
         """Close all of them, also where one fails."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from gevent._hub_local import get_hub_if_exists  # there is no public way to ask
 from gevent.event import Event
 from greenlet import greenlet
 
+from psofa_gevent.forking import in_child, unwatch, watch
 from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = ["LogGreenlet", "PeerLog", "flush", "log"]
@@ -232,6 +232,7 @@ def _log_of(hub: Any) -> _HubLog:
     return found
 
 
+@in_child
 def _forget() -> None:
     """In a forked child: what waits is the parent's to hand over, and so is what is under way."""
     found: _HubLog | None = getattr(_of_thread, "log", None)
@@ -242,7 +243,6 @@ def _forget() -> None:
 
 # The original: in a patched process threading.local is about greenlets.
 _of_thread: Any = monkey.get_original("threading", "local")()
-os.register_at_fork(after_in_child=_forget)
 atexit.register(flush)  # before logging's own, which was registered earlier, closes the handlers
 
 
@@ -348,14 +348,13 @@ class _Window:
         """Have `function` called with `kind` at the end of the time."""
         self._hub = get_hub()
         left = self.began + WARNING_PERIOD - monotonic()
-        self._timer = self._hub.loop.timer(max(left, SHORTEST_TIMER), ref=False)
+        self._timer = watch(self._hub.loop.timer(max(left, SHORTEST_TIMER), ref=False))
         self._timer.start(function, kind)
 
     def stop_timer(self) -> None:
         """Without effect when there is none."""
         if self._timer is not None and self._hub.loop is not None:  # else it went with the hub
-            self._timer.stop()
-            self._timer.close()
+            unwatch(self._timer)
         self._timer = self._hub = None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import _socket
 import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
@@ -30,6 +31,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.closing import CloseQueue
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.forking import keep, leave_behind, track
 from psofa_gevent.heartbeat import Heartbeats
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
@@ -42,6 +44,8 @@ from psofa_gevent.tls import TlsSocket
 from psofa_gevent.work import Killer, kill_work
 
 if TYPE_CHECKING:
+    from gevent.hub import Hub
+
     from psofa_gevent.admission import Admission
     from psofa_gevent.session import Owner
     from psofa_gevent.stopping import Stop
@@ -91,6 +95,9 @@ class SessionManager:
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
         self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
+        self.process = os.getpid()
+        """In which it runs: not in its children."""
+        track(self)
 
     def open(
         self,
@@ -237,6 +244,20 @@ class SessionManager:
         """Close the sockets of all sessions: the hub was destroyed. From any thread."""
         for session in list(self.sessions):
             session._end_with_hub()
+
+    def _let_go(self, hub: Hub | None) -> None:
+        """In a child process: leave all of it to the parent (`psofa_gevent.forking`)."""
+        keep(self, list(self.sessions), dict(self._when_over))
+        for greenlet in self.pool.greenlets:  # also those of sessions that were left behind
+            leave_behind(greenlet)
+        for session in list(self.sessions):
+            session._let_go(has_hub=hub is self.thread.hub)
+        self.sessions.clear()
+        self._when_over.clear()
+        self.closing.let_go()
+        self._idle.let_go()
+        if self._heartbeats is not None:
+            self._heartbeats.let_go()
 
     def release(self) -> None:
         """End the timers and the close greenlet, and wait for that."""

@@ -20,6 +20,7 @@ from gevent import getcurrent
 from psofa_gevent.aio import greenlet_that_waits
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.send_line import Parking, SendLine, TaskParking, run_in_greenlet
 from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
@@ -213,15 +214,13 @@ async def wait_for_peer(
         left = min(left, WRITE_LOOK)
     else:
         session._watcher.start(_become_readable, session, parking)
-    timer = None if left == NEVER else session._loop.timer(max(left, SHORTEST_TIMER))
+    timer = None if left == NEVER else watch(session._loop.timer(max(left, SHORTEST_TIMER)))
     if timer is not None:
         timer.start(parking.wake)
     try:
         await parking
     finally:
-        if timer is not None:
-            timer.stop()
-            timer.close()
+        unwatch(timer)
         if not writes and not session._released:
             session._watcher.stop()
     if not session._open:

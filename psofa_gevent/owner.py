@@ -7,6 +7,7 @@ It changes in the hub's thread only, where a signal handler may change it betwee
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Collection, Hashable, Iterator
 from time import monotonic
@@ -15,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.forking import track
 from psofa_gevent.group import PsGroup, post_to_all
 from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, Pulse, new_lock
 from psofa_gevent.keys import Keys
@@ -28,6 +30,8 @@ from psofa_gevent.times import NEVER
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
 
 if TYPE_CHECKING:
+    from gevent.hub import Hub
+
     from psofa_gevent.session import Owner
 
 __all__ = ["SessionOwner"]
@@ -50,6 +54,7 @@ class SessionOwner(Generic[M]):
         self._keys: Keys[M] = Keys()
         self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
         self._groups_lock = new_lock()
+        track(self)
 
     # The attribute may change at any moment in which a signal handler or another thread runs: it is
     # read once in each method.
@@ -178,6 +183,13 @@ class SessionOwner(Generic[M]):
         manager = self._manager
         return manager is not None and manager.stop is not None
 
+    def _let_go(self, hub: Hub | None) -> None:
+        """In a child process: be stopped (`psofa_gevent.forking`). Its manager lets go itself."""
+        self._manager = None
+        self._peer_log = PeerLog()
+        self._keys.let_go()
+        self._groups_lock = new_lock()  # it may be held in the parent
+
     def _forget_if_hub_is_gone(self) -> None:
         """A manager whose hub was destroyed, or its thread, has ended with it, without a word."""
         manager = self._manager
@@ -205,7 +217,7 @@ class SessionOwner(Generic[M]):
         """Stop a manager that has no sessions, and wait for it if possible."""
         if self._manager is manager:
             self._begin_stop(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
-        if may_wait():
+        if may_wait() and manager.process == os.getpid():
             manager.stopped.wait()
 
     def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:

@@ -17,9 +17,12 @@ import _socket
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Protocol, cast
+
+import gevent
 
 from psofa_gevent.addresses import Address, TcpAddress, UnixAddress, check_address, format_address
 from psofa_gevent.enums import PsSocketAddressFamily
@@ -36,6 +39,7 @@ __all__ = [
     "Place",
     "check_places",
     "check_reuse_port",
+    "open_again",
     "open_all",
 ]
 
@@ -43,6 +47,12 @@ DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8710
 REUSE_PORT: int | None = getattr(_socket, "SO_REUSEPORT", None)
 """None where there is no such option."""
+PARENT_TIME = 10.0
+"""Seconds that a parent which forks to become a daemon has, at most, to end. It may wait for its
+child to be ready."""
+FIRST_PAUSE = 0.01
+LONGEST_PAUSE = 0.25
+"""Seconds between two looks whether it has. Of a Unix socket each is a connection."""
 WANTED = (
     "a listening socket, its descriptor, a tuple of host and port, 'unix:' and a path, or a list "
     "of such"
@@ -91,6 +101,9 @@ class Place(Protocol):
             OSError: it is not possible.
         """
 
+    def where(self, endpoint: Endpoint) -> Place:
+        """The place where it is, when it is bound to `endpoint`: to listen there again."""
+
 
 @dataclass(frozen=True, slots=True)
 class TcpPlace:
@@ -131,6 +144,9 @@ class TcpPlace:
         except OSError as exc:
             raise OSError(exc.errno, self._explain(exc)) from exc
 
+    def where(self, endpoint: Endpoint) -> Place:
+        return replace(self, address=replace(self.address, port=endpoint[1]))
+
     def _explain(self, exc: OSError) -> str:
         no_ipv6 = exc.errno in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
         if no_ipv6 and self.address.family is PsSocketAddressFamily.IPV6:
@@ -159,6 +175,9 @@ class UnixPlace:
 
     def open(self, options: BindOptions) -> Listening:
         return bind_unix(self.address.path, backlog=options.backlog, mode=options.unix_mode)
+
+    def where(self, _endpoint: Endpoint) -> Place:
+        return self
 
 
 class InheritedPlace:
@@ -195,6 +214,9 @@ class InheritedPlace:
         except ValueError as exc:
             raise OSError(errno.EBADF, str(exc)) from exc
         return duplicate(descriptor)
+
+    def where(self, _endpoint: Endpoint) -> Place:
+        return self
 
 
 def check_places(
@@ -269,6 +291,47 @@ def open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
             each.close()
         raise
     return opened
+
+
+def open_again(
+    places: Sequence[Place],
+    endpoints: Sequence[Endpoint],
+    options: BindOptions,
+    process: int,
+    is_wanted: Callable[[], bool],
+) -> list[Listening]:
+    """Listen, in a child process, where its parent did at the fork, which is about to end.
+
+    As long as that listens still, it is tried again and again. Switches.
+
+    Args:
+        places: as for `open_all`.
+        endpoints: what they were bound to there: the ports that were given for port 0.
+        options: as for `open_all`.
+        process: the parent's id.
+        is_wanted: false when it is to be tried no more.
+
+    Raises:
+        PsServerError: it is not possible, or the parent did not end in `PARENT_TIME`.
+    """
+    again = [place.where(at) for place, at in zip(places, endpoints, strict=True)]
+    deadline = monotonic() + PARENT_TIME
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return open_all(again, options)
+        except PsServerError as exc:
+            cause = exc.__cause__
+            is_in_use = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
+            if not is_in_use or not is_wanted() or monotonic() >= deadline:
+                raise PsServerError(
+                    f"{exc}. Process {process} listened there at the fork, of which this process "
+                    f"{os.getpid()} is a child: it must have ended within {PARENT_TIME:g} s. For "
+                    "several processes, and for ports that this one may not bind: listen, fork, "
+                    "and make a PsServer(listener=sock) in each"
+                ) from cause
+        gevent.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _is_address(given: tuple[object, ...]) -> bool:

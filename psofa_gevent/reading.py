@@ -19,6 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.ready import switch
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _wait_half_open(session: PsSession[Any]) -> None:
 
     The socket is readable for ever now, so nothing tells of a reset: look for one.
     """
-    look = session._loop.timer(HALF_OPEN_LOOK, HALF_OPEN_LOOK)
+    look = watch(session._loop.timer(HALF_OPEN_LOOK, HALF_OPEN_LOOK))
     look.start(session._resume)
     session._waiting_since = monotonic()
     try:
@@ -145,8 +146,7 @@ def _wait_half_open(session: PsSession[Any]) -> None:
                 session._host.thread.hub.switch()
     finally:
         session._waiting_since = 0.0
-        look.stop()
-        look.close()
+        unwatch(look)
 
 
 def _look_at_clock(session: PsSession[Any], *, is_pulled: bool) -> None:

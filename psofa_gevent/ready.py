@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from gevent import get_hub
 from greenlet import greenlet
 
+from psofa_gevent.forking import keep, release, track
 from psofa_gevent.hub_calls import close_watcher, hub_calls
 from psofa_gevent.native import AtThreadEnd, new_local
 
@@ -71,6 +72,7 @@ class ReadySessions:
         self._gave_up_turn: list[Ready] = []
         self._keep_turning: Any = None
         """While somebody is in there: a round must not wait for an event."""
+        track(self)
 
     def register(self) -> None:
         """One more session may become ready."""
@@ -102,6 +104,18 @@ class ReadySessions:
                 self._keep_turning.stop()
                 self._keep_turning.close()
                 self._keep_turning = None
+
+    def _let_go(self, hub: object) -> None:
+        """Nobody is ready any more (`psofa_gevent.forking`). The child's sessions have another."""
+        keep(list(self.sessions), list(self._gave_up_turn), self)
+        self.sessions.clear()
+        self._gave_up_turn.clear()
+        for watcher in (self._check, self._keep_turning):
+            if watcher is not None and self.hub is hub:
+                release(watcher)
+        self._check = self._keep_turning = None
+        if getattr(_of_thread, "ready", None) is self:
+            _of_thread.ready = None
 
     def add(self, several: Sequence[Ready]) -> None:
         """Some are ready: after those that are there, in this order.

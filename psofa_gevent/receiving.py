@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.framed import NOTHING
 from psofa_gevent.reading import read
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
@@ -44,13 +45,12 @@ def _wait_for_message(session: PsSession[Any], timeout: float | None) -> Any:
     if timeout is None:
         return _read_message(session, NEVER)
     # Again and again: it may come a little early, or in the moment in which bytes come.
-    timer = session._loop.timer(max(timeout, SHORTEST_TIMER), RETRY)
+    timer = watch(session._loop.timer(max(timeout, SHORTEST_TIMER), RETRY))
     timer.start(session._resume)
     try:
         return _read_message(session, monotonic() + timeout)
     finally:
-        timer.stop()
-        timer.close()
+        unwatch(timer)
 
 
 def _read_message(session: PsSession[Any], deadline: float) -> Any:

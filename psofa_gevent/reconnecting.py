@@ -165,6 +165,14 @@ class Link:
             if worker.greenlet is not None:
                 worker.greenlet.kill(block=False)
 
+    def let_go(self) -> None:
+        """Connect no more: it is the parent process's. Wakes nobody."""
+        self.has_ended = True
+        self._why_ended = f"connected in process {self.manager.process}, which has forked"
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.let_go()
+
     def disconnect(self) -> None:
         """Connect no more, and ask for the close of the session. Does not switch."""
         self.stop()

@@ -63,6 +63,11 @@ class Registry:
         del self._sessions[session]
         return True
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._sessions.clear()
+        self._later.clear()
+
     def find(self, connection_id: uuid.UUID) -> Iterator[PsSession[Any]]:
         """Those with that id, the last one first."""
         key = connection_id.bytes

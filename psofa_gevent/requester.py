@@ -53,6 +53,7 @@ from psofa_gevent.errors import (
     PsRequestTimeoutError,
     PsSendError,
 )
+from psofa_gevent.forking import keep, unwatch, watch
 from psofa_gevent.hub_thread import get_ident
 from psofa_gevent.messages import M, Message
 from psofa_gevent.send_line import GreenletParking, Parking, TaskParking, run_in_greenlet
@@ -322,6 +323,10 @@ class PsRequester(Generic[M]):
         """The session closes: nothing more will come."""
         pending.fail(lambda: _closed(session))
 
+    def _let_go(self, _session: PsSession[Any], pending: _Pending[M]) -> None:
+        """The session, and who asks it, are the parent process's."""
+        keep(pending)
+
 
 class _Request(Generic[T]):
     """One request, and where its sender waits."""
@@ -379,13 +384,12 @@ class _Request(Generic[T]):
         if not self.held_until:
             await self._parking
             return
-        timer = session._loop.timer(max(self.held_until - monotonic(), SHORTEST_TIMER))
+        timer = watch(session._loop.timer(max(self.held_until - monotonic(), SHORTEST_TIMER)))
         timer.start(self.wake)
         try:
             await self._parking
         finally:
-            timer.stop()
-            timer.close()
+            unwatch(timer)
         if monotonic() >= self.held_until:
             await self.look_again(session)  # a hub that stood still has not seen what came
 
@@ -598,14 +602,12 @@ class _InOrder(_Pending[T]):
     def _start_timer(self) -> None:
         next_at = min(request.late_at for request in self._line if request.late_at)
         seconds = max(next_at - monotonic(), SHORTEST_TIMER)
-        self._timer = self._session._loop.timer(seconds, ref=False)
+        self._timer = watch(self._session._loop.timer(seconds, ref=False))
         self._timer.start(self._give_places_up)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.stop()
-            timer.close()
+        unwatch(timer)
 
     def _give_places_up(self) -> None:
         """In the hub: there may be places for which no reply has come in time."""

@@ -38,6 +38,7 @@ from gevent import get_hub, getcurrent
 from psofa_gevent.buffers import Buffers, Gave, Source
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
+from psofa_gevent.forking import release, unwatch, watch
 from psofa_gevent.tcp import unacknowledged
 
 if TYPE_CHECKING:
@@ -360,7 +361,15 @@ class SendLine:
             self._watcher.close()
             self.interrupt()
 
+    def let_go(self) -> None:
+        """Release the watcher, and wake nobody: the connection is the parent process's."""
+        if not self._closed:
+            self._closed = True
+            release(self._watcher)
+
     def _wake_first(self) -> None:
+        if self._closed:  # a child process is about to release the watcher
+            return
         # Level-triggered: it would fire until the sender ran.
         self._watcher.stop()
         self._is_writable = True
@@ -380,9 +389,7 @@ class SendLine:
     def _leave(self, sender: _Sender) -> None:
         if sender not in self._senders:
             return
-        if sender.ticks is not None:
-            sender.ticks.stop()
-            sender.ticks.close()
+        unwatch(sender.ticks)
         was_first = self._senders[0] is sender
         self._senders.remove(sender)
         if not self._senders:
@@ -397,7 +404,7 @@ class SendLine:
     def _start_ticking(self, sender: _Sender, timeout: float | None) -> None:
         if timeout is not None:
             interval = min(max(timeout / SAMPLES_PER_TIMEOUT, SHORTEST_SAMPLE), LONGEST_SAMPLE)
-            sender.ticks = self._session._loop.timer(interval, interval)
+            sender.ticks = watch(self._session._loop.timer(interval, interval))
             sender.ticks.start(self._wake, sender)
 
     def _check_progress(self, sender: _Sender, timeout: float | None) -> None:

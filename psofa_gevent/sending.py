@@ -25,6 +25,7 @@ from psofa_gevent.buffers import Block, Buffers, Source
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.files import REFUSALS, File, FileSource, Progress
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.hub_thread import get_ident
 from psofa_gevent.logs import log
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
@@ -756,13 +757,13 @@ class SendingHalf(Generic[M]):
 
     def _shut_later(self) -> None:
         def shut() -> None:
-            timer.close()
+            unwatch(timer)
             self._shuts_later = False
             self._shut_writing()
 
         if not self._shuts_later:
             self._shuts_later = True
-            timer = self._loop.timer(SHUT_AGAIN, ref=False)
+            timer = watch(self._loop.timer(SHUT_AGAIN, ref=False))
             timer.start(shut)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import resource
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 import gevent
 from gevent import getcurrent
@@ -19,7 +20,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.listener import Listeners
+from psofa_gevent.listener import Listeners, Listening
 from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
@@ -31,6 +32,7 @@ from psofa_gevent.places import (
     Given,
     check_places,
     check_reuse_port,
+    open_again,
     open_all,
 )
 from psofa_gevent.prologue import Prologue
@@ -48,6 +50,9 @@ from psofa_gevent.settings import (
 from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.worker import may_wait_for_callbacks
+
+if TYPE_CHECKING:
+    from gevent.hub import Hub
 
 __all__ = ["PsServer"]
 
@@ -87,6 +92,8 @@ class PsServer(SessionOwner[M]):
     `start`, `wait_for` and `serve_forever` belong to the thread whose hub serves; the others may be
     called from any greenlet and any OS thread. As a context manager it is started on entry and shut
     down on exit.
+
+    A process that is forked from the one in which it runs has a stopped one: see `start`.
     """
 
     @overload
@@ -284,6 +291,8 @@ class PsServer(SessionOwner[M]):
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
         self._service: Service | None = None
+        self._left_in: int | None = None
+        """In a child process: the one in which it ran at the fork, until it is started anew."""
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
@@ -295,6 +304,9 @@ class PsServer(SessionOwner[M]):
     def start(self) -> None:
         """Listen and accept; returns when the server can be reached.
 
+        In a child process of one in which it ran at the fork: at the same addresses, when that has
+        ended, for which it has ten seconds.
+
         Raises:
             PsServerError: it is started already, or was shut down while it started; or the address
                 is in use, not this machine's, not known, or not allowed.
@@ -305,7 +317,7 @@ class PsServer(SessionOwner[M]):
             raise PsServerError(f"{self!r} is started already")
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
-            opened = open_all(self._places, self._bind_options)
+            opened = self._open(manager)
             try:
                 if manager.stop is not None:
                     raise PsServerError(f"{self!r} was shut down while it started")
@@ -318,13 +330,18 @@ class PsServer(SessionOwner[M]):
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True
+            if manager.process != os.getpid():
+                raise PsServerError(f"{self!r} is starting in process {manager.process}, not here")
             if self._manager is not manager or not self.started:
                 raise PsServerError(f"{self!r} was shut down while it started")
             listeners.start()
+            self._left_in = None
         log(logging.INFO, "%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
+
+        In a child process of one in which it ran at the fork it is started first (`start`).
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
@@ -334,20 +351,24 @@ class PsServer(SessionOwner[M]):
 
         Raises:
             PsServerError: called in another thread than the server's, in a callback (``on_start``
-                included), in a coroutine or in the hub.
+                included), in a coroutine or in the hub; or as of `start`, in a child process.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
         self._forget_if_hub_is_gone()
         manager = self._manager
-        if manager is None:
+        if manager is None and self._left_in is None:
             return True
-        starts = getcurrent() in manager.entering
-        if starts or not manager.thread.is_current() or not may_wait_for_callbacks():
+        starts = manager is not None and getcurrent() in manager.entering
+        is_elsewhere = manager is not None and not manager.thread.is_current()
+        if starts or is_elsewhere or not may_wait_for_callbacks():
             raise PsServerError(
                 "wait_for belongs to a greenlet of the server's own thread, and to no callback"
             )
-        return bool(manager.stopped.wait(timeout))
+        if manager is None:
+            self.start()
+            manager = self._manager
+        return manager is None or bool(manager.stopped.wait(timeout))
 
     def serve_forever(
         self, *, shutdown_timeout: float | None = SHUTDOWN_TIMEOUT, drain: float = 0.0
@@ -473,6 +494,8 @@ class PsServer(SessionOwner[M]):
             ValueError: a time is negative.
         """
         self._stop_all(PsCloseReason.SHUTDOWN, timeout, drain)
+        if self._left_in is not None and self._manager is None:
+            self._left_in = self._bound_to = None
 
     @property
     def refused(self) -> dict[PsRefusal, int]:
@@ -485,7 +508,8 @@ class PsServer(SessionOwner[M]):
 
         A Unix socket is a host as it was given, and the port 0. Of several listeners the first.
 
-        While it is stopped: the host and port that were asked for.
+        While it is stopped: the host and port that were asked for. In a child process of one in
+        which it ran at the fork: what it was bound to there.
         """
         return self.addresses[0]
 
@@ -507,6 +531,31 @@ class PsServer(SessionOwner[M]):
         traceback: TracebackType | None,
     ) -> None:
         self.shutdown()
+
+    def _open(self, manager: SessionManager) -> list[Listening]:
+        """Listen; in a child of a process that did, at the same addresses, when that has ended."""
+        if self._left_in is None:
+            return open_all(self._places, self._bind_options)
+        return open_again(
+            self._places,
+            self.addresses,
+            self._bind_options,
+            self._left_in,
+            lambda: manager.stop is None and manager.process == os.getpid(),
+        )
+
+    def _let_go(self, hub: Hub | None) -> None:
+        manager = self._manager
+        if manager is not None:
+            has_hub = hub is manager.thread.hub
+            if manager.has_started and manager.stop is None:
+                self._left_in = manager.process
+            if self._listeners is not None:
+                self._listeners.let_go(has_hub=has_hub)
+                self._listeners = None
+            self._admission.let_go(has_hub=has_hub)
+        self._service = None
+        super()._let_go(hub)
 
     def _set_entrance(self, manager: SessionManager) -> None:
         """Say who is let in, and what comes before ``on_open``."""
@@ -538,7 +587,8 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         has_started = manager is not None and manager.has_started
         stopped = repr(self)
-        self._bound_to = None
+        if self._left_in is None:  # else it may try again to take them over
+            self._bound_to = None
         super()._stopped()
         listeners, self._listeners = self._listeners, None
         if listeners is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed

@@ -47,6 +47,7 @@ from psofa_gevent.addresses import format_address
 from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
+from psofa_gevent.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.framed import FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
@@ -116,6 +117,9 @@ class Membership(Protocol):
     def _left(self, session: PsSession[Any], state: Any) -> None:
         """The session has left, with what was kept for it. From any thread; does not switch."""
 
+    def _let_go(self, session: PsSession[Any], state: Any) -> None:
+        """The session was the parent process's. Wakes nobody (`psofa_gevent.forking`)."""
+
 
 class SessionGreenlet(LibraryGreenlet):
     """The greenlet of one session."""
@@ -123,7 +127,8 @@ class SessionGreenlet(LibraryGreenlet):
     __slots__ = ("session",)
 
     def __init__(self, session: PsSession[Any]) -> None:
-        super().__init__()
+        # Past that of `LibraryGreenlet`: it is known by its manager's pool.
+        super(LibraryGreenlet, self).__init__()
         # Once, so a message costs nothing; and not by Context.run, which one greenlet could be in.
         self.gr_context = session._context
         self.session: PsSession[Any] | None = session
@@ -643,6 +648,36 @@ class PsSession(SendingHalf[M]):
             self._released = True
             (end if self._may_linger else reset)(self._sock)
 
+    def _let_go(self, *, has_hub: bool) -> None:
+        """Leave the connection to the parent process (`psofa_gevent.forking`).
+
+        Neither the peer nor a callback hears of it, and nothing runs for this session any more.
+
+        Args:
+            has_hub: whether its hub goes on in this process; else that is not to be touched.
+        """
+        if self._reason is PsCloseReason.NONE:
+            self._reason = PsCloseReason.SELF_CLOSE
+        self._open = self._may_linger = self._abort_asked = self._watches = False
+        self._waiting_since = 0.0
+        keep(self._line, self._outbox, self._work, self._killer, self._cork)
+        line, self._line = self._line, None
+        self._outbox = self._work = self._killer = self._cork = None
+        self._corked_size = 0
+        while self._memberships:
+            membership, state = self._memberships.popitem()
+            membership._let_go(self, state)
+        if self._greenlet is not None:
+            leave_behind(self._greenlet)
+        if self._released:
+            return
+        self._released = True
+        if has_hub:
+            release(self._watcher)
+            if line is not None:
+                line.let_go()
+        self._sock.close()
+
     def _wake(self) -> None:
         if self._waiting_since:
             self._loop.run_callback(self._resume)
@@ -706,7 +741,7 @@ class PsSession(SendingHalf[M]):
 
     def _wait_until_woken(self, seconds: float | None) -> None:
         """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
-        timer = None if seconds is None else self._loop.timer(seconds)
+        timer = None if seconds is None else watch(self._loop.timer(seconds))
         if timer is not None:
             timer.start(self._resume)
         self._waiting_since = monotonic()
@@ -714,9 +749,7 @@ class PsSession(SendingHalf[M]):
             self._host.thread.hub.switch()
         finally:
             self._waiting_since = 0.0
-            if timer is not None:
-                timer.stop()
-                timer.close()
+            unwatch(timer)
 
     def _give_up_turn(self) -> None:
         """Let all others go on that can, and the hub, and go on after them; or earlier, if woken.

@@ -32,6 +32,8 @@ from types import FrameType
 
 from gevent import get_hub
 
+from psofa_gevent.forking import in_child, unwatch, watch
+
 try:
     import ctypes
 except ImportError:
@@ -104,15 +106,14 @@ def _waking_the_loop() -> Iterator[None]:
     watched, written = _socket.socketpair()
     watched.setblocking(False)
     written.setblocking(False)
-    watcher = get_hub().loop.io(watched.fileno(), READ, ref=False)
+    watcher = watch(get_hub().loop.io(watched.fileno(), READ, ref=False))
     watcher.start(_drain, watched)
     before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        watcher.stop()
-        watcher.close()
+        unwatch(watcher)
         watched.close()
         written.close()
 
@@ -139,3 +140,10 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
 
 _asked: list[Callable[[str], None]] = []
 _installed = contextlib.ExitStack()
+
+
+@in_child
+def _restore() -> None:
+    """A child process has the handlers of before: a signal is for it, and no server is."""
+    _asked.clear()
+    _installed.close()

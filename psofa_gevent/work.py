@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit
 
 from psofa_gevent.aio import run_task
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.worker import LibraryGreenlet, WorkGreenlet
 
 if TYPE_CHECKING:
@@ -70,14 +71,13 @@ class Killer:
         self.all_ended = all_ended
         self._kills = 0
         # A stuck one must not keep a program alive.
-        self._timer = session._loop.timer(KILL_PERIOD, KILL_PERIOD, ref=False)
+        self._timer = watch(session._loop.timer(KILL_PERIOD, KILL_PERIOD, ref=False))
         self._timer.start(self._kill)
         self._kill()
 
     def stop(self) -> None:
         """Kill no more."""
-        self._timer.stop()
-        self._timer.close()
+        unwatch(self._timer)
 
     def _kill(self) -> None:
         session = self._session

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
+from greenlet import greenlet
 
 from psofa_gevent.aio import in_coroutine
+from psofa_gevent.forking import leave_behind, left_behind, not_woken, track
 from psofa_gevent.logs import LogGreenlet
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "sends_to_the_end",
 ]
 
+
+_switch = greenlet.switch
 
 if TYPE_CHECKING:
     _Greenlet = Greenlet[[], None]
@@ -42,6 +46,29 @@ class LibraryGreenlet(_Greenlet):
 
     # gevent notes for each greenlet where it was made, ten frames deep: here always the same place.
     spawning_stack_limit = 0
+
+    def __init__(self, *run: Callable[[], None]) -> None:
+        super().__init__(*run)
+        track(self)
+
+    def _let_go(self, _hub: object) -> None:
+        """Never run again, in a child process (`psofa_gevent.forking`)."""
+        leave_behind(self)
+
+    # gevent calls these two, whatever the greenlet waited for.
+
+    def switch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, or go on; not in a child process."""
+        if left_behind and self in left_behind:
+            not_woken(self)
+            return None
+        return _switch(self, *args, **kwargs)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise something where it waits; not in a child process."""
+        if left_behind and self in left_behind:
+            return None
+        return super().throw(*args)
 
 
 class WorkGreenlet(LibraryGreenlet):
@@ -118,6 +145,11 @@ class Worker:
             self.greenlet = None
             if self._has_work():
                 self.ensure()
+
+    def let_go(self) -> None:
+        """Have no greenlet, and never start one again: it was the parent process's."""
+        self._stopped = True
+        self.greenlet = None
 
     def replace(self) -> None:
         """Leave the greenlet behind, still running, and start another in its place."""
