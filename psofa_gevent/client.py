@@ -127,8 +127,8 @@ class PsClient(ConnectingOwner[M]):
             send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
                 too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
             unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
-                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux twice `high_water`, and
-                65,536 at least; elsewhere any number.
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
+                and 65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the

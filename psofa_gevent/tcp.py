@@ -70,10 +70,15 @@ UNSENT_LOW_WATER: int | None = getattr(_socket, "TCP_NOTSENT_LOWAT", None)
 """None where there is no such option."""
 if UNSENT_LOW_WATER is None and sys.platform == "darwin":
     UNSENT_LOW_WATER = 0x201  # netinet/tcp.h
+UNSENT_PER_HIGH_WATER = 4
+"""How much of ``high_water`` the kernel may keep unsent, unless a setting says it. With so much,
+large sends are as fast as without a bound, and at the default of 1 MiB it is no less than Linux's
+own (tcp_wmem: 4 MiB)."""
 LEAST_UNSENT = 65_536
-"""Bytes that the kernel may keep unsent at least, unless a setting says less. A segment of Linux's
-has as many, so with less the sender is woken for each of them, and gains little."""
-_LARGEST_INT = 2**31 - 1
+"""Bytes that it may keep at least then. A segment of Linux's has as many, so with less the sender
+is woken for each of them, and gains little."""
+MOST_UNSENT = 4_194_304
+"""Bytes from which on that is left to the kernel."""
 _SO_BUF_LOCK = 72
 """Linux since 5.15, asm-generic/socket.h: which sizes of buffers were set, and so do not grow."""
 _SOCK_SNDBUF_LOCK = 1
@@ -147,18 +152,25 @@ def release_send_buffer(sock: _socket.socket) -> None:
             sock.setsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK, locks & ~_SOCK_SNDBUF_LOCK)
 
 
-def set_unsent_low_water(sock: _socket.socket, settings: SessionSettings) -> None:
+def unsent_low_water(settings: SessionSettings) -> int:
+    """Bytes that the kernel may keep unsent; 0: as many as it likes.
+
+    Without a setting that goes by how much may wait for the peer here: else one that does not read
+    is given megabytes before anything waits, however little that may be. Only on Linux, where the
+    kernel refuses what is more; elsewhere it only tells later that it takes more.
+    """
+    if settings.unsent_low_water is not None:
+        return settings.unsent_low_water
+    size = max(settings.high_water * UNSENT_PER_HIGH_WATER, LEAST_UNSENT)
+    return size if sys.platform == "linux" and size < MOST_UNSENT else 0
+
+
+def set_unsent_low_water(sock: _socket.socket, size: int) -> None:
     """Let the kernel take no more while so much is unsent (TCP_NOTSENT_LOWAT, tcp(7)).
 
-    Without a setting that is twice as much as may wait for the peer here: else one that does not
-    read is given megabytes before anything waits, however little that may be. Only on Linux, where
-    the kernel refuses what is more; elsewhere it only tells later that it takes more. Without
-    effect on a socket that is not TCP.
+    0: the system's own bound. Without effect on a socket that is not TCP.
     """
-    size = settings.unsent_low_water
-    if size is None and sys.platform == "linux":
-        size = min(max(2 * settings.high_water, LEAST_UNSENT), _LARGEST_INT)
-    if size is not None and UNSENT_LOW_WATER is not None:
+    if UNSENT_LOW_WATER is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(_socket.IPPROTO_TCP, UNSENT_LOW_WATER, size)
 
@@ -173,7 +185,8 @@ def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
         set_user_timeout(sock, settings.user_timeout)
     if settings.send_buffer_size is not None:
         set_send_buffer(sock, settings.send_buffer_size)
-    set_unsent_low_water(sock, settings)
+    if size := unsent_low_water(settings):
+        set_unsent_low_water(sock, size)
 
 
 def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
@@ -186,6 +199,7 @@ def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
             sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, 0)
         if settings.send_buffer_size is None:
             release_send_buffer(sock)
+        set_unsent_low_water(sock, unsent_low_water(settings))
         set_options(sock, settings)
 
 
