@@ -13,22 +13,26 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from psofa_gevent.sending import SendingHalf
 
-__all__ = ["SIZE_COST", "Block", "Buffers", "Gave", "Source"]
+__all__ = ["Block", "Buffers", "Gave", "Source"]
 
 Block: TypeAlias = bytes | bytearray | memoryview
 
 JOIN_SIZE = 65_536
-"""Bytes up to which messages are put together, in a block and for one system call."""
+"""Bytes up to which blocks are put together for one system call."""
+BLOCK_SIZE = 16_384
+"""Bytes up to which small messages are put together. A block grows by copies, and with 64 KiB what
+these leave in the heap was as much again for some blocks; with this it was a twentieth."""
 OWN_BLOCK = 160
 """Bytes from which on a message is a block of its own. With what that costs (a bytes object 56 at
 most, a bytearray for a single small message between two of these 88) it is less than doubled."""
-SIZE_COST = 2
-"""What keeping its size costs for each message: a byte, in a bytearray that grows by copies."""
+_SIZES = [bytes((size,)) for size in range(OWN_BLOCK)]
+"""The size of a small message, as it is kept."""
 
 
 class Gave(enum.Enum):
@@ -60,7 +64,7 @@ class Source(Protocol):
 class Buffers:
     """Messages on their way (a `Source`)."""
 
-    __slots__ = ("_blocks", "_front", "_sizes", "begun", "left", "size")
+    __slots__ = ("_blocks", "_front", "_number", "_sizes", "begun", "left", "size")
 
     offered_at = 0.0
 
@@ -78,8 +82,10 @@ class Buffers:
         """What is left of messages that must stay, where others can be dropped."""
         self._blocks: deque[Block] = deque()
         """All others: small ones together in a bytearray, and each larger one by itself."""
-        self._sizes: bytearray | None = bytearray() if droppable else None
-        """The size of each message in the blocks; 0: that of a block of its own."""
+        self._sizes: deque[Block] | None = deque() if droppable else None
+        """The size of each message in the blocks, a byte; 0: that of a block of its own."""
+        self._number = 0
+        """How many these are."""
         self.size = 0
         """Bytes that have not left."""
         self.left = 0
@@ -94,7 +100,7 @@ class Buffers:
     @property
     def weight(self) -> int:
         """Bytes that have not left, and what is kept to tell messages apart."""
-        return self.size if self._sizes is None else self.size + len(self._sizes) * SIZE_COST
+        return self.size + self._number
 
     @property
     def droppable_weight(self) -> int:
@@ -119,32 +125,26 @@ class Buffers:
         """One more message; not an empty one."""
         size = len(data)
         self.size += size
-        blocks = self._blocks
-        if size >= OWN_BLOCK:
-            blocks.append(data)
-        elif blocks and type(last := blocks[-1]) is bytearray and len(last) + size <= JOIN_SIZE:
-            last += data
+        if size < OWN_BLOCK:
+            _join(self._blocks, data)
         else:
-            blocks.append(bytearray(data))
+            self._blocks.append(data)
         if self._sizes is not None:
-            self._sizes.append(size if size < OWN_BLOCK else 0)
+            self._number += 1
+            _join(self._sizes, _SIZES[size if size < OWN_BLOCK else 0])
 
     def extend(self, others: Buffers) -> None:
         """All of `others`, of which nothing has left, and which are not used any more."""
         self.size += others.size
-        if self._sizes is not None and others._sizes is not None:
-            self._sizes += others._sizes
-        last = self._blocks[-1] if self._blocks else b""
+        self._number += others._number
         for block in others._blocks:
-            if (
-                type(last) is bytearray
-                and type(block) is bytearray
-                and len(last) + len(block) <= JOIN_SIZE
-            ):
-                last += block
+            if type(block) is bytearray:
+                _join(self._blocks, block)
             else:
                 self._blocks.append(block)
-                last = block
+        if self._sizes is not None and others._sizes is not None:
+            for sizes in others._sizes:
+                _join(self._sizes, sizes)
 
     def drop(self, weight: int) -> tuple[int, int]:
         """Drop the oldest messages of which nothing has left, for so much, or all there are.
@@ -152,12 +152,11 @@ class Buffers:
         Returns:
             How many messages that were, and their weight.
         """
-        number, size = self._count_messages(weight, besides=SIZE_COST)
-        if self._sizes is not None:
-            del self._sizes[:number]
-        self._cut(size)
+        number, size = self._count_messages(weight, besides=1)
+        self._forget(number)
+        _cut(self._blocks, size)
         self.size -= size
-        return number, size + number * SIZE_COST
+        return number, size + number
 
     def clear(self) -> None:
         """Drop all of them."""
@@ -165,6 +164,7 @@ class Buffers:
         self._blocks.clear()
         if self._sizes is not None:
             self._sizes.clear()
+        self._number = 0
         self.size = 0
 
     def _first(self) -> Block:
@@ -189,11 +189,11 @@ class Buffers:
             count -= in_front
             self._front = memoryview(self._front)[in_front:] or b""
         if self._sizes is None:
-            self._cut(count)
+            _cut(self._blocks, count)
         elif count:
             number, size = self._count_messages(count)
-            del self._sizes[:number]
-            self._cut(count)
+            self._forget(number)
+            _cut(self._blocks, count)
             self._front = _together(self._pull(size - count))
 
     def _keep_front(self, count: int) -> None:
@@ -201,7 +201,7 @@ class Buffers:
         count -= len(self._front)
         if self._sizes is not None and count > 0:
             number, size = self._count_messages(count)
-            del self._sizes[:number]
+            self._forget(number)
             parts = self._pull(size)
             self._front = _together([self._front, *parts] if self._front else parts)
 
@@ -214,12 +214,18 @@ class Buffers:
             return 0, 0
         larger = (len(block) for block in self._blocks if type(block) is not bytearray)
         number = total = 0
-        for size in self._sizes:
+        for size in chain.from_iterable(self._sizes):
             if total + number * besides >= count:
                 break
             number += 1
             total += size or next(larger)
         return number, total
+
+    def _forget(self, number: int) -> None:
+        """Keep no more of the sizes of so many messages."""
+        if self._sizes is not None:
+            self._number -= number
+            _cut(self._sizes, number)
 
     def _pull(self, count: int) -> list[Block]:
         """Take so many bytes out of the blocks: as they are, as far as whole blocks go."""
@@ -229,22 +235,31 @@ class Buffers:
             part = block if len(block) <= count else block[:count]
             parts.append(part)
             count -= len(part)
-            self._cut(len(part))
+            _cut(self._blocks, len(part))
         return parts
 
-    def _cut(self, count: int) -> None:
-        """Let go of so many bytes of the blocks."""
-        blocks = self._blocks
-        while count:
-            block = blocks[0]
-            size = len(block)
-            if count >= size:
-                blocks.popleft()
-            elif type(block) is bytearray:
+
+def _join(blocks: deque[Block], data: Block) -> None:
+    """Add `data` to the last one, or begin another."""
+    if blocks and type(last := blocks[-1]) is bytearray and len(last) + len(data) <= BLOCK_SIZE:
+        last += data
+    else:
+        blocks.append(bytearray(data))
+
+
+def _cut(blocks: deque[Block], count: int) -> None:
+    """Let go of so many bytes in front."""
+    while count:
+        block = blocks[0]
+        size = len(block)
+        if count < size:
+            if type(block) is bytearray:
                 del block[:count]
             else:
                 blocks[0] = memoryview(block)[count:]
-            count = max(count - size, 0)
+            return
+        blocks.popleft()
+        count -= size
 
 
 def _together(parts: list[Block]) -> Block:

@@ -309,6 +309,9 @@ class PsClient(ConnectingOwner[M]):
         Returns at once, the work going on, when called in a callback, a coroutine or the hub. An
         attempt to connect that is under way fails. Without effect when not connected.
 
+        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub is gone (see `PsServer.shutdown`).
+
         Args:
             timeout: seconds that a running callback has; then it is killed, and has as long again,
                 at least a second. ``None``: as long as it takes.

@@ -362,6 +362,9 @@ class PsMultiClient(ConnectingOwner[M]):
         Attempts to connect that are under way fail. Without effect when not initialised; afterwards
         `init_bundle` works again.
 
+        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub is gone (see `PsServer.shutdown`).
+
         Args:
             timeout: seconds that running callbacks have; then they are killed, and have as long
                 again, at least a second. ``None``: as long as they take.

@@ -6,7 +6,7 @@ posted. The hub sends a batch on whenever the peer takes more. What other thread
 inbox until the hub comes to it, and counts from the call on.
 
 What waits is limited by ``high_water``, and the session's `PsOverflow` says what happens to a post
-beyond that. It counts the bytes of messages; with DROP_OLDEST also two for each, for where it ends.
+beyond that. It counts the bytes of messages; with DROP_OLDEST also one for each, for where it ends.
 In memory that is less than twice as much (`psofa_gevent.buffers`). What one broadcast left in many
 sessions counts in each of them, also where they share it. Messages that were collected
 (`PsSession.corked`) are always kept: they are few, and were sent.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from psofa_gevent.buffers import SIZE_COST, Buffers
+from psofa_gevent.buffers import Buffers
 from psofa_gevent.enums import PsCloseReason, PsOverflow
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.send_line import Batch, Parking
@@ -68,7 +68,7 @@ class Inbox:
         if self.is_shut:
             return False
         drops_oldest = settings.overflow is PsOverflow.DROP_OLDEST
-        own = self.weight + len(data) + drops_oldest * SIZE_COST
+        own = self.weight + len(data) + drops_oldest
         room = settings.high_water - waiting - own
         if room < 0 and drops_oldest and self.buffers is not None:
             room = max(room, settings.high_water // SHARE_OF_INBOX - own)
@@ -149,7 +149,7 @@ class Outbox:
             return True
         settings = session._host.settings
         drops_oldest = settings.overflow is PsOverflow.DROP_OLDEST
-        wanted = self.weight + len(data) + drops_oldest * SIZE_COST - settings.high_water
+        wanted = self.weight + len(data) + drops_oldest - settings.high_water
         if self.inbox.buffers is not None:
             wanted += self.inbox.weight
         if wanted > 0 and not begun and self._batches:

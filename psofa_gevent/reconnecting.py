@@ -203,7 +203,7 @@ class Link:
 
     def _check_may_wait(self) -> None:
         """Raise in the wrong thread, and where the next session would wait for the caller."""
-        if not self.manager.thread.is_current() or self.manager.thread.is_destroyed():
+        if not self.manager.thread.is_current() or self.manager.thread.is_over():
             raise self.not_connected("wait_connected belongs to the client's own thread")
         current = getcurrent()
         if self.session is not None and self.session._greenlet is current:

@@ -241,7 +241,7 @@ class SendingHalf(Generic[M]):
         At most ``high_water`` bytes wait for the peer, and a single message that is larger when
         nothing else waits; the setting ``overflow`` says what happens beyond that. Small messages
         are put together, so in memory they take less than twice their bytes, whatever their sizes;
-        with ``DROP_OLDEST`` each counts two bytes more. However long the peer takes nothing, what
+        with ``DROP_OLDEST`` each counts one byte more. However long the peer takes nothing, what
         waits stays, until it reads again or the session closes; then ``linger_timeout`` is what it
         has. Sends and posts leave in the order of their calls.
 

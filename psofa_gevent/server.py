@@ -458,6 +458,10 @@ class PsServer(SessionOwner[M]):
         second call waits for the first, and may shorten either time. Without effect when not
         started; afterwards `start` works again.
 
+        In another OS thread it returns, too, when `drain` and `timeout` are over and the hub has
+        not run in the last second: its thread is blocked. The stop goes on when the hub runs again.
+        At once, when the hub was destroyed or its thread has ended: no callback is called then.
+
         Args:
             timeout: seconds that running callbacks have, after `drain`; then they are killed, and
                 have as long again, at least a second. ``None``: as long as they take.

@@ -606,7 +606,7 @@ class PsSession(SendingHalf[M]):
     ) -> None:
         """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
         self._may_linger = self._may_linger and linger
-        if self._host.thread.is_destroyed():
+        if self._host.thread.is_over():
             self._end_with_hub()
             return
         if not self._decide(reason, cause):

@@ -342,7 +342,7 @@ class PythonProcess:
         self.pid: int = self._process.pid
         self.lines: list[str] = []
 
-    def expect_line(self, containing: str, timeout: float = 20.0) -> str:
+    def expect_line(self, containing: str, timeout: float = 40.0) -> str:
         """Read lines until one contains `containing`, and return that."""
         with contextlib.suppress(gevent.Timeout), gevent.Timeout(timeout):
             for line in self._output:
@@ -364,7 +364,7 @@ class PythonProcess:
                 self._process.wait(timeout=every)
                 return
 
-    def wait(self, timeout: float = 40.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         """Read the output to its end, wait for the process and return its exit code."""
         with contextlib.suppress(gevent.Timeout), gevent.Timeout(timeout):
             for line in self._output:
@@ -409,7 +409,7 @@ def python_process(
 def run_python(
     source: str,
     *arguments: str,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     descriptor_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> gevent.subprocess.CompletedProcess[str]:

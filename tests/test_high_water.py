@@ -31,7 +31,7 @@ PIECE = 65_536
 # In memory, seen from outside
 
 MEMORY = """
-    import os, resource, socket, ssl, sys
+    import contextlib, ctypes, os, socket, ssl, sys
 
     import gevent
     import gevent.ssl
@@ -81,14 +81,16 @@ MEMORY = """
                 gevent.sleep(0)
             if way == "thread":
                 NativeThread(session.post, b"x").join()
+            with contextlib.suppress(AttributeError):  # what was freed before is not to be used
+                ctypes.CDLL(None).malloc_trim(0)
             before = memory()
             if way != "thread":
                 post_all(session, size)
             elif overflow == "DROP_OLDEST":  # behind an outbox that is full
                 post_all(session, size)
-                NativeThread(post_all, session, size).join(40)
+                NativeThread(post_all, session, size).join(100)
             else:  # the hub stands still
-                NativeThread(post_all, session, size).join(40)
+                NativeThread(post_all, session, size).join(100)
             return memory() - before, session.pending_bytes
 
 
@@ -101,6 +103,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.deadline(120.0)
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 @pytest.mark.parametrize(
     ("way", "overflow"),
@@ -124,13 +127,13 @@ def test_what_waits_takes_at_most_twice_high_water_in_memory(
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(files[0])
         authority.cert_pem.write_to_path(files[1])
     path = str(tmp_path / "app.sock")
-    result = run_python(MEMORY, way, overflow.name, path, *files, timeout=50)
+    result = run_python(MEMORY, way, overflow.name, path, *files, timeout=110)
     assert (result.returncode, result.stderr) == (0, "")
     lines = [[int(word) for word in line.split()] for line in result.stdout.splitlines()]
     assert [size for size, _growth, _waits in lines] == [1, 2, 100, 200, 1_024, 65_536]
     for size, growth, waits in lines:
         assert growth <= 2 * 524_288, (size, growth, waits)
-        assert waits >= 0.3 * 524_288, (size, growth, waits)  # else nothing was measured
+        assert waits >= 0.45 * 524_288, (size, growth, waits)  # else nothing was measured
 
 
 # Message by message
@@ -196,7 +199,7 @@ def test_whole_messages_are_dropped_and_the_others_arrive_in_order(
         elif step == "drop":
             oldest, weight = 0, 0
             while oldest < len(waiting) and weight < number:
-                weight += len(waiting[oldest]) + 2
+                weight += len(waiting[oldest]) + 1
                 oldest += 1
             assert buffers.drop(number) == (oldest, weight)
             del waiting[:oldest]
@@ -211,7 +214,7 @@ def test_whole_messages_are_dropped_and_the_others_arrive_in_order(
                 buffers.extend(others)
         left = len(expected) - len(taker.received)
         assert buffers.size == left + sum(map(len, waiting))
-        assert buffers.weight == buffers.size + 2 * len(waiting)
+        assert buffers.weight == buffers.size + len(waiting)
         assert buffers.droppable_weight == buffers.weight - left
     taker.room = buffers.size
     taker._half_sent = 0

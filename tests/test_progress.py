@@ -29,7 +29,6 @@ def test_number(number):
 """
 
 
-@pytest.mark.deadline(150)
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "with workers"])
 def test_a_run_tells_how_many_of_its_tests_have_ended(
     options: tuple[str, ...], tmp_path: Path
@@ -48,7 +47,7 @@ def test_a_run_tells_how_many_of_its_tests_have_ended(
         str(tmp_path),
     )
     with python_process(*command, environment={VARIABLE: str(progress)}) as process:
-        code = process.wait(120)
+        code = process.wait(100)
     assert code == 1, "\n".join(process.lines)
     assert progress.read_text().split() == ["3", "3"]
 

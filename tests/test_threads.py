@@ -498,6 +498,140 @@ def expect_client_error(client: PsClient) -> None:
         client.connect()
 
 
+# Calls that wait for a hub that runs no more
+
+
+@pytest.mark.parametrize("drain", [0.0, 0.5])
+def test_shutdown_from_a_thread_returns_at_the_end_of_its_time_if_the_hub_stands_still(
+    drain: float, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    ps_client(server)
+    callback.wait_for("on_open")
+    with takes(1.0 + drain, most=1.0 + drain):
+        NativeThread(server.shutdown, 1.0, drain=drain).join()
+    assert server.get_session_count() == 1
+    assert server.wait_for(5), "the stop goes on when the hub runs again"
+    assert close_reasons(callback) == [PsCloseReason.SHUTDOWN]
+
+
+def test_clients_are_given_up_from_a_thread_if_the_hub_stands_still(
+    ps_server: ServerFactory,
+) -> None:
+    server = ps_server(RecordingCallback())
+    client = PsClient(RecordingCallback(), *server.address)
+    client.connect()
+    with PsMultiClient(RecordingCallback()) as bundle, client:
+        bundle.connect(*server.address)
+        with takes(most=2.5):
+            NativeThread(client.disconnect, 0.1).join()
+            NativeThread(bundle.destroy_bundle, 0.1).join()
+        assert client.session is not None
+        assert bundle.get_session_count() == 1
+
+
+def test_shutdown_from_a_thread_goes_on_waiting_for_a_hub_that_runs(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    """A killed ``on_close`` has a second beyond the timeout, and it takes it here."""
+    ended: list[str] = []
+
+    class Callback(RecordingCallback):
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            try:
+                gevent.sleep(60)
+            finally:
+                gevent.sleep(0.3)
+                ended.append("on_close")
+
+        def on_stop(self, owner: object) -> None:
+            ended.append("on_stop")
+
+    callback = Callback()
+    server = ps_server(callback)
+    ps_client(server)
+    callback.wait_for("on_open")
+    NativeThread(server.shutdown, 0.0).wait()
+    assert ended[-1] == "on_stop"
+    assert not server.started
+
+
+def test_shutdown_returns_at_once_when_the_thread_of_the_hub_has_ended() -> None:
+    done = run_python("""
+        from helpers import LOOPBACK, NativeThread, accepts_connections
+        from psofa_gevent import PsCallback, PsServer
+
+        class Leaving(NativeThread):
+            destroys_hub = False
+
+        def serve():
+            server = PsServer(PsCallback(), host=LOOPBACK, port=0)
+            server.start()
+            return server
+
+        server = Leaving(serve).join()
+        server_thread_has_left = lambda: server._manager.thread.is_over()
+        from psofa_gevent.testing import eventually
+        eventually(server_thread_has_left)
+        address = server.address
+        server.shutdown(timeout=None)
+        print(server.started, accepts_connections(address))
+        """)
+    assert (done.stdout, done.stderr) == ("False False\n", "")
+
+
+@pytest.mark.parametrize("kind", ["calls", "has a hub"])
+def test_threads_that_have_ended_leave_no_descriptors_behind(kind: str) -> None:
+    """A thread with a hub has to destroy that, as gevent wants it: no thread else has any."""
+    done = run_python(
+        """
+        import asyncio, os, sys
+        import gevent
+        from helpers import LOOPBACK, NativeThread
+        from psofa_gevent import PsCallback, PsClient, PsServer, run_coroutine
+
+        server = PsServer(PsCallback(), host=LOOPBACK, port=0)
+        server.start()
+        client = PsClient(PsCallback(), *server.address)
+        session = client.connect()
+
+        class Leaving(NativeThread):
+            destroys_hub = False
+
+        def calls():
+            session.send("x")
+            session.post("x")
+            server.broadcast("x")
+            server.stop_accepting()
+            server.resume_accepting()
+
+        def has_a_hub():
+            gevent.sleep(0.001)
+            calls()
+            run_coroutine(asyncio.to_thread(int))
+            with PsServer(PsCallback(), host=LOOPBACK, port=0) as own:
+                with PsClient(PsCallback(), *own.address):
+                    pass
+            gevent.get_hub().destroy()
+
+        def descriptors():
+            return len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
+
+        function = calls if sys.argv[1] == "calls" else has_a_hub
+        Leaving(function).wait()
+        before = descriptors()
+        for _ in range(5):
+            Leaving(function).wait()
+        print(descriptors() - before)
+        client.disconnect()
+        server.shutdown()
+        """,
+        kind,
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 # What belongs to the hub's thread
 
 
@@ -822,8 +956,8 @@ def stop_server_while_a_thread_is_at(line: int, operation: str) -> bool:
 
 PROGRAM = """
     import sys
-    from gevent import monkey
     if sys.argv[1] == "patched":
+        from gevent import monkey
         monkey.patch_all()
     import gevent
     from helpers import NativeThread, ScriptedServer

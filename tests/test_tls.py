@@ -570,9 +570,9 @@ def test_the_idle_time_is_no_longer_than_on_plain_connections(
 ) -> None:
     callback = RecordingCallback()
     client = peer(ps_server(callback, ssl_context=server_context(), idle_milliseconds=3_000))
-    client.say(b"hello")
-    callback.wait_for("on_message")
     with takes(3.0, most=3.9):
+        client.say(b"hello")
+        callback.wait_for("on_message")
         (closed,) = callback.wait_for("on_close", timeout=10)
     assert closed.value is PsCloseReason.TIMEOUT
 
