@@ -234,7 +234,12 @@ def _check_farewell(farewell: object) -> bytes:
         return b""
     if not isinstance(farewell, (str, bytes)):
         raise TypeError(f"farewell must be text, bytes or None, not {farewell!r}")
-    words = farewell.encode("utf-8", "replace") if isinstance(farewell, str) else farewell
+    try:
+        words = farewell.encode() if isinstance(farewell, str) else farewell
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"farewell must be text that UTF-8 can encode, not {farewell!r}: {exc}"
+        ) from exc
     if not 1 <= len(words) <= LONGEST_FAREWELL:
         raise ValueError(f"farewell must have 1 to {LONGEST_FAREWELL} bytes, not {farewell!r}")
     return words

@@ -159,11 +159,14 @@ class ConnectingOwner(SessionOwner[M]):
         try:
             with manager.entrance():
                 for untried in range(len(target.endpoints), 0, -1):
-                    share = each
+                    share, limit = each, f"after {each:g} s" if each is not None else ""
                     if timeout is not None:
                         share = max(timeout - monotonic() + began, 0.0) / untried
+                        is_alone = len(target.endpoints) == 1
+                        limit = f"after {'' if is_alone else 'its share of '}{timeout:g} s"
                     try:
-                        return self._connect_to(manager, target, target.endpoints[-untried], share)
+                        endpoint = target.endpoints[-untried]
+                        return self._connect_to(manager, target, endpoint, share, limit)
                     except self._error as exc:
                         errors.append(exc)
                         if not self._is_still_wanted(manager):
@@ -186,6 +189,7 @@ class ConnectingOwner(SessionOwner[M]):
         target: Target,
         endpoint: Address,
         timeout: float | None,
+        limit: str,
     ) -> PsSession[Any]:
         connector = Connector(endpoint, target.source_address, self._settings, self._error)
         if self._ssl_context is not None:
@@ -194,7 +198,7 @@ class ConnectingOwner(SessionOwner[M]):
         where = str(endpoint)
         try:
             self._check_still_wanted(manager, where)
-            sock, address = connector.connect(timeout)
+            sock, address = connector.connect(timeout, limit)
         finally:
             self._connectors.discard(connector)
         try:
@@ -362,12 +366,13 @@ class Connector:
         self._tls = ssl_context, server_hostname
 
     def connect(
-        self, timeout: float | None
+        self, timeout: float | None, limit_text: str
     ) -> tuple[_socket.socket | TlsSocket, SocketAddress | str]:
         """A connected socket, and the address that answered.
 
         Args:
             timeout: seconds for all of it; ``None``: as long as the system takes.
+            limit_text: the time that was asked for, as an error tells it.
 
         Raises:
             PsClientError, PsMultiClientError: whichever was given; host, port and cause are in it.
@@ -388,9 +393,7 @@ class Connector:
             raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
         except Timeout as exc:
             if exc is limit:
-                raise self._error(
-                    f"cannot connect to {where}: timed out after {timeout:g} s"
-                ) from None
+                raise self._error(f"cannot connect to {where}: timed out {limit_text}") from None
             raise
         except _NotWantedError:
             raise self._error(f"cannot connect to {where}: disconnected meanwhile") from None

@@ -88,6 +88,7 @@ class PsGroup(Generic[M]):
         Raises:
             PsFramingError: a member's framing can't carry the message. Nobody got it.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
         """
         post_to_all(list(self._members), message, exclude, raw=raw)
 

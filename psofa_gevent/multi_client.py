@@ -54,16 +54,13 @@ class PsMultiClientConnection(Generic[M]):
         return f"<PsMultiClientConnection {format_address(self.host, self.port)} {session!r}>"
 
     @property
-    def session(self) -> PsSession[M]:
+    def session(self) -> PsSession[M] | Any:
         """The session; with ``reconnect`` the last one. It may have closed.
 
-        Raises:
-            PsMultiClientError: there was none yet (`PsMultiClient.connect_in_background`).
+        ``None`` if there was none yet, which can only be after
+        `PsMultiClient.connect_in_background`; so type checkers let it pass for a session.
         """
-        session = self._session if self._link is None else self._link.session
-        if session is None:
-            raise PsMultiClientError(f"{self!r} has not been connected yet")
-        return session
+        return self._session if self._link is None else self._link.session
 
     def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
         """The open session; if there is none at the moment, the next one.

@@ -116,6 +116,7 @@ class SessionOwner(Generic[M]):
         Raises:
             PsFramingError: a session's framing can't carry the message. Nobody got it.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
         """
         post_to_all(self.sessions, message, exclude, raw=raw)
 

@@ -54,8 +54,9 @@ class PsReconnect:
             takes.
         steady_after: seconds after which a session is a success even if it received nothing.
         should_retry: asked after each failure and after each session, with the number of failures
-            in a row and the last error (``None`` after a session): ``False`` gives up. It runs in
-            a greenlet of the client, and may wait.
+            in a row and the last error (``None`` after a session): ``False`` gives up. Not asked
+            when `attempts` or `give_up_after` ends it already, so not after the last failure. It
+            runs in a greenlet of the client, and may wait.
     """
 
     first_delay: float = 0.5
@@ -327,7 +328,7 @@ class Link:
         if policy.give_up_after is not None:
             tried = monotonic() - self._tried_since
             if tried + delay > policy.give_up_after:
-                return f"after {tried:.1f} s"
+                return f"after {policy.give_up_after:g} s"
         if policy.should_retry is not None:
             try:
                 if policy.should_retry(self._failures, self._last_error) is False:

@@ -176,6 +176,7 @@ class PsRequester(Generic[M]):
             PsRequestError: it would wait for itself: called in a callback of this very session, or
                 in a coroutine or the hub.
             PsFramingError, TypeError: the message can't be sent.
+            UnicodeEncodeError: the message is text with a lone surrogate, which is no UTF-8.
             ValueError: the message has no key, or that of a request that waits already.
         """
         check_instance("session", session, PsSession)

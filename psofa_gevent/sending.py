@@ -163,6 +163,7 @@ class SendingHalf(Generic[M]):
                 `timeout`, or the socket failed; or the call would have had to wait where it must
                 not (in a coroutine, in the hub).
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: `message` is text with a lone surrogate, which is no UTF-8.
             ValueError: `timeout` is negative.
         """
         if self._encode is not None and not raw:
@@ -261,6 +262,7 @@ class SendingHalf(Generic[M]):
         Raises:
             PsFramingError: the session's framing can't carry the message.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8.
         """
         encode: Any = self._encode
         data = as_bytes(message if raw or encode is None else encode(message))

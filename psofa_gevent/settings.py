@@ -249,15 +249,17 @@ def check_heartbeat(value: object, framing: Framing[Any] | None) -> None:
         raise ValueError(error)
     if callable(heartbeat.message):
         return
-    if framing is not None and not heartbeat.raw:
-        framing.encode(heartbeat.message)
-        return
     try:
-        is_empty = not as_bytes(heartbeat.message)
-    except TypeError:
-        raise TypeError(error) from None
-    if is_empty:
-        raise ValueError(error)
+        if framing is not None and not heartbeat.raw:
+            framing.encode(heartbeat.message)
+        elif not as_bytes(heartbeat.message):
+            raise ValueError(error)
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"heartbeat must have text that UTF-8 can encode, not {value!r}: {exc}"
+        ) from exc
+    except TypeError as exc:
+        raise TypeError(f"{error}: {exc}") from exc
 
 
 def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:

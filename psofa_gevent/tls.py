@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from psofa_gevent.addresses import without_zone
 from psofa_gevent.client_hello import LONGEST_HELLO, server_name
 from psofa_gevent.ready import ReadySessions
 
@@ -83,6 +84,9 @@ class TlsSocket:
         server_side: bool,
         server_hostname: str | None = None,
     ) -> None:
+        if server_hostname is not None:
+            # A zone names an interface of this machine; no certificate can know of it.
+            server_hostname = without_zone(server_hostname)
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()

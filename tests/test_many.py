@@ -380,6 +380,7 @@ def test_of_sessions_with_the_same_chosen_id_the_last_is_found(ps_server: Server
         assert bundle.get_session(chosen) is first
         second = bundle.connect("127.0.0.1", port, connection_id=chosen).session
         assert bundle.get_session(chosen) is second
+        assert second is not None
         second.close()
         assert bundle.get_session(chosen) is first
         eventually(lambda: bundle.get_session_count() == 1)

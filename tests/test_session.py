@@ -23,11 +23,14 @@ from helpers import NativeThread, run_python, stalled_peer
 from psofa_gevent import (
     PsClient,
     PsCloseReason,
+    PsGroup,
     PsHandler,
     PsMultiClient,
+    PsRequester,
     PsSendError,
     PsSession,
     PsSocketAddressFamily,
+    run_coroutine,
 )
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import (
@@ -137,14 +140,32 @@ def sending_in_thread(session: PsSession, message: object) -> None:
     NativeThread(session.send, message).wait()  # type: ignore[arg-type]  # that is the point
 
 
+@pytest.mark.parametrize("framing", [None, Line()], ids=["raw", "framed"])
+@pytest.mark.parametrize(
+    "way", ["send", "send_async", "post", "broadcast", "group", "request", "in a thread"]
+)
 def test_text_that_is_no_utf_8_is_refused_and_the_session_stays_open(
-    callback: ActingCallback,
+    callback: ActingCallback, way: str, framing: Line | None
 ) -> None:
-    with connected_session(callback) as connected:
-        with pytest.raises(UnicodeEncodeError):
-            connected.session.send("half a pair: \ud800")
-        connected.session.send("fine")
-        connected.peer.expect("fine")
+    text = "half a pair: \ud800"
+    with connected_session(callback, framing=framing) as connected:
+        session = connected.session
+        eventually(lambda: session._waiting_since)
+        group: PsGroup[bytes] = PsGroup()
+        group.join(session)
+        ways: dict[str, Callable[[], object]] = {
+            "send": lambda: session.send(text),
+            "send_async": lambda: run_coroutine(session.send_async(text)),
+            "post": lambda: session.post(text),
+            "broadcast": lambda: session.owner.broadcast(text),
+            "group": lambda: group.post(text),
+            "request": lambda: PsRequester[bytes]().request(session, text),
+            "in a thread": lambda: sending_in_thread(session, text),
+        }
+        with pytest.raises(UnicodeEncodeError, match="position 13: surrogates not allowed"):
+            ways[way]()
+        session.send("fine")
+        connected.peer.expect("fine" if framing is None else "fine\n")
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,10 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "unsent_low_water": [0, -1, 2**31, TOO_LARGE_FOR_A_FLOAT],
     "keep_alive": [*SECONDS_OUT_OF_RANGE, 0, 32_768],
     "user_timeout": [*SECONDS_OUT_OF_RANGE, 0, 2_000_001],
-    "heartbeat": [(0, b"x"), (-1, b"x"), (1, b""), (1, ""), PsHeartbeat(1, b"", raw=True)],
+    "heartbeat": [
+        *((0, b"x"), (-1, b"x"), (1, b""), (1, ""), PsHeartbeat(1, b"", raw=True)),
+        (1, "\ud800"),
+    ],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
@@ -157,7 +160,7 @@ OUT_OF_RANGE_OF_SERVERS: dict[str, list[Any]] = {
     "allowed_networks": NO_NETWORKS,
     "denied_networks": NO_NETWORKS,
     "max_sessions_per_peer": [0, -1, 2**31],
-    "farewell": ["", b"", b"x" * 4_097],
+    "farewell": ["\ud800", "", b"", b"x" * 4_097],
 }
 
 

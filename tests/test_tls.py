@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from acting import sending
 from helpers import NativeThread, close_reasons, python_process, takes
-from marks import sync_and_async
+from marks import needs_ipv6, sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -44,6 +44,7 @@ from psofa_gevent import (
     PsServer,
     PsServerError,
     PsSession,
+    PsSocketAddressFamily,
     PsTlsError,
     PsTlsInfo,
     await_greenlet,
@@ -845,6 +846,34 @@ def test_the_client_verifies_the_server(ps_server: ServerFactory) -> None:
         bundle.connect(host, port, server_hostname="localhost")
         with pytest.raises(PsMultiClientError, match="Hostname mismatch"):
             bundle.connect(host, port, server_hostname="example.org")
+
+
+@needs_ipv6
+def test_an_address_with_a_zone_is_verified_without_it(ps_server: ServerFactory) -> None:
+    """A certificate is for an address, whatever its interface is called here (RFC 4007)."""
+    loopback = next(number for number, name in socket.if_nameindex() if name.startswith("lo"))
+    host = f"::1%{loopback}"
+    family = PsSocketAddressFamily.IPV6
+    callback = RecordingCallback()
+    for certificate, verifies in ((CA.issue_cert("::1"), True), (CERTIFICATE, False)):
+        context = server_context(certificate)
+        server = ps_server(callback, ssl_context=context, socket_address_family=family)
+        client = PsClient(
+            PsCallback(),
+            host,
+            server.address[1],
+            socket_address_family=family,
+            ssl_context=client_context(),
+        )
+        if verifies:
+            with client:
+                (opened,) = callback.wait_for("on_open")
+                assert opened.session is not None
+                assert opened.session.tls is not None
+                assert opened.session.tls.server_name is None
+        else:
+            with pytest.raises(PsClientError, match="IP address mismatch"):
+                client.connect()
 
 
 def test_a_client_tells_when_the_server_speaks_no_tls(ps_server: ServerFactory) -> None:
