@@ -4,8 +4,8 @@
     nc 127.0.0.1 8710                             # in as many terminals as you like
 
 The members are a `PsGroup`, and what is posted to that waits for nobody: what a member has not read
-yet is kept for it, up to ``high_water`` bytes here, and as many in the kernel. One who reads too
-slowly is dropped in the end: the alternatives are to drop lines (``overflow``), to wait for the
+yet is kept for it, up to ``high_water`` bytes here, and twice as many in the kernel. One who reads
+too slowly is dropped in the end: the alternatives are to drop lines (``overflow``), to wait for the
 slowest, or to let memory grow.
 """
 
@@ -25,8 +25,8 @@ from psofa_gevent import (
 )
 from psofa_gevent.framing import Line
 
-# What a member can cost: a line that is not whole, what waits for it here (HIGH_WATER), and as much
-# again that the kernel has taken and not sent (the setting unsent_low_water, which follows it).
+# What a member can cost: a line that is not whole, what waits for it here (HIGH_WATER), and twice
+# as much that the kernel has taken and not sent (the setting unsent_low_water, which follows it).
 MAX_LINE = 1_000
 HIGH_WATER = 1_000_000
 MAX_NAME = 20

@@ -60,6 +60,7 @@ from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_loop import HubLoop, hub_loop
 from psofa_gevent.aio_run import Run
 from psofa_gevent.logs import LogGreenlet
+from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = [
     "await_greenlet",
@@ -96,7 +97,7 @@ def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
     """
     if timeout is None:
         return run_task(_as_coroutine(coro))
-    limit = gevent.Timeout(max(timeout, 0))
+    limit = gevent.Timeout(max(timeout, SHORTEST_TIMER))
     try:
         with limit:
             try:

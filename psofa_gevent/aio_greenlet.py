@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit, getcurrent
 from greenlet import greenlet
 
+from psofa_gevent.hub_calls import close_watcher
 from psofa_gevent.ready import ready_sessions
 
 if TYPE_CHECKING:
@@ -136,9 +137,7 @@ class LoopGreenlet(greenlet):
             if self._held:
                 self._switch_in()
             greenlet.throw(self, GreenletExit)
-        if self.hub.loop is not None:  # else the hub was destroyed, watchers and all
-            self._keep_alive.stop()
-            self._keep_alive.close()
+        close_watcher(self._keep_alive)
 
     def abandon(self) -> None:
         """Never switch to this greenlet again, nor end it: it came with a fork."""

@@ -369,7 +369,7 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="BYTES",
         help="what the kernel may keep unsent for a slow client (TCP_NOTSENT_LOWAT; default: "
-        "%(default)s, on Linux as much as --high-water)",
+        "%(default)s, on Linux twice --high-water)",
     )
 
     times = parser.add_argument_group("time limits")

@@ -4,7 +4,8 @@ A session puts itself into the queue when it has ended and its socket is release
 never waits for a session, and a slow ``on_close`` delays other ``on_close`` calls and nothing else.
 ``on_stop`` runs here too, after the last of them.
 
-All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and `stop`.
+All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and in the
+greenlet that stops the manager `CloseQueue.abandon` and `CloseQueue.stop`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class CloseQueue:
             dispatch: the callbacks.
             context: that of ``on_stop``.
             thread: where they run.
-            settled: called in the close greenlet whenever nothing is left to deliver.
+            settled: called whenever nothing is left to deliver. In the close greenlet; where a call
+                is left behind (`hurry`, `abandon`), in the greenlet that stops the manager.
         """
         self._dispatch = dispatch
         self._context = context

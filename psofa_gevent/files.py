@@ -25,10 +25,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from psofa_gevent.buffers import Gave
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.send_line import Gave
 from psofa_gevent.settings import MAX_BUFFER, check_int
 from psofa_gevent.tls import TlsSocket
 
@@ -77,7 +77,7 @@ File = str | os.PathLike[str] | os.PathLike[bytes] | Readable
 
 
 class FileSource:
-    """A file on its way (`psofa_gevent.send_line.Source`). To be closed."""
+    """A file on its way (`psofa_gevent.buffers.Source`). To be closed."""
 
     __slots__ = (
         "_by_kernel",
@@ -145,7 +145,7 @@ class FileSource:
         return self._left is not None and self._left <= self._piece_size
 
     def give(self, session: SendingHalf[Any]) -> Gave:
-        """See `psofa_gevent.send_line.Source`."""
+        """See `psofa_gevent.buffers.Source`."""
         if self._pending_size:
             return self._give_piece(session)
         if self._left == 0:

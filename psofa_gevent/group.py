@@ -26,6 +26,7 @@ from gevent import get_hub
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.messages import M, Message, as_bytes
 from psofa_gevent.native import new_local
+from psofa_gevent.sending import COLLECTED
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import check_instance
 from psofa_gevent.times import SHORTEST_TIMER, TURN
@@ -140,7 +141,8 @@ def post_to_all(
         if thread.is_current():
             _post_to_each(receivers, data)
         else:
-            thread.call_soon(_post_to_each, receivers, data)
+            for session in receivers:
+                session._post_from_thread(data)
 
 
 def _post_to_each(sessions: list[PsSession[Any]], data: bytes) -> None:
@@ -179,7 +181,7 @@ class _LatePosts:
             session._post_here(data)
             return
         session._cork = [data]
-        session._corked_size = len(data)
+        session._corked_size = len(data) + COLLECTED
         session._cork_has_posts = True
         self._sessions.append(session)
         if len(self._sessions) == 1:

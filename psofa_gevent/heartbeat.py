@@ -43,7 +43,10 @@ LONGEST_PERIOD = 1.0
 
 
 class Heartbeats:
-    """Those of one owner. All methods: in the hub's thread; none switches."""
+    """The heartbeats of one owner.
+
+    All methods belong to the hub's thread. Only `stop` switches.
+    """
 
     def __init__(self, heartbeat: PsHeartbeat) -> None:
         self._seconds = heartbeat.milliseconds / 1_000

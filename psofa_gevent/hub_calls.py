@@ -14,7 +14,10 @@ To send to an ``async_`` watcher is what both loops let other threads do (``ev_a
 
 When calls are run, and when not:
 
-- In the hub, in the order in which they were added, and at once: sending wakes it.
+- In the hub, in the order in which they were added, and at once: sending wakes it. Before all else
+  that it has found to do by then, on libuv in their order among its callbacks. A hub with sessions
+  looks for them at the end of each round, too (`psofa_gevent.ready`): what its own thread begins
+  after a call of another thread has returned is not run before that.
 - Those that are there when the hub comes to them, in one go. What is added meanwhile waits for the
   hub's next round: neither calls that add calls nor threads that never stop starve anything. What a
   call raises is handled like what a callback of gevent's hub raises, and the next one is run.
@@ -43,7 +46,7 @@ from gevent._ffi.callback import (  # type: ignore[import-not-found]  # private
 
 from psofa_gevent.native import AtThreadEnd, get_ident, new_local, new_lock
 
-__all__ = ["HubCalls", "hub_calls"]
+__all__ = ["HubCalls", "close_watcher", "hub_calls"]
 
 Call = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
 
@@ -57,28 +60,30 @@ class HubCalls:
         self._ident = get_ident()
         self._is_closed = False
         self._uv_callbacks = _uv_callbacks(self._loop)
+        self.waiting: deque[Call] = deque()
+        """Those that have not been run: while there are any, `run` has something to do."""
         self._begin()
         _known.add(self)
 
     def _begin(self) -> None:
-        self._calls: deque[Call] = deque()
         self._is_due = False
-        """Whether `_run` is among the callbacks of the loop."""
+        """Whether `run` is among the callbacks of the loop."""
         self._lock = new_lock()
         """Held for sending, and for closing: libuv does not check what it is given."""
-        self._watcher = self._loop.async_(ref=False)
-        self._watcher.start(self._run)
+        self._watcher = self._loop.async_(ref=False, priority=self._loop.MAXPRI)
+        self._watcher.start(self.run)
 
     def add(
         self, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Have the hub call `function`, which must not block. From any thread; returns at once."""
         with self._lock:
-            if not self._is_over():
-                self._calls.append((function, args, kwargs))
+            if not self.is_over():
+                self.waiting.append((function, args, kwargs))
                 self._wake_hub()
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether nothing will be run any more: the hub was destroyed, or its thread has ended."""
         # A destroyed loop points nowhere; one that outlives its hub serves the next one.
         return self._is_closed or self._hub.loop is None or not self._loop.ptr
 
@@ -86,63 +91,58 @@ class HubCalls:
         if not self._is_due:
             if get_ident() == self._ident:
                 self._is_due = True
-                self._loop.run_callback(self._run)
+                self._loop.run_callback(self.run)
             elif self._uv_callbacks is not None:
                 self._is_due = True
-                self._uv_callbacks.append(uv_callback(self._run, ()))
+                self._uv_callbacks.append(uv_callback(self.run, ()))
         try:
             self._watcher.send()
         except Exception:
-            # The hub has just been destroyed, or must start the watcher first (see `_run`), which
+            # The hub has just been destroyed, or must start the watcher first (see `run`), which
             # it does within 0.3 s: so often gevent wakes libuv, to look for signals.
-            if self._uv_callbacks is None and not self._is_over():
+            if self._uv_callbacks is None and not self.is_over():
                 raise
 
-    def _run(self) -> None:
-        # In the hub. A call may switch to a greenlet, and go on when that waits.
+    def run(self) -> None:
+        """Run what is there. In the hub; a call may switch to a greenlet, and go on afterwards."""
         self._is_due = False  # before the look: what comes later is due again
-        if self._is_over():
+        if self.is_over():
             return
         if self._watcher.callback is None:
             # gevent on libuv stops a watcher out of whose callback something is raised: a signal's
             # handler may do so at any line, in gevent's own code around it, too.
-            self._watcher.start(self._run)
-        calls = self._calls
+            self._watcher.start(self.run)
+        waiting = self.waiting
         try:
             # No signal can come in between the taking of a call and the call: it would be lost.
-            for function, args, kwargs in islice(iter(calls.popleft, None), len(calls)):
+            for function, args, kwargs in islice(iter(waiting.popleft, None), len(waiting)):
                 try:
                     function(*args, **kwargs)
                 except BaseException:
                     # Raises, if the hub was destroyed by it.
                     self._hub.handle_error(function, *sys.exc_info())
-                if calls is not self._calls:  # a fork, or the end
-                    break
+        except IndexError:
+            pass  # dropped meanwhile: a fork, or the end
         finally:
-            if self._calls and not self._is_over():
+            if waiting and not self.is_over():
                 self._wake_hub()
 
     def close(self) -> None:
         """Release the watcher: in its thread, when that ends or has another hub."""
         with self._lock:
             self._is_closed = True
-            self._calls = deque()
-            if self._loop.ptr or self._uv_callbacks is not None:
-                self._watcher.close()
-            else:
-                # libev's loop was destroyed, and with it our means to stop what keeps the watcher
-                # alive. (That of libuv has closed the handle, and wants the memory released.)
-                self._watcher.callback = None
+            self.waiting.clear()
+            close_watcher(self._watcher)
 
     def _after_fork(self) -> None:
         """Begin anew in the child, where no other thread is, nor what those were about to do.
 
         The watcher stays as it is, started: on libuv it may be in the middle of a send for ever.
         """
-        if get_ident() == self._ident and not self._is_over():
+        self.waiting.clear()
+        if get_ident() == self._ident and not self.is_over():
             self._begin()
         else:
-            self._calls = deque()
             self._lock = new_lock()
             self._is_closed = True
 
@@ -150,6 +150,15 @@ class HubCalls:
 def _uv_callbacks(loop: Any) -> deque[Any] | None:
     """What libuv's loop looks at where nothing keeps it alive, other than at watchers."""
     return loop._callbacks if "libuv" in type(loop).__module__ else None
+
+
+def close_watcher(watcher: Any) -> None:
+    """Close a watcher in its thread, also one whose loop was destroyed."""
+    if watcher.loop.ptr or "libuv" in type(watcher.loop).__module__:
+        watcher.close()
+    else:
+        # libev can't stop what keeps it alive any more: let it keep nothing else.
+        watcher.callback = watcher.loop = None
 
 
 def hub_calls() -> HubCalls:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 from typing import Any, ParamSpec, TypeVar
 
 import gevent
@@ -25,6 +26,7 @@ __all__ = [
     "CallerEvent",
     "HubThread",
     "NativeEvent",
+    "Pulse",
     "get_ident",
     "new_lock",
 ]
@@ -112,12 +114,34 @@ class CallerEvent:
             self._greenlet.switch()
 
 
+class Pulse:
+    """Tells one other OS thread whether a hub runs."""
+
+    def __init__(self, thread: HubThread) -> None:
+        self._thread = thread
+        self._felt_at = monotonic()
+        self._is_asked = False
+
+    def felt_since(self, moment: float) -> bool:
+        """Whether the hub has run since `moment` (monotonic clock): to be asked again and again."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._thread.call_soon(self._feel)
+        return self._felt_at >= moment
+
+    def _feel(self) -> None:
+        self._felt_at = monotonic()
+        self._is_asked = False
+
+
 class HubThread:
     """The thread in which this object was made, and its hub."""
 
-    __slots__ = ("_calls", "hub", "ident", "loop")
+    __slots__ = ("_calls", "hub", "ident", "lock", "loop")
 
     def __init__(self) -> None:
+        self.lock = new_lock()
+        """For what the sessions of one owner share with other threads."""
         self.hub = get_hub()
         self.loop = self.hub.loop
         self.ident = get_ident()
@@ -127,9 +151,9 @@ class HubThread:
         """Whether the caller runs in this thread."""
         return get_ident() == self.ident
 
-    def is_destroyed(self) -> bool:
-        """Whether the hub was destroyed: nothing will ever run in it again."""
-        return self.hub.loop is None
+    def is_over(self) -> bool:
+        """Whether nothing will ever run in the hub again: destroyed, or its thread has ended."""
+        return self._calls.is_over()
 
     def call_soon(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have the hub call `function`, which must not block. From any thread; returns at once.
@@ -182,7 +206,7 @@ class HubThread:
         self.call_soon(start)
         thrown: list[BaseException] = []
         try:
-            while not done.is_set() and not ((is_over() or self.is_destroyed()) and not greenlets):
+            while not done.is_set() and not ((is_over() or self.is_over()) and not greenlets):
                 try:
                     done.wait(LOOK_PERIOD)
                 except BaseException as exc:  # the caller is killed: so is what it waits for
@@ -234,7 +258,7 @@ class HubThread:
                 except asyncio.CancelledError:
                     cancelled = True
                     self.call_soon(gevent.killall, greenlets, block=False)
-                if (is_over() or self.is_destroyed()) and not greenlets:
+                if (is_over() or self.is_over()) and not greenlets:
                     break
             if cancelled:
                 raise asyncio.CancelledError

@@ -56,7 +56,10 @@ class IdleSlice:
 
 
 class IdleTimer:
-    """Finds idle sessions, once a second. All methods: in the hub's thread; none switches."""
+    """Finds idle sessions, once a second.
+
+    All methods belong to the hub's thread. Only `stop` switches.
+    """
 
     def __init__(self, divide: int) -> None:
         self._slices = [IdleSlice() for _ in range(divide)]

@@ -8,6 +8,9 @@ All listeners of a server share its manager's pool. While that is full none of t
 place that becomes free goes to the one that has waited longest (`Turns`), for the event loop would
 give them all to one.
 
+A socket that somebody else made may be shared by several processes, each with a server: they accept
+so that all have about the same number of sessions (`psofa_gevent.balance`).
+
 Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a second, and starts again
 by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
 session notices, and a warning tells, once a minute at most.
@@ -17,8 +20,9 @@ be refused when the pool is full, the listeners go on accepting then.
 
 If a listening socket itself is gone, that is an error in the log, and the open sessions go on.
 
-But for what makes the sockets, `pause` and `resume`, all of it runs in the hub, where nothing may
-block or raise.
+What accepts runs in the hub, where nothing may block or raise. The greenlet that calls the server's
+``start`` makes the sockets, and makes and starts `Listeners`; the greenlet that stops the server
+calls `Listeners.close`. `pause` and `resume` may be called in any thread.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from gevent.pool import Pool
 from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
+from psofa_gevent.balance import SharedLoad
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
@@ -251,6 +256,10 @@ class Listener(StreamServer):
         if sock.family == _socket.AF_UNIX:  # has one option, and does not hand it on
             self._set_options = set_options
             self._has_options = manager.settings.send_buffer_size is None
+        self._load = SharedLoad(sock.fileno()) if listening.is_inherited else None
+        """What it and the other processes that share the socket know of each other."""
+        self._wait = 0.0
+        """Seconds for which it is about to leave connections to them."""
         # Without the pool: gevent's way to go on when it has room is not fair to the others.
         super().__init__(sock, handle=_never_called, spawn=None)
 
@@ -262,7 +271,25 @@ class Listener(StreamServer):
 
     def full(self) -> bool:
         """Whether to leave connections where they are. gevent asks, and pauses if so."""
-        return not self._refuses_when_full and self._turns.must_wait(self)
+        if not self._refuses_when_full and self._turns.must_wait(self):
+            if self._load is not None:
+                self._load.withdraw()
+            return True
+        if self._load is None or self._paused:
+            return False
+        self._wait = self._load.wait_for_others(self._count())
+        return self._wait > 0.0
+
+    def _count(self) -> int:
+        return len(self._manager.sessions)
+
+    def stop_accepting(self) -> None:
+        """Watch no more; if that is to leave connections to other processes, for a moment only."""
+        super().stop_accepting()
+        if self._wait:
+            self._timer = self.loop.timer(self._wait)
+            self._timer.start(self._try_accepting)
+            self._wait = 0.0
 
     def take_turn(self) -> bool:
         """Accept one connection; false when none waits, or none may be accepted."""
@@ -294,6 +321,8 @@ class Listener(StreamServer):
     def start_accepting(self) -> None:
         """Watch for connections, unless paused. Called by gevent too, after a pause of its own."""
         if not self._paused:
+            if self._load is not None:
+                self._load.begin(self._count())
             try:
                 super().start_accepting()
             except OSError as exc:  # a stranger has closed the descriptor
@@ -305,6 +334,8 @@ class Listener(StreamServer):
         """Accept one connection; ``None`` when there is none, or none may be accepted now."""
         if self._paused:
             self.stop_accepting()
+            if self._load is not None:
+                self._load.withdraw()
             return None
         try:
             return self._accept()
@@ -357,6 +388,8 @@ class Listener(StreamServer):
     def _accept_failed(self, exc: OSError) -> None:
         owner = self._manager.owner
         self.stop_accepting()
+        if self._load is not None:
+            self._load.withdraw()
         if exc.errno in LISTENER_IS_GONE:
             where = format_address(*self.endpoint[:2])
             why = os.strerror(exc.errno)

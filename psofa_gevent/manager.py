@@ -5,7 +5,9 @@ pool, the idle timer and the close queue; `psofa_gevent.stopping` is the way to 
 How a socket comes to be is not its affair: it is handed over in `open`.
 
 All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
-Nothing here switches greenlets but `release`, which `Stop` calls in a greenlet of its own.
+There are two exceptions: owners copy and count `SessionManager.sessions` in any thread, and
+`SessionManager.end_with_hub` runs in any thread, when the hub was destroyed. Nothing here switches
+greenlets but `release`, which `Stop` calls in a greenlet of its own.
 """
 
 from __future__ import annotations
@@ -171,8 +173,8 @@ class SessionManager:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.
 
         With the moment of the monotonic clock in which the session had ended, before ``on_close``.
-        It is called in the close greenlet, also if no ``on_close`` was due. Not so in a stop, for a
-        session that it drops or leaves behind.
+        It is called in the close greenlet, also if no ``on_close`` was due, as for a session that
+        never began. It is not called for a session that a stop leaves behind.
         """
         self._when_over[session] = function
 

@@ -166,12 +166,13 @@ class PsMultiClient(ConnectingOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
+                than twice as many, whatever the sizes of messages.
             overflow: what happens to a post beyond that.
             send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
                 too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
             unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
-                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux as many as `high_water`, and
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux twice `high_water`, and
                 65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
@@ -363,6 +364,9 @@ class PsMultiClient(ConnectingOwner[M]):
         Returns at once, the work going on, when called in a callback, a coroutine or the hub.
         Attempts to connect that are under way fail. Without effect when not initialised; afterwards
         `init_bundle` works again.
+
+        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub is gone (see `PsServer.shutdown`).
 
         Args:
             timeout: seconds that running callbacks have; then they are killed, and have as long

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Collection, Hashable, Iterator
+from time import monotonic
 from typing import TYPE_CHECKING, Generic, cast
 from weakref import WeakValueDictionary
 
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.group import PsGroup, post_to_all
-from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, new_lock
+from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, Pulse, new_lock
 from psofa_gevent.keys import Keys
 from psofa_gevent.logs import PeerLog
 from psofa_gevent.manager import SessionManager
@@ -23,6 +24,7 @@ from psofa_gevent.messages import M, Message
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
 from psofa_gevent.stopping import Stop
+from psofa_gevent.times import NEVER
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionOwner"]
 
+HUB_PATIENCE = 1.0
+"""Seconds after which a hub that did not run in them is taken for one that runs no more."""
 UNDO_TIMEOUT = 5.0
 """Seconds that ``on_stop`` has when a start or a first connect failed after ``on_start``."""
 
@@ -175,9 +179,9 @@ class SessionOwner(Generic[M]):
         return manager is not None and manager.stop is not None
 
     def _forget_if_hub_is_gone(self) -> None:
-        """A manager whose hub was destroyed has ended with it, without a word."""
+        """A manager whose hub was destroyed, or its thread, has ended with it, without a word."""
         manager = self._manager
-        if manager is not None and manager.thread.is_destroyed():
+        if manager is not None and manager.thread.is_over():
             manager.end_with_hub()
             self._stopped()
 
@@ -205,7 +209,10 @@ class SessionOwner(Generic[M]):
             manager.stopped.wait()
 
     def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
-        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread."""
+        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread.
+
+        Another OS thread waits no longer than the stop may take by itself if the hub does not run.
+        """
         check_seconds("timeout", timeout)
         check_seconds("drain", drain, optional=False)
         self._forget_if_hub_is_gone()
@@ -219,9 +226,16 @@ class SessionOwner(Generic[M]):
         manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
         if not may_wait_for_callbacks():
             return
+        until = NEVER if timeout is None else monotonic() + drain + timeout
+        pulse = Pulse(manager.thread)
         # When it is over, for whatever reason, the hub may never run again.
         while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
-            pass
+            now = monotonic()
+            if manager.thread.is_over():
+                self._forget_if_hub_is_gone()
+                return
+            if not pulse.felt_since(now - HUB_PATIENCE) and now >= until:
+                return
 
     def _stop_for_thread(
         self,

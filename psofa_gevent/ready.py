@@ -22,7 +22,8 @@ from typing import Any, Protocol
 from gevent import get_hub
 from greenlet import greenlet
 
-from psofa_gevent.native import new_local
+from psofa_gevent.hub_calls import close_watcher, hub_calls
+from psofa_gevent.native import AtThreadEnd, new_local
 
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
@@ -46,11 +47,16 @@ class Ready(Protocol):
 
 
 class ReadySessions:
-    """The readable sessions of one hub. It looks at them as long as any session is `registered`."""
+    """The readable sessions of one hub. It looks at them as long as any session is `registered`.
+
+    (On libuv from the first one on.)
+    """
 
     def __init__(self) -> None:
         self.hub = get_hub()
         self._loop: Any = self.hub.loop
+        self._calls = hub_calls()
+        self._waiting_calls = self._calls.waiting
         self.sessions: list[Ready] = []
         """The next one last: libev tells the events of a round in reverse order."""
         self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
@@ -82,9 +88,14 @@ class ReadySessions:
     def unregister(self) -> None:
         """One session less."""
         self._registered -= 1
-        if self._registered == 0:
-            self._check.stop()
-            self._check.close()
+        # libuv keeps the check watchers that it has yet to call in a round in a list on its stack.
+        # To stop one of them from a greenlet, which has its own stack in that place, destroys both.
+        if self._registered == 0 and self._is_reversed:
+            self._close_check()
+
+    def _close_check(self) -> None:
+        if self._check is not None:
+            close_watcher(self._check)
             self._check = None
             self._gave_up_turn.clear()
             if self._keep_turning is not None:
@@ -151,6 +162,8 @@ class ReadySessions:
     def _run(self) -> None:
         # In the hub. Each switch comes back when nobody is left, or when a callback waits on
         # something else: then the rest is still here.
+        if self._waiting_calls:
+            self._calls.run()
         sessions = self.sessions
         if sessions:
             self.now = time()
@@ -173,6 +186,7 @@ def ready_sessions() -> ReadySessions:
     if ready is None or _of_thread.hub is not hub:
         ready = _of_thread.ready = ReadySessions()
         _of_thread.hub = hub
+        _of_thread.at_end = AtThreadEnd(ready._close_check)
     return ready
 
 

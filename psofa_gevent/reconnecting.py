@@ -12,7 +12,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,8 @@ class Link:
         self._opened_at = 0.0
         """When the session began whose end was not looked at yet; 0: there is none."""
         self._ended_at = 0.0
+        self._context: Context | None = None
+        """That of the session, which has let go of it by the time at which its end is told."""
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
@@ -200,7 +202,7 @@ class Link:
 
     def _check_may_wait(self) -> None:
         """Raise in the wrong thread, and where the next session would wait for the caller."""
-        if not self.manager.thread.is_current() or self.manager.thread.is_destroyed():
+        if not self.manager.thread.is_current() or self.manager.thread.is_over():
             raise self.not_connected("wait_connected belongs to the client's own thread")
         current = getcurrent()
         if self.session is not None and self.session._greenlet is current:
@@ -260,6 +262,7 @@ class Link:
             session._log(logging.INFO, text, self._name, again, session)
         self._last_error = None
         self.session = session
+        self._context = session._context
         if self.has_ended:  # it was stopped in the moment in which the peer answered
             session.close()
         self._tell()
@@ -292,8 +295,9 @@ class Link:
         else:
             self._failures += 1
         how = _how_it_ended(self.session)
-        text = "%s: session %s ended: %s"
-        self.session._log(logging.INFO, text, self._name, self.session.connection_id, how)
+        what = (self._name, self.session.connection_id, how)
+        log(logging.INFO, "%s: session %s ended: %s", *what, context=self._context)
+        self._context = None
         self._wait_or_give_up()
 
     def _wait_or_give_up(self) -> None:

@@ -636,7 +636,7 @@ class _InOrder(_Pending[T]):
         session._log(logging.DEBUG, "%s", error)
 
     def fail(self, error: Callable[[], PsRequestError]) -> None:
-        if self._session._host.thread.is_destroyed():
+        if self._session._host.thread.is_over():
             self._timer = None  # it went with the hub
         self._stop_timer()
         self._trial = None

@@ -1,7 +1,8 @@
 """A session: one connection, from the connected socket to the moment it is queued for ``on_close``.
 
 Rules, kept in this file, and by the parts of a session's life that are files of their own
-(`psofa_gevent.reading`, `psofa_gevent.lingering`):
+(`psofa_gevent.prologue`, `psofa_gevent.opening`, `psofa_gevent.reading`, `psofa_gevent.receiving`,
+`psofa_gevent.lingering`, `psofa_gevent.work`):
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
   then the end. That greenlet is the only one that ends it. It closes the socket too, unless that
@@ -15,11 +16,15 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
-What may switch: whatever runs a callback, `read` (and `receive`), `linger`, a send that waits, and
-the end of a turn between two messages of one read. All else, logging too, runs through without
-another greenlet in between. All attributes belong to the hub's thread, and callers in other OS
-threads are handed over (`HubThread`); only `close` and `abort` note there at once that they were
-asked (`_open`, `_asked_reason`, `_abort_asked`).
+What may switch: whatever runs a callback, `read` (and `receive`), the prologue and a handshake,
+`linger`, a send that waits, and the end of a turn between two messages of one read. All else,
+logging too, runs through without another greenlet in between.
+
+All attributes belong to the hub's thread, and callers in other OS threads are handed over
+(`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
+they were asked (`_open`, `_asked_reason`, `_abort_asked`), `_join` and `_leave` change the
+memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
+more.
 """
 
 from __future__ import annotations
@@ -357,8 +362,8 @@ class PsSession(SendingHalf[M]):
     def _use_tls(self, sock: TlsSocket) -> None:
         """From now on all bytes go through `sock`."""
         self._stop_watching()
-        self._tls = self._sock = sock
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
+        self._tls = self._sock = sock
 
     # A user's values
 
@@ -601,7 +606,7 @@ class PsSession(SendingHalf[M]):
     ) -> None:
         """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
         self._may_linger = self._may_linger and linger
-        if self._host.thread.is_destroyed():
+        if self._host.thread.is_over():
             self._end_with_hub()
             return
         if not self._decide(reason, cause):
@@ -685,12 +690,14 @@ class PsSession(SendingHalf[M]):
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
         finally:
-            self._kill_work()
-            if self._killer is not None:
-                self._killer.wait()
-                self._killer = None
-            self._greenlet = None
-            self._host.session_ended(self)
+            try:
+                self._kill_work()
+                if self._killer is not None:
+                    self._killer.wait()
+                    self._killer = None
+            finally:
+                self._greenlet = None
+                self._host.session_ended(self)
 
     def _kill_work(self) -> None:
         """Begin to kill what works beside the callbacks, which are through; unless that is done."""

@@ -126,7 +126,7 @@ class SessionSettings:
         high_water: bytes of posts that wait for the peer, at most.
         overflow: what happens to a post beyond that.
         send_buffer_size: SO_SNDBUF; ``None``: the kernel's own tuning.
-        unsent_low_water: bytes that the kernel may keep unsent; ``None``: as many as `high_water`,
+        unsent_low_water: bytes that the kernel may keep unsent; ``None``: twice `high_water`,
             where it can be told (`psofa_gevent.tcp.set_unsent_low_water`).
         keep_alive: seconds of silence after which the kernel probes the peer; ``None``: never.
         user_timeout: seconds that sent data may stay unacknowledged; ``None``: the kernel's own.

@@ -150,13 +150,14 @@ def release_send_buffer(sock: _socket.socket) -> None:
 def set_unsent_low_water(sock: _socket.socket, settings: SessionSettings) -> None:
     """Let the kernel take no more while so much is unsent (TCP_NOTSENT_LOWAT, tcp(7)).
 
-    Without a setting that is as much as may wait for the peer here: else a peer that does not read
-    is given megabytes before anything waits. Only on Linux, where the kernel refuses what is more;
-    elsewhere it only tells later that it takes more. Without effect on a socket that is not TCP.
+    Without a setting that is twice as much as may wait for the peer here: else one that does not
+    read is given megabytes before anything waits, however little that may be. Only on Linux, where
+    the kernel refuses what is more; elsewhere it only tells later that it takes more. Without
+    effect on a socket that is not TCP.
     """
     size = settings.unsent_low_water
     if size is None and sys.platform == "linux":
-        size = min(max(settings.high_water, LEAST_UNSENT), _LARGEST_INT)
+        size = min(max(2 * settings.high_water, LEAST_UNSENT), _LARGEST_INT)
     if size is not None and UNSENT_LOW_WATER is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(_socket.IPPROTO_TCP, UNSENT_LOW_WATER, size)

@@ -25,6 +25,21 @@ def http(address: Address, method: str, path: str, body: bytes = b"") -> tuple[i
     return int(answer_head.split()[1]), answer
 
 
+def get(address: Address, path: str) -> tuple[int, bytes]:
+    """The same for a GET, done again if the connection is reset before any answer.
+
+    A worker that ends may accept a request and close its listener before the request's greenlet has
+    begun, which asks the listener for its name: gunicorn then drops the request (EBADF). A request
+    that is idempotent may be sent again (RFC 9110, section 9.2.2).
+    """
+    try:
+        return http(address, "GET", path)
+    except AssertionError as error:
+        if "got nothing and then a reset" not in str(error):
+            raise
+        return http(address, "GET", path)
+
+
 class Repeated:
     """An action that a greenlet does again and again, until it raises something."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,9 @@ VARIABLE = "PSOFA_TEST_PROGRESS"
 class ProgressFile:
     """A plugin of the process that reports: of pytest-xdist's, not the workers."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: str) -> None:
+        # Kept open, and never truncated: who reads it always finds both numbers.
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._done = 0
         self._total = 0
 
@@ -29,11 +29,14 @@ class ProgressFile:
 
     def pytest_runtest_logfinish(self) -> None:
         self._done += 1
-        self._path.write_text(f"{self._done} {self._total}\n")
+        os.pwrite(self._file, f"{self._done} {self._total}\n".encode(), 0)
+
+    def pytest_unconfigure(self) -> None:
+        os.close(self._file)
 
 
 def keep_progress(config: pytest.Config) -> None:
     """Register the plugin where the variable asks for it."""
     path = os.environ.pop(VARIABLE, None)  # not for the runs of pytest that tests start
     if path and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(ProgressFile(Path(path)))
+        config.pluginmanager.register(ProgressFile(path))

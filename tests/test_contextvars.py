@@ -29,6 +29,7 @@ from psofa_gevent import (
     PsSession,
     run_coroutine,
     spawn_coroutine,
+    work,
 )
 from psofa_gevent.testing import ClientFactory, ServerFactory, eventually
 
@@ -451,6 +452,59 @@ def test_records_about_a_session_are_made_in_its_context(
     assert sorted(recorded.names("LookupError")) == ["ann", "bob"]
     assert sorted(recorded.names("on_close failed")) == ["ann", "bob"]
     assert sorted(recorded.names(": closed")) == ["ann", "bob"]
+
+
+@pytest.mark.logs_errors
+@sync_and_async
+def test_records_that_are_made_elsewhere_are_made_in_the_session_s_context_too(
+    use_async_callback: bool,
+    ps_client: ClientFactory,
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "KILL_PERIOD", 0.01)
+
+    def swallow(count: int) -> None:
+        while count:
+            try:
+                gevent.sleep(60)
+            except gevent.GreenletExit:
+                count -= 1
+
+    class Slow(Naming):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            session.spawn(swallow, 10)
+            gevent.sleep(60)
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            session.spawn(swallow, 10)
+            await asyncio.sleep(60)
+
+    with local_server(Slow(use_async_callback), callback_timeout=0.5) as server:
+        clients = [ps_client(server) for _ in range(2)]
+        for client in clients:
+            client.send("x")
+        for client in clients:
+            client.expect_eof()
+        eventually(lambda: server.get_session_count() == 0)
+    assert set(recorded.names("ran longer than callback_timeout")) == {"ann", "bob"}
+    assert set(recorded.names("greenlets")) == {"ann", "bob"}
+
+
+def test_a_client_that_stays_connected_tells_of_each_session_in_its_context(
+    recorded: Recorded,
+) -> None:
+    reconnect = PsReconnect(first_delay=0.01, longest_delay=0.01)
+    callback = Naming(use_async_callback=False)
+    with (
+        local_server(PsCallback()) as server,
+        PsClient(callback, *server.address, reconnect=reconnect) as client,
+    ):
+        for name in ("ann", "bob", "cid"):
+            eventually(lambda name=name: len(callback.of(name)) == 2)  # type: ignore[misc]  # its default
+            eventually(lambda: client.session).close()  # type: ignore[union-attr]  # it is true
+        eventually(lambda: len(recorded.names("ended: SELF_CLOSE")) == 3)
+    assert recorded.names("ended: SELF_CLOSE") == ["ann", "bob", "cid"]
 
 
 # What is left of it

@@ -30,7 +30,7 @@ from example_process import (
     host_and_port,
     serving_example,
 )
-from gunicorn_process import http, reload_gunicorn, under_load
+from gunicorn_process import get, http, reload_gunicorn, under_load
 from helpers import (
     PythonProcess,
     ScriptedServer,
@@ -400,7 +400,7 @@ def list_devices(http_address: Address) -> list[str]:
 def connect_device(devices: Address, http_address: Address, name: str) -> ScriptedClient:
     device = ScriptedClient(devices)
     device.send(f"HELLO {name}\n")
-    eventually(lambda: name in list_devices(http_address))
+    eventually(lambda: name in list_devices(http_address), timeout=20)
     return device
 
 
@@ -483,7 +483,7 @@ def test_gunicorn_reload_refuses_neither_a_request_nor_a_device() -> None:
     with flask_under_gunicorn() as (process, devices, http_address):
 
         def ask_for_the_list() -> None:
-            list_devices(http_address)
+            assert get(http_address, "/devices")[0] == 200
 
         def connect_one() -> None:
             with ScriptedClient(devices) as device:

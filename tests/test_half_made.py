@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+import gevent
 import gevent.socket
 import pytest
 
@@ -210,3 +211,22 @@ def test_a_server_that_fails_at_its_listeners_frees_the_port(
     assert not server.started
     with server, ScriptedClient(server.address):
         assert isinstance(server, PsServer)
+
+
+@pytest.mark.hub_errors
+def test_a_session_that_can_t_end_its_work_ends_all_the_same(
+    ps_server: ServerFactory, ps_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("psofa_gevent.session.Killer", no_memory)
+    callback = echo()
+    server = ps_server(callback)
+    client = ps_client(server)
+    callback.wait_for("on_open")
+    work = server.sessions[0].spawn(gevent.sleep, 60)
+    client.close()
+    callback.wait_for("on_close")
+    assert server.get_session_count() == 0
+    work.kill()

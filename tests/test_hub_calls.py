@@ -1,4 +1,4 @@
-"""What other OS threads ask of a hub: it is done in order, at once, and the loop is left intact.
+"""What other OS threads ask of a hub is done in order, at once, and the hub's loop stays intact.
 
 What could take the process down, or needs a hub that has nothing else to do, runs in a process of
 its own.
@@ -316,6 +316,31 @@ def test_a_child_process_has_calls_of_its_own(fork: str) -> None:
         assert called.wait(10)
         """)
     assert printed == "once, in the parent\n"
+
+
+def test_sessions_that_come_and_go_while_the_hub_is_busy_do_not_break_the_loop() -> None:
+    """On libuv a check watcher that a greenlet stops may be in a list on the hub's C stack."""
+    printed = run_program("""
+        from psofa_gevent.ready import ready_sessions
+        ready, coming = ready_sessions(), True
+        def busy():
+            while coming:
+                until = time.perf_counter() + 0.0002
+                while time.perf_counter() < until:
+                    pass
+                gevent.sleep(0)
+        def come_and_go():
+            global coming
+            for _ in range(20):
+                ready.register()
+                gevent.sleep(0)
+                ready.unregister()
+                gevent.sleep(0)
+            coming = False
+        gevent.joinall([gevent.spawn(come_and_go)] + [gevent.spawn(busy) for _ in range(150)])
+        print("done")
+        """)
+    assert printed == "done\n"
 
 
 def test_nothing_of_ours_uses_the_threadsafe_callback_of_gevent() -> None:

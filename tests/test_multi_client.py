@@ -645,7 +645,7 @@ def test_destroy_bundle_in_another_thread_returns_after_on_stop(ps_server: Serve
 def test_idle_connections_time_out_and_busy_ones_do_not(ps_server: ServerFactory) -> None:
     address = ps_server(echo()).address
     callback = RecordingCallback()
-    with PsMultiClient(callback, idle_milliseconds=300) as bundle:
+    with PsMultiClient(callback, idle_milliseconds=1_000) as bundle:
         busy, idle = bundle.connect(*address).session, bundle.connect(*address).session
 
         def talk() -> None:

@@ -25,6 +25,9 @@ from helpers import run_python
 
 DELIBERATE = {
     ("LoopGreenlet", "run"): "what a greenlet runs is a method in a subclass",
+    ("LogGreenlet", "run"): "what a greenlet runs is a method in a subclass",
+    ("LogGreenlet", "switch"): "gevent's way to let a greenlet go on",
+    ("LogGreenlet", "throw"): "gevent's way to interrupt one",
     ("LoopGreenlet", "switch"): "gevent's way to let a greenlet go on",
     ("LoopGreenlet", "throw"): "gevent's way to interrupt one",
     ("SessionGreenlet", "_run"): "what a gevent.Greenlet runs is this method in a subclass",

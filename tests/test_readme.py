@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from example_process import ended_well
-from gunicorn_process import http, reload_gunicorn, under_load
+from gunicorn_process import get, reload_gunicorn, under_load
 from helpers import REPOSITORY, free_port, python_process, wait_until_accepting
 from psofa_gevent.testing import ScriptedClient
 
@@ -107,7 +107,7 @@ def test_the_gunicorn_settings_of_the_readme_lose_nothing_at_a_reload(tmp_path: 
 
         def request(path: str) -> Callable[[], None]:
             def request_it() -> None:
-                assert http(http_address, "GET", path) == (200, b"ok")
+                assert get(http_address, path) == (200, b"ok")
 
             return request_it
 

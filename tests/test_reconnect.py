@@ -259,8 +259,8 @@ def test_connect_waits_for_a_server_that_starts_later(address: tuple[str, int]) 
 def test_connect_that_comes_to_nothing_leaves_nothing(address: tuple[str, int]) -> None:
     callback = RecordingCallback()
     client = PsClient(callback, *address, reconnect=QUICK)
-    with pytest.raises(PsClientError, match=r"within 0\.2 s.*Connection refused"):
-        client.connect(timeout=0.2)
+    with pytest.raises(PsClientError, match=r"within 1(\.0)? s.*Connection refused"):
+        client.connect(timeout=1.0)
     assert not client.started
     assert [event.name for event in callback.events] == ["on_start", "on_stop"]
     with server_at(address):
@@ -646,7 +646,7 @@ def test_the_error_tells_how_the_last_session_ended() -> None:
         client = PsClient(ActingCallback(on_open=fail), *scripted.address, reconnect=SLOW)
         expected = pytest.raises(PsClientError, match=r"FAILED \(KeyError\('no such device'\)\)")
         with expected:
-            client.connect(timeout=0.3)
+            client.connect(timeout=1.0)
 
 
 def test_an_error_from_before_a_session_is_told_no_more(address: tuple[str, int]) -> None:
@@ -654,7 +654,7 @@ def test_an_error_from_before_a_session_is_told_no_more(address: tuple[str, int]
     callback = ActingCallback(on_close=lambda _session, _reason: go_on.wait())
     client = PsClient(callback, *address, reconnect=QUICK)
     with pytest.raises(PsClientError, match="refused"):
-        client.connect(timeout=0.1)
+        client.connect(timeout=0.5)
     client.connect_in_background()
     eventually(lambda: has_failed(client._link))
     with server_at(address):
