@@ -26,6 +26,7 @@ from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.errors import cut_traceback
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.logs import log
+from psofa_gevent.times import SHORTEST_TIMER, TURN
 from psofa_gevent.worker import LibraryGreenlet, Worker
 
 if TYPE_CHECKING:
@@ -186,8 +187,13 @@ class CloseQueue:
         return self.pending > 0
 
     def _deliver_for_ever(self) -> None:
+        turn_since = monotonic()
         while self._worker.is_me():
             self._deliver(*self._queue.get())
+            if self._since - turn_since >= TURN and not self._queue.empty():
+                # Thousands may have ended at once. (Zero would come before all sockets.)
+                gevent.sleep(SHORTEST_TIMER)
+                turn_since = monotonic()
 
     def _deliver(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
         self._subject, self._since, self._kills = subject, monotonic(), 0

@@ -3,10 +3,10 @@
 They keep the tables of NAT routers and firewalls from forgetting a connection, and let the peer's
 idle check know that this end is there. One greenlet looks at all sessions of an owner, ten times in
 the time of a heartbeat, but every 5 ms at most and every second at least: so late it may be. A look
-compares two numbers per session, and what it finds due leaves in small lots, between which others
-have their turn. A fixed message is posted (`PsSession.post`); a function runs in a greenlet that
-belongs to its session (`PsSession.spawn`), so a slow one delays nobody else's, and is not called
-again before it has returned.
+compares two numbers per session; while it sends what it finds due, others have their turns. A fixed
+message is posted (`PsSession.post`); a function runs in a greenlet that belongs to its session
+(`PsSession.spawn`), so a slow one delays nobody else's, and is not called again before it has
+returned.
 
 None is sent before ``on_open``, nor while a send waits for the peer: one that takes nothing has no
 use for more.
@@ -24,6 +24,7 @@ from gevent.event import Event
 
 from psofa_gevent.aio import run_task
 from psofa_gevent.errors import PsClosedError
+from psofa_gevent.times import SHORTEST_TIMER, TURN
 from psofa_gevent.worker import Worker
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ LOOKS = 10
 SHORTEST_PERIOD = 0.005
 LONGEST_PERIOD = 1.0
 """Seconds from one look to the next."""
-AT_A_TIME = 100
-"""Heartbeats that are sent in one go: thousands, of sessions that began together, take 0.1 s."""
 
 
 class Heartbeats:
@@ -95,12 +94,15 @@ class Heartbeats:
                 quiet.sent, quiet.since = session._bytes_sent, now
             elif now - quiet.since >= self._seconds:
                 due.append((session, quiet))
-        for number, (session, quiet) in enumerate(due, 1):
+        turn_since = monotonic()
+        for session, quiet in due:
             quiet.since = now
             if session._open and session._line is None and session._bytes_sent == quiet.sent:
                 self._beat(session, quiet)
-            if number % AT_A_TIME == 0:
-                gevent.sleep(0)
+            if monotonic() - turn_since >= TURN:
+                # Thousands that began together take 0.1 s. (Zero would come before all sockets.)
+                gevent.sleep(SHORTEST_TIMER)
+                turn_since = monotonic()
 
     def _beat(self, session: PsSession[Any], quiet: _Quiet) -> None:
         if session._eof_requested:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -11,7 +12,15 @@ import pytest
 from gevent import monkey
 
 from helpers import NativeThread, close_reasons
-from psofa_gevent import PsCallback, PsClosedError, PsCloseReason, PsHandler, PsServer, PsSession
+from psofa_gevent import (
+    PsCallback,
+    PsClosedError,
+    PsCloseReason,
+    PsHandler,
+    PsServer,
+    PsSession,
+    group,
+)
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import (
     ClientFactory,
@@ -70,6 +79,28 @@ class Straight(PsHandler):
         self._recording.on_close(session, close_reason)
 
 
+class Ticks:
+    """Counts how often the hub has come to a timer."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def tick(self) -> None:
+        while True:
+            gevent.sleep(0.001)
+            self.count += 1
+
+
+@contextlib.contextmanager
+def ticking() -> Iterator[Ticks]:
+    ticks = Ticks()
+    greenlet = gevent.spawn(ticks.tick)
+    try:
+        yield ticks
+    finally:
+        greenlet.kill()
+
+
 def throw_soon(session: PsSession, error: BaseException) -> None:
     """Throw `error` into the session's greenlet when the hub has its turn."""
     assert session._greenlet is not None
@@ -95,32 +126,21 @@ def rig(request: pytest.FixtureRequest) -> Rig:
 def test_the_hub_and_other_sessions_have_their_turns_within_one_read(
     rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
-    ticks = 0
-
-    def tick() -> None:
-        nonlocal ticks
-        while True:
-            gevent.sleep(0.001)
-            ticks += 1
-
     def begin(_session: PsSession, message: bytes) -> None:
-        nonlocal ticks
         if message == LINES[0]:
-            ticks = 0
+            ticks.count = 0
             other.send("one of another\n")
 
     recording, callback = rig.make(begin)
     server = ps_server(callback, framing=Line())
     flooding, other = ps_client(server), ps_client(server)
-    ticking = gevent.spawn(tick)
-    try:
+    with ticking() as ticks:
         flooding.send(FLOOD)
         recording.wait_for("on_message", COUNT + 1)
-    finally:
-        ticking.kill()
+        ticked = ticks.count
     at = recording.messages.index(b"one of another")
     assert 0 < at < COUNT / 2
-    assert ticks >= 4
+    assert ticked >= 4
     assert [message for message in recording.messages if message in LINES] == LINES
 
 
@@ -380,3 +400,167 @@ def test_receive_raises_when_the_session_is_closed_in_the_turn_of_others(
     client.expect_eof()
     assert seen == [len(got)]
     assert len(got) < COUNT
+
+
+# What goes to many sessions, or comes from many
+
+
+class Many:
+    """A server with many sessions, and the peer of each."""
+
+    def __init__(self, server: PsServer, ps_client: ClientFactory, count: int) -> None:
+        self.server = server
+        self.peers: dict[PsSession, ScriptedClient] = {}
+        peers = {peer.local_endpoint: peer for peer in (ps_client(server) for _ in range(count))}
+        eventually(lambda: server.get_session_count() == count)
+        eventually(lambda: all(session._waiting_since for session in server.sessions))
+        for session in server.sessions:
+            self.peers[session] = peers[session.remote_endpoint]
+        self.sessions = list(self.peers)
+
+    def expect(self, data: str) -> None:
+        for peer in self.peers.values():
+            peer.expect(data)
+
+
+@pytest.fixture
+def many(
+    ps_server: ServerFactory, ps_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
+) -> Many:
+    """So many that a turn is over while they are posted to."""
+    monkeypatch.setattr(group, "TURN", 0.0)
+    return Many(ps_server(PsCallback(), framing=Line(), idle_milliseconds=None), ps_client, 80)
+
+
+def test_a_post_to_many_leaves_in_turns_and_the_call_returns_before(many: Many) -> None:
+    sent: list[int] = []
+
+    def count() -> None:
+        sent.append(sum(session.bytes_sent > 0 for session in many.sessions))
+
+    # Called in each round of the hub, behind its timers.
+    check = gevent.get_hub().loop.check()
+    check.start(count)
+    try:
+        many.server.broadcast("news")
+        assert sum(session.bytes_sent > 0 for session in many.sessions) == group.AT_A_TIME
+        assert sum(session.pending_bytes for session in many.sessions) == 5 * (80 - 16)
+        eventually(lambda: all(session.bytes_sent == 5 for session in many.sessions))
+    finally:
+        check.stop()
+        check.close()
+    many.expect("news\n")
+    assert {16, 32, 48, 64} <= {*sent, 16}
+
+
+def test_what_is_sent_meanwhile_comes_behind_a_post_to_many(many: Many) -> None:
+    members = many.server.group("members")
+    for session in many.sessions:
+        members.join(session)
+    many.server.broadcast("1")
+    for session in many.sessions:
+        session.send("2")
+    members.post("3")
+    for session in many.sessions:
+        session.post("4")
+    NativeThread(many.server.broadcast, "5").wait()
+    with many.sessions[-1].corked():
+        many.sessions[-1].send("6")
+    many.server.broadcast("7")
+    many.sessions[-1].send_eof()
+    *others, last = many.sessions
+    for session in others:
+        many.peers[session].expect("1\n2\n3\n4\n5\n7\n")
+    many.peers[last].expect("1\n2\n3\n4\n5\n6\n7\n")
+    many.peers[last].expect_eof()
+
+
+def test_what_was_posted_to_many_comes_before_the_end_of_a_session_that_closes(many: Many) -> None:
+    many.server.broadcast("last words")
+    for session in many.sessions[:-1]:
+        session.close()
+    many.sessions[-1].abort()
+    for session in many.sessions[:-1]:
+        many.peers[session].expect("last words\n")
+        many.peers[session].expect_eof()
+    many.peers[many.sessions[-1]].expect_reset()
+
+
+def test_replies_of_callbacks_come_behind_a_post_to_many(
+    ps_server: ServerFactory, ps_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "TURN", 0.0)
+
+    class Echo(PsCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            if message == b"all":
+                server.broadcast("to all")
+            session.send(message)
+
+    server = ps_server(Echo(), framing=Line())
+    many = Many(server, ps_client, 60)
+    for peer in many.peers.values():
+        peer.send("one\n")
+    many.expect("one\n")
+    first, *others = many.peers.values()
+    first.send("all\n")
+    for peer in others:
+        peer.send("two\n")
+    first.expect("to all\nall\n")
+    for peer in others:
+        assert peer.receive(len("to all\ntwo\n")) in (b"to all\ntwo\n", b"two\nto all\n")
+
+
+def test_a_large_post_to_many_leaves_in_turns_and_a_slow_peer_holds_up_nobody(many: Many) -> None:
+    slow = many.sessions[-1]
+    message = "x" * 200_000
+    eventually(lambda: slow.post(message) and slow._line is not None)
+    before = slow.pending_bytes
+    many.server.broadcast(message)
+    assert sum(session.bytes_sent > 0 for session in many.sessions) == group.AT_A_TIME + 1
+    assert slow.pending_bytes == before + 200_001
+    for session, peer in many.peers.items():
+        if session is not slow:
+            assert peer.receive(200_001) == message.encode() + b"\n"
+    slow.abort()
+
+
+def test_others_have_their_turns_while_the_heartbeats_of_many_leave(
+    ps_server: ServerFactory, ps_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticked: list[int] = []
+    post = PsSession.post
+
+    def slow_post(session: PsSession[Any], message: Any, *, raw: bool = False) -> bool:
+        ticked.append(ticks.count)
+        block(BUSY)
+        return post(session, message, raw=raw)
+
+    monkeypatch.setattr(PsSession, "post", slow_post)
+    with ticking() as ticks:
+        server = ps_server(PsCallback(), framing=Line(), heartbeat=(2_000, "beat"))
+        many = Many(server, ps_client, COUNT)
+        ticked.clear()
+        block(2.1)  # so that all of them are due now
+        many.expect("beat\n")
+    assert len(ticked) >= COUNT
+    assert ticked[COUNT - 1] - ticked[0] >= 4
+
+
+def test_others_have_their_turns_while_many_sessions_close(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Closing(RecordingCallback):
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            super().on_close(session, close_reason)
+            block(BUSY)
+
+    callback = Closing()
+    many = Many(ps_server(callback), ps_client, COUNT)
+    with ticking() as ticks:
+        for session in many.sessions:
+            session.close()
+        callback.wait_for("on_close")
+        ticks.count = 0
+        callback.wait_for("on_close", COUNT)
+        assert ticks.count >= 4
