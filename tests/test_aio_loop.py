@@ -228,10 +228,35 @@ def test_to_thread_waits_in_nobodys_way_and_keeps_the_hub_alive(patched: str) ->
     assert printed == "True True\nthe hub was there until the end\n"
 
 
+POLICIES = {
+    "the default": "",
+    "one without child watchers": """
+        import warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of all policies, since 3.14
+            class Policy(asyncio.AbstractEventLoopPolicy):
+                pass
+            asyncio.set_event_loop_policy(Policy())
+        """,
+    "uvloop's": """
+        import uvloop, warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of install, since 3.12
+            uvloop.install()
+        """,
+}
+
+
 @pytest.mark.parametrize("patched", ["0", "1"])
-def test_subprocesses_are_run_and_awaited(patched: str) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_subprocesses_are_run_and_awaited(policy: str, patched: str) -> None:
+    if "uvloop" in policy:
+        pytest.importorskip("uvloop")
+    elif policy != "the default" and not hasattr(asyncio, "AbstractEventLoopPolicy"):
+        pytest.skip("this Python has no event loop policies")
     printed = run_program(
-        """
+        POLICIES[policy]
+        + """
         async def run(number):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", f"print(input()); raise SystemExit({number})",
@@ -240,14 +265,39 @@ def test_subprocesses_are_run_and_awaited(patched: str) -> None:
             output, _ = await process.communicate(b"hello %d" % number)
             return output.decode().strip(), process.returncode
 
+        async def killed():
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE
+            )
+            process.kill()
+            return await process.wait()
+
         async def main():
-            print(await asyncio.gather(run(0), run(7)))
+            print(await asyncio.gather(run(0), run(7), killed()))
 
         run_coroutine(main())
         """,
         environment={"PSOFA_TEST_PATCHED": patched},
     )
-    assert printed == "[('hello 0', 0), ('hello 7', 7)]\n"
+    assert printed == "[('hello 0', 0), ('hello 7', 7), -9]\n"
+
+
+def test_subprocesses_are_awaited_where_the_system_gives_no_descriptors_of_them() -> None:
+    printed = run_program(
+        """
+        import os
+        if hasattr(os, "pidfd_open"):
+            del os.pidfd_open
+
+        async def main():
+            shell = await asyncio.create_subprocess_shell("exit 7")
+            print(await shell.wait())
+
+        spawn_coroutine(main())
+        gevent.wait()
+        """
+    )
+    assert printed == "7\n"
 
 
 def test_signal_handlers_are_called_while_everything_waits() -> None:
