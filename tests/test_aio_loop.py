@@ -351,6 +351,44 @@ def test_debug_mode_works() -> None:
     assert printed == "done\ncalled\nthe loop of another thread's hub: use call_soon_threadsafe\n"
 
 
+@pytest.mark.parametrize("how", ["PYTHONASYNCIODEBUG", "set_debug"])
+def test_debug_mode_reports_async_callbacks_that_block_in_any_step(how: str) -> None:
+    done = run_python(
+        PREPARE
+        + textwrap.dedent("""
+        import logging
+        from helpers import native_sleep
+        from psofa_gevent import PsCallback, PsClient, PsServer
+        logging.basicConfig(format="%(name)s: %(message)s")
+        if not os.environ["PYTHONASYNCIODEBUG"]:
+            hub_loop().set_debug(True)
+        hub_loop().slow_callback_duration = 0.2
+
+        class Callback(PsCallback):
+            use_async_callback = True
+
+            async def on_open_async(self, session):
+                native_sleep(0.3)
+
+            async def on_message_async(self, session, message):
+                await asyncio.sleep(0.001)
+                native_sleep(0.3)
+                await session.send_async("seen")
+
+        with PsServer(Callback(), host="127.0.0.1", port=0) as server:
+            with PsClient(PsCallback(), *server.address) as client:
+                client.session.send("x")
+                while not client.session.messages_received:
+                    gevent.sleep(0.001)
+        """),
+        environment={"PYTHONASYNCIODEBUG": "1" if how == "PYTHONASYNCIODEBUG" else ""},
+    )
+    reports = done.stderr.splitlines()
+    assert all(report.startswith("asyncio: Executing <Task ") for report in reports)
+    blocked = {report.partition("coro=<")[2].partition("()")[0] for report in reports}
+    assert blocked >= {"Callback.on_open_async", "Callback.on_message_async"}
+
+
 def test_another_loop_runs_beside_it_in_a_patched_process() -> None:
     printed = run_program(
         """
