@@ -19,7 +19,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
+from asyncio.log import logger
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, getcurrent
@@ -188,11 +190,16 @@ class LoopGreenlet(greenlet):
 
     def _begin_all(self) -> None:
         beginning, ended = self._beginning, self._ended
+        debug = self.aio_loop.get_debug()
         try:
             while beginning:
                 run = self._begins = beginning.popleft()
+                began = monotonic() if debug else 0.0
                 if run.begin():
                     ended.append(run)
+                if debug:
+                    self._begins = None
+                    self._report_if_slow(run, monotonic() - began)
                 del run  # the coroutine's frame may keep this one alive
         except BaseException:
             self.run_queue.run_soon()
@@ -200,6 +207,11 @@ class LoopGreenlet(greenlet):
         finally:
             self._begins = None
             self._add_ended()
+
+    def _report_if_slow(self, run: Run[Any], seconds: float) -> None:
+        """Say, as asyncio does of the other steps in its debug mode, that a first step blocked."""
+        if seconds >= self.aio_loop.slow_callback_duration:
+            logger.warning("Executing %.900r took %.3f seconds", run, seconds)
 
     def _add_ended(self) -> None:
         self.run_queue.add(self._ended)

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 from asyncio import Handle
+from asyncio.unix_events import _UnixSubprocessTransport  # type: ignore[attr-defined]  # private
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import Context
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from gevent import get_hub, getcurrent
 
+from psofa_gevent.aio_child import watch_child
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_run import Run
 from psofa_gevent.aio_selector import HubSelector
@@ -184,6 +186,44 @@ class HubLoop(asyncio.SelectorEventLoop):
     def _close_self_pipe(self) -> None:
         if self._csock is not None:
             super()._close_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
+
+    async def _make_subprocess_transport(
+        self,
+        protocol: Any,
+        args: Any,
+        shell: bool,
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        bufsize: int,
+        extra: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # As asyncio does it, but for who watches the child.
+        waiter = self.create_future()
+        transport: Any = _UnixSubprocessTransport(
+            self,
+            protocol,
+            args,
+            shell,
+            stdin,
+            stdout,
+            stderr,
+            bufsize,
+            waiter=waiter,
+            extra=extra,
+            **kwargs,
+        )
+        watch_child(self, transport._proc, transport._process_exited)
+        try:
+            await waiter
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            transport.close()
+            await asyncio.shield(transport._wait())
+            raise
+        return transport
 
     def _write_to_self(self) -> None:
         # In any thread.

@@ -71,6 +71,14 @@ class Run(Generic[T]):
         self._greenlet = current
         self._waiting_since = 0.0
 
+    def __repr__(self) -> str:
+        # A task forgets its coroutine when that ends in an eager first step.
+        coro = self._coro
+        code = getattr(coro, "cr_code", None)
+        where = "" if code is None else f", defined at {code.co_filename}:{code.co_firstlineno}"
+        name = None if self.task is None else self.task.get_name()
+        return f"<Task name={name!r} coro=<{getattr(coro, '__qualname__', coro)}(){where}>>"
+
     def wait(self, *, in_turn: bool = False) -> T:
         """Begin soon, and wait for the end, in the greenlet that runs this coroutine.
 
