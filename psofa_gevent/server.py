@@ -28,12 +28,12 @@ from psofa_gevent.owner import SessionOwner
 from psofa_gevent.places import (
     DEFAULT_HOST,
     DEFAULT_PORT,
+    PATIENCE,
     BindOptions,
     Given,
     check_places,
     check_reuse_port,
-    open_again,
-    open_all,
+    open_when_free,
 )
 from psofa_gevent.prologue import Prologue
 from psofa_gevent.service import Service
@@ -304,8 +304,10 @@ class PsServer(SessionOwner[M]):
     def start(self) -> None:
         """Listen and accept; returns when the server can be reached.
 
-        In a child process of one in which it ran at the fork: at the same addresses, when that has
-        ended, for which it has ten seconds.
+        While another process listens at the address, it tries again for ten seconds, as nginx and
+        gunicorn do: one that is being replaced may have a last request to answer. (On Linux, and
+        in greenlets, which may wait.) In a child process of one in which it ran at the fork: at the
+        same addresses, when that has ended, for which it has the same time.
 
         Raises:
             PsServerError: it is started already, or was shut down while it started; or the address
@@ -534,14 +536,20 @@ class PsServer(SessionOwner[M]):
 
     def _open(self, manager: SessionManager) -> list[Listening]:
         """Listen; in a child of a process that did, at the same addresses, when that has ended."""
-        if self._left_in is None:
-            return open_all(self._places, self._bind_options)
-        return open_again(
-            self._places,
-            self.addresses,
+        places = self._places
+        if self._left_in is not None:
+            bound = zip(places, self.addresses, strict=True)
+            places = [place.where(endpoint) for place, endpoint in bound]
+
+        def tell(why: str) -> None:
+            log(logging.WARNING, "%r: %s: trying again for %g s", self, why, PATIENCE)
+
+        return open_when_free(
+            places,
             self._bind_options,
-            self._left_in,
-            lambda: manager.stop is None and manager.process == os.getpid(),
+            left_in=self._left_in,
+            is_wanted=lambda: manager.stop is None and manager.process == os.getpid(),
+            told=tell,
         )
 
     def _let_go(self, hub: Hub | None) -> None:
