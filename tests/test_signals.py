@@ -21,7 +21,7 @@ import gevent
 import pytest
 
 from helpers import NativeThread, PythonProcess, ScriptedServer, python_process, run_python
-from marks import sync_and_async
+from marks import needs_tracing, sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -545,6 +545,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN = """
 """
 
 
+@needs_tracing
 @pytest.mark.parametrize("caller", ["main", "hub"])
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_a_shutdown(caller: str) -> None:
     done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN, caller, timeout=60.0)
@@ -610,6 +611,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING = """
 """
 
 
+@needs_tracing
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_accepting() -> None:
     done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING, timeout=60.0)
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
@@ -864,6 +866,7 @@ A_SIGNAL_AT_EVERY_LINE = """
 """
 
 
+@needs_tracing
 @both_signals
 def test_signal_at_any_moment_of_serve_forever_ends_it_gracefully(number: signal.Signals) -> None:
     """Before there is a manager too: from the moment in which the handlers are set."""
