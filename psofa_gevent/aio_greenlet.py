@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit, getcurrent
 from greenlet import greenlet
 
+from psofa_gevent.forking import keep, leave_behind, left_behind, not_woken, release
 from psofa_gevent.hub_calls import close_watcher
 from psofa_gevent.ready import ready_sessions
 
@@ -59,6 +60,7 @@ class LoopGreenlet(greenlet):
         "_claimed",
         "_ended",
         "_ending",
+        "_has_let_go",
         "_held",
         "_held_task",
         "_hooks",
@@ -100,6 +102,7 @@ class LoopGreenlet(greenlet):
         self._held_task: Task[Any] | None = None
         self._to_cancel: set[Task[Any]] = set()
         self._ending = False
+        self._has_let_go = False
         # Of the one whose turn it was before ours: an asyncio.run in another greenlet, or nobody.
         self._other_loop: AbstractEventLoop | None = None
         self._other_task: Task[Any] | None = None
@@ -141,10 +144,20 @@ class LoopGreenlet(greenlet):
             greenlet.throw(self, GreenletExit)
         close_watcher(self._keep_alive)
 
-    def abandon(self) -> None:
-        """Never switch to this greenlet again, nor end it: it came with a fork."""
+    def let_go(self, *, has_hub: bool) -> None:
+        """Begin nothing more, and never go on: the coroutines are the parent process's.
+
+        If this is the greenlet that has forked, it ends the step that it is in.
+        """
+        self._has_let_go = True
         self.parked = False
-        self._keep_alive.ref = False
+        if has_hub:
+            release(self._keep_alive)
+        leave_behind(self)
+        keep(list(self._beginning), list(self._ended))
+        self._beginning.clear()
+        self._ended.clear()
+        self._to_cancel.clear()
 
     def park(self) -> None:
         """Switch to the hub until woken. In this greenlet, between two rounds of the loop."""
@@ -157,6 +170,10 @@ class LoopGreenlet(greenlet):
                     return
             if self._ending:
                 raise GreenletExit
+            if self._has_let_go:
+                self._leave()
+                while True:  # nobody switches here any more
+                    self.run_queue.switch_on()
             needed = self.aio_loop.waiting > 0 or len(self.runs) > 0
             if needed is not self._keeps_alive:
                 self._keep_alive.ref = self._keeps_alive = needed
@@ -322,12 +339,17 @@ class LoopGreenlet(greenlet):
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:
         """Called by gevent when what a step waits for has come."""
+        if left_behind and self in left_behind:
+            not_woken(self)
+            return None
         if self._held:
             self._switch_in()
         return super().switch(*args, **kwargs)
 
     def throw(self, *args: Any) -> Any:
         """Called by gevent to interrupt a step that waits."""
+        if left_behind and self in left_behind:
+            return None
         if self._held:
             self._switch_in()
         elif self.parked:

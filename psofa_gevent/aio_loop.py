@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from asyncio import Handle
 from asyncio.unix_events import _UnixSubprocessTransport  # type: ignore[attr-defined]  # private
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import Context
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from gevent import get_hub, getcurrent
 
@@ -29,8 +30,12 @@ from psofa_gevent.aio_child import watch_child
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_run import Run
 from psofa_gevent.aio_selector import HubSelector
+from psofa_gevent.forking import in_child, keep, track
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.native import AtThreadEnd, new_local
+
+if TYPE_CHECKING:
+    from gevent.hub import Hub
 
 __all__ = ["HubLoop", "hub_loop"]
 
@@ -65,6 +70,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         self.nothing_to_call = Handle(callable, (), self)
         """For what was not scheduled after all."""
         self.nothing_to_call.cancel()
+        track(self)
 
     def has_work(self) -> bool:
         """Whether a callback is due in the next round."""
@@ -145,12 +151,30 @@ class HubLoop(asyncio.SelectorEventLoop):
             self.greenlet.end()
             self.close()
 
-    def abandon(self) -> None:
-        """In a child process: leave the parent's connections and coroutines alone."""
-        _abandoned.append(self)
-        self.greenlet.abandon()
-        # Not at once: before gevent has set the hub up anew, libuv would change the parent's epoll.
-        self.hub.loop.run_callback(self._hub_selector.close)
+    def _let_go(self, hub: Hub | None) -> None:
+        """In a child process: leave the parent's connections and coroutines alone.
+
+        Collected, the coroutines would run on to their ends, and transports close what is theirs.
+        """
+        keep(self, asyncio.all_tasks(self))
+        self.greenlet.let_go(has_hub=hub is self.hub)
+        if hub is self.hub:
+            self._hub_selector.close()
+        # The loop may just be in a round, and calls as many as were there at its beginning.
+        ready: Any = self._ready  # type: ignore[attr-defined]  # see has_work
+        scheduled: Any = self._scheduled  # type: ignore[attr-defined]  # the same of timers
+        keep(list(ready), list(scheduled))
+        for due in range(len(ready)):
+            ready[due] = self.nothing_to_call
+        scheduled.clear()
+        if self._csock is not None:
+            self._let_go_of_signals(self._csock.fileno())
+
+    def _let_go_of_signals(self, descriptor: int) -> None:
+        """Else the parent's loop would be told of signals that come to the child."""
+        before = signal.set_wakeup_fd(-1)
+        if before != descriptor:
+            signal.set_wakeup_fd(before)
 
     # What follows are the places that asyncio's loops leave for, and fill in, in subclasses.
 
@@ -213,15 +237,7 @@ class HubLoop(asyncio.SelectorEventLoop):
 
 _of_thread = new_local()
 
-_abandoned: list[HubLoop] = []
-"""The loops that came with a fork. Collected they would close what is the parent's."""
 
-
-def _after_fork_in_child() -> None:
-    loop: HubLoop | None = getattr(_of_thread, "loop", None)
-    if loop is not None:
-        _of_thread.loop = None
-        loop.abandon()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+@in_child
+def _forget() -> None:
+    _of_thread.loop = None

@@ -43,6 +43,9 @@ class HubSelector(selectors.BaseSelector):
         self._stopped: set[int] = set()
         self._fired: dict[int, int] = {}
         self._ref = True
+        self._timer: Any = None
+        """That of a `select` which is under way."""
+        self._is_closed = False
         self._turn = _turn(hub.loop)
         self._turn_due = False
 
@@ -82,9 +85,11 @@ class HubSelector(selectors.BaseSelector):
         for anything starve nobody. Every other time: a turn costs more than a round of the loop.
         """
         timer = None
-        if timeout is not None:
+        if self._is_closed:  # in a child process, in the middle of a round
+            self._park()
+        elif timeout is not None:
             if timeout > 0:
-                timer = self._hub.loop.timer(max(timeout, SHORTEST_TIMER))
+                timer = self._timer = self._hub.loop.timer(max(timeout, SHORTEST_TIMER))
             elif not self._turn_due:
                 self._turn_due = True
                 return self._ready()
@@ -100,6 +105,7 @@ class HubSelector(selectors.BaseSelector):
             if timer is self._turn:
                 self._turn.stop()
             elif timer is not None:
+                self._timer = None
                 self._close(timer)
         return self._ready()
 
@@ -146,9 +152,12 @@ class HubSelector(selectors.BaseSelector):
 
     def close(self) -> None:
         """Stop watching. Closes no descriptor."""
+        self._is_closed = True
         for watcher in self._watchers.values():
             self._close(watcher)
         self._turn.close()
+        if self._timer is not None:
+            self._close(self._timer)
         self._watchers.clear()
         self._keys.clear()
         self._stopped.clear()

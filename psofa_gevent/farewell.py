@@ -14,7 +14,9 @@ import _socket
 import contextlib
 from typing import Any
 
+from psofa_gevent.forking import keep, release
 from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.tcp import end
 
 __all__ = ["LONGEST_FAREWELL", "Farewells", "say"]
 
@@ -49,10 +51,10 @@ class Farewells:
             sock.send(words)
             sock.shutdown(_socket.SHUT_WR)
         except OSError:
-            sock.close()
+            end(sock)
             return
         if len(self._leaving) >= MOST_AT_A_TIME:
-            sock.close()
+            end(sock)
             return
         self._leaving.add(_Leaving(sock, thread.loop, self._leaving))
 
@@ -61,6 +63,13 @@ class Farewells:
         for leaving in list(self._leaving):
             with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
                 leaving.close()
+
+    def let_go(self, *, has_hub: bool) -> None:
+        """Leave them to the parent process. The hub is touched only where this one has it."""
+        for leaving in self._leaving:
+            leaving.let_go(has_hub=has_hub)
+        keep(*self._leaving)
+        self._leaving.clear()
 
 
 class _Leaving:
@@ -73,9 +82,13 @@ class _Leaving:
         self._among = among
         self._left = MOST_BYTES
         self._watcher = loop.io(sock.fileno(), READ)
-        self._watcher.start(self._read_and_drop)
         self._timer = loop.timer(LONGEST_TIME)
-        self._timer.start(self.close)
+        try:
+            self._watcher.start(self._read_and_drop)
+            self._timer.start(self.close)
+        except BaseException:
+            self.close()
+            raise
 
     def _read_and_drop(self) -> None:
         try:
@@ -88,6 +101,13 @@ class _Leaving:
         if not data or self._left <= 0:
             self.close()
 
+    def let_go(self, *, has_hub: bool) -> None:
+        """Leave it to the parent process."""
+        if has_hub:
+            release(self._watcher)
+            release(self._timer)
+        self._sock.close()
+
     def close(self) -> None:
         """Close it now. The watcher first: the descriptor is used again at once."""
         self._among.discard(self)
@@ -96,4 +116,4 @@ class _Leaving:
                 watcher.stop()
                 watcher.close()
         finally:
-            self._sock.close()
+            end(self._sock)

@@ -31,19 +31,18 @@ When calls are run, and when not:
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
-from weakref import WeakSet
 
 from gevent import get_hub
 from gevent._ffi.callback import (  # type: ignore[import-not-found]  # private
     callback as uv_callback,
 )
 
+from psofa_gevent.forking import track
 from psofa_gevent.native import AtThreadEnd, get_ident, new_local, new_lock
 
 __all__ = ["HubCalls", "close_watcher", "hub_calls"]
@@ -63,7 +62,7 @@ class HubCalls:
         self.waiting: deque[Call] = deque()
         """Those that have not been run: while there are any, `run` has something to do."""
         self._begin()
-        _known.add(self)
+        track(self)
 
     def _begin(self) -> None:
         self._is_due = False
@@ -134,13 +133,13 @@ class HubCalls:
             self.waiting.clear()
             close_watcher(self._watcher)
 
-    def _after_fork(self) -> None:
+    def _let_go(self, hub: object) -> None:
         """Begin anew in the child, where no other thread is, nor what those were about to do.
 
         The watcher stays as it is, started: on libuv it may be in the middle of a send for ever.
         """
         self.waiting.clear()
-        if get_ident() == self._ident and not self.is_over():
+        if hub is self._hub and not self.is_over():
             self._begin()
         else:
             self._lock = new_lock()
@@ -171,13 +170,3 @@ def hub_calls() -> HubCalls:
 
 
 _of_thread = new_local()
-
-_known: WeakSet[HubCalls] = WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for calls in list(_known):
-        calls._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

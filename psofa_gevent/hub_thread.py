@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -20,6 +19,7 @@ import gevent
 from gevent import Greenlet, get_hub, getcurrent, monkey
 from gevent._hub_local import get_hub_if_exists  # there is no public way to ask without making one
 
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.hub_calls import HubCalls, hub_calls
 from psofa_gevent.native import get_ident, new_lock
 
@@ -29,12 +29,8 @@ __all__ = [
     "NativeEvent",
     "Pulse",
     "get_ident",
-    "log_from_hub",
-    "log_safely",
     "new_lock",
 ]
-
-logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,15 +98,14 @@ class CallerEvent:
         """Wait for `set`, for at most `timeout` seconds; whether it was called."""
         if self._hub is None or self._native.is_set():
             return self._native.wait(timeout)
-        timer = self._hub.loop.timer(timeout)
+        timer = watch(self._hub.loop.timer(timeout))
         timer.start(self._wake)
         self._greenlet = getcurrent()
         try:
             self._hub.switch()
         finally:
             self._greenlet = None
-            timer.stop()
-            timer.close()
+            unwatch(timer)
         return self._native.is_set()
 
     def _wake(self) -> None:
@@ -142,9 +137,11 @@ class Pulse:
 class HubThread:
     """The thread in which this object was made, and its hub."""
 
-    __slots__ = ("_calls", "hub", "ident", "loop")
+    __slots__ = ("_calls", "hub", "ident", "lock", "loop")
 
     def __init__(self) -> None:
+        self.lock = new_lock()
+        """For what the sessions of one owner share with other threads."""
         self.hub = get_hub()
         self.loop = self.hub.loop
         self.ident = get_ident()
@@ -300,16 +297,3 @@ def _outcome(function: Callable[[], object]) -> BaseException | None:
 def _resolve(future: asyncio.Future[T], value: T) -> None:
     if not future.done():
         future.set_result(value)
-
-
-def log_safely(level: int, message: str, *args: object, **kwargs: Any) -> None:
-    """Log where a handler that raises must not undo what is going on."""
-    # logging itself keeps quiet about a handler's errors unless asked (`logging.raiseExceptions`).
-    if logger.isEnabledFor(level):
-        with contextlib.suppress(Exception):
-            logger.log(level, message, *args, **kwargs)
-
-
-def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:
-    """Log in a greenlet of its own: a handler may block, which the hub must not."""
-    gevent.spawn(logger.log, level, message, *args, **kwargs)

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["linger"]
 
-logger = logging.getLogger("psofa_gevent")
-
 DRAIN_SIZE = 65_536
 """Bytes read and thrown away at a time."""
 FIRST_LOOK = 0.001
@@ -51,7 +49,7 @@ def linger(session: PsSession[Any]) -> None:
         if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
     except OSError as exc:
-        logger.debug("%r: lingering ended: %s", session, exc)
+        session._log(logging.DEBUG, "%r: lingering ended: %s", session, exc)
 
 
 def _sends_on(session: PsSession[Any], deadline: float) -> bool:
@@ -92,7 +90,10 @@ def _drain(session: PsSession[Any], deadline: float) -> None:
             _wait(session, min(LONGEST_LOOK, left))
     while True:
         read = _read_and_drop(session)
-        if read == b"" or (read is None and unacknowledged(session._sock) == 0):
+        if read == b"":
+            session._eof_received = True
+            return
+        if read is None and unacknowledged(session._sock) == 0:
             return
         left = deadline - monotonic()
         if left <= 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import ssl
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from gevent import getcurrent
 from psofa_gevent.aio import greenlet_that_waits
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.send_line import Parking, SendLine, TaskParking, run_in_greenlet
 from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["Handshake", "SessionParking", "begin_tls", "begin_tls_async", "wait_for_peer"]
-
-logger = logging.getLogger("psofa_gevent")
 
 WRITE_LOOK = 0.01
 """Seconds between two looks whether a full kernel takes more of a handshake: a rare thing."""
@@ -177,7 +175,7 @@ def _failed(session: PsSession[Any], error: PsTlsError) -> PsTlsError:
     """
     if session._open:
         session._request_close(PsCloseReason.FAILED, error)
-        logger.warning("%s", error)
+        session._log_peer("the TLS handshake failed", "%s", error)
     return error
 
 
@@ -216,15 +214,13 @@ async def wait_for_peer(
         left = min(left, WRITE_LOOK)
     else:
         session._watcher.start(_become_readable, session, parking)
-    timer = None if left == NEVER else session._loop.timer(max(left, SHORTEST_TIMER))
+    timer = None if left == NEVER else watch(session._loop.timer(max(left, SHORTEST_TIMER)))
     if timer is not None:
         timer.start(parking.wake)
     try:
         await parking
     finally:
-        if timer is not None:
-            timer.stop()
-            timer.close()
+        unwatch(timer)
         if not writes and not session._released:
             session._watcher.stop()
     if not session._open:

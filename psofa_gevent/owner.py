@@ -7,6 +7,7 @@ It changes in the hub's thread only, where a signal handler may change it betwee
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Collection, Hashable, Iterator
 from time import monotonic
@@ -15,18 +16,23 @@ from weakref import WeakValueDictionary
 
 from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.forking import track
 from psofa_gevent.group import PsGroup, post_to_all
 from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, Pulse, new_lock
 from psofa_gevent.keys import Keys
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M, Message
-from psofa_gevent.settings import SessionSettings, check_seconds
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
 from psofa_gevent.stopping import Stop
 from psofa_gevent.times import NEVER
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
 
 if TYPE_CHECKING:
-    from psofa_gevent.session import Owner, PsSession
+    from gevent.hub import Hub
+
+    from psofa_gevent.session import Owner
 
 __all__ = ["SessionOwner"]
 
@@ -44,9 +50,11 @@ class SessionOwner(Generic[M]):
         self._callback = callback
         self._settings = settings
         self._manager: SessionManager | None = None
+        self._peer_log = PeerLog()
         self._keys: Keys[M] = Keys()
         self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
         self._groups_lock = new_lock()
+        track(self)
 
     # The attribute may change at any moment in which a signal handler or another thread runs: it is
     # read once in each method.
@@ -77,7 +85,7 @@ class SessionOwner(Generic[M]):
         """The open session with that id; ``None`` if there is none.
 
         Of several, since ids may be chosen, the one that came last. From any greenlet and any OS
-        thread; in the hub's own it takes the same time with any number of sessions.
+        thread; it takes the same time with any number of sessions.
 
         Raises:
             TypeError: that is no `uuid.UUID`.
@@ -85,14 +93,7 @@ class SessionOwner(Generic[M]):
         if not isinstance(connection_id, uuid.UUID):
             raise TypeError(f"connection_id must be a uuid.UUID, not {connection_id!r}")
         manager = self._manager
-        if manager is None:
-            return None
-        if manager.thread.is_current():
-            return manager.get_session(connection_id)
-        for session in reversed(self.sessions):
-            if session.connection_id == connection_id:
-                return session
-        return None
+        return None if manager is None else manager.get_session(connection_id)
 
     def broadcast(
         self,
@@ -108,19 +109,22 @@ class SessionOwner(Generic[M]):
 
         Args:
             message: as for `PsSession.send`.
-            exclude: a session, or several, that shall not get it.
+            exclude: a session, or several, that shall not get it. One of another owner does not
+                get it anyway.
             raw: as for `PsSession.send`.
 
         Raises:
             PsFramingError: a session's framing can't carry the message. Nobody got it.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
         """
         post_to_all(self.sessions, message, exclude, raw=raw)
 
     def group(self, name: str) -> PsGroup[M]:
         """The group of that name, the same one each time, for sessions to join.
 
-        It is there as long as somebody holds it, or a session is in it.
+        The name is this owner's; sessions of others may join, too. It is there as long as somebody
+        holds it, or a session is in it.
 
         Raises:
             TypeError: `name` is no text.
@@ -140,14 +144,21 @@ class SessionOwner(Generic[M]):
         Args:
             session: the session.
             key: anything that can be a dictionary's key.
-            replace: take the key from another session that has it, and close that: for a device
-                that comes back before its old connection was found to be dead.
+            replace: take the key from another session that has it, and close that (REPLACED): for a
+                device that comes back before its old connection was found to be dead.
 
         Raises:
             PsKeyTakenError: another open session has the key, and `replace` is false.
             TypeError: `session` is none, or `key` is not hashable.
+            ValueError: the session belongs to another owner, whose `find` would be asked for it.
         """
+        check_instance("session", session, PsSession)
+        self._check_owns(session, session.owner)
         self._keys.bind(session, key, replace=replace)
+
+    def _check_owns(self, what: object, owner: object) -> None:
+        if owner is not self:
+            raise ValueError(f"{what!r} belongs to {owner!r}, and not to {self!r}")
 
     def unbind(self, key: Hashable) -> None:
         """Take a key from the session that has it. Without effect when none has."""
@@ -172,6 +183,13 @@ class SessionOwner(Generic[M]):
     def _is_stopping(self) -> bool:
         manager = self._manager
         return manager is not None and manager.stop is not None
+
+    def _let_go(self, hub: Hub | None) -> None:
+        """In a child process: be stopped (`psofa_gevent.forking`). Its manager lets go itself."""
+        self._manager = None
+        self._peer_log = PeerLog()
+        self._keys.let_go()
+        self._groups_lock = new_lock()  # it may be held in the parent
 
     def _forget_if_hub_is_gone(self) -> None:
         """A manager whose hub was destroyed, or its thread, has ended with it, without a word."""
@@ -200,7 +218,7 @@ class SessionOwner(Generic[M]):
         """Stop a manager that has no sessions, and wait for it if possible."""
         if self._manager is manager:
             self._begin_stop(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
-        if may_wait():
+        if may_wait() and manager.process == os.getpid():
             manager.stopped.wait()
 
     def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
@@ -270,3 +288,4 @@ class SessionOwner(Generic[M]):
 
     def _stopped(self) -> None:
         self._manager = None
+        self._peer_log.close()

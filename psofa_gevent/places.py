@@ -17,23 +17,19 @@ import _socket
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Protocol, cast
 
-from psofa_gevent.addresses import (
-    check_address_family,
-    check_host,
-    check_port,
-    format_address,
-    resolve,
-)
+import gevent
+
+from psofa_gevent.addresses import Address, TcpAddress, UnixAddress, check_address, format_address
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.listener import Listening, bind, bind_unix, duplicate
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
 from psofa_gevent.tcp import NAMELESS, Endpoint, endpoint
-from psofa_gevent.unix_sockets import PREFIX, unix_path
 
 __all__ = [
     "DEFAULT_HOST",
@@ -43,6 +39,7 @@ __all__ = [
     "Place",
     "check_places",
     "check_reuse_port",
+    "open_again",
     "open_all",
 ]
 
@@ -50,6 +47,12 @@ DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8710
 REUSE_PORT: int | None = getattr(_socket, "SO_REUSEPORT", None)
 """None where there is no such option."""
+PARENT_TIME = 10.0
+"""Seconds that a parent which forks to become a daemon has, at most, to end. It may wait for its
+child to be ready."""
+FIRST_PAUSE = 0.01
+LONGEST_PAUSE = 0.25
+"""Seconds between two looks whether it has. Of a Unix socket each is a connection."""
 WANTED = (
     "a listening socket, its descriptor, a tuple of host and port, 'unix:' and a path, or a list "
     "of such"
@@ -98,36 +101,41 @@ class Place(Protocol):
             OSError: it is not possible.
         """
 
+    def where(self, endpoint: Endpoint) -> Place:
+        """The place where it is, when it is bound to `endpoint`: to listen there again."""
+
 
 @dataclass(frozen=True, slots=True)
 class TcpPlace:
     """A host and a port of this machine."""
 
-    host: str
-    port: int
-    family: PsSocketAddressFamily
+    address: TcpAddress
 
     def __str__(self) -> str:
-        return format_address(self._host, self.port)
+        return str(self._bound)
 
     @property
-    def _host(self) -> str:
-        is_ipv6 = self.family is PsSocketAddressFamily.IPV6
-        return "::" if is_ipv6 and self.host == "0.0.0.0" else self.host
+    def _bound(self) -> TcpAddress:
+        """The address, where 0.0.0.0 is every address of a dual-stack socket too."""
+        is_ipv6 = self.address.family is PsSocketAddressFamily.IPV6
+        if is_ipv6 and self.address.host == "0.0.0.0":
+            return replace(self.address, host="::")
+        return self.address
 
     @property
     def asked_for(self) -> Endpoint:
-        return self.host, self.port
+        return self.address.host, self.address.port
 
     @property
     def identity(self) -> object:
-        return (self._host, self.port) if self.port else None
+        bound = self._bound
+        return (bound.host, bound.port) if bound.port else None
 
     def open(self, options: BindOptions) -> Listening:
         try:
             return bind(
-                resolve(self._host, self.port, self.family)[0],
-                self.family,
+                self._bound.resolve()[0],
+                self.address.family,
                 backlog=options.backlog,
                 receive_buffer_size=options.receive_buffer_size,
                 reuse_port=REUSE_PORT if options.reuse_port else None,
@@ -136,9 +144,12 @@ class TcpPlace:
         except OSError as exc:
             raise OSError(exc.errno, self._explain(exc)) from exc
 
+    def where(self, endpoint: Endpoint) -> Place:
+        return replace(self, address=replace(self.address, port=endpoint[1]))
+
     def _explain(self, exc: OSError) -> str:
         no_ipv6 = exc.errno in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
-        if no_ipv6 and self.family is PsSocketAddressFamily.IPV6:
+        if no_ipv6 and self.address.family is PsSocketAddressFamily.IPV6:
             return "this machine has no IPv6"
         if exc.errno == errno.EADDRNOTAVAIL:
             return f"{exc.strerror}: the host is not an address of this machine"
@@ -149,21 +160,24 @@ class TcpPlace:
 class UnixPlace:
     """The path of a Unix domain socket, which the server makes."""
 
-    path: str
+    address: UnixAddress
 
     def __str__(self) -> str:
-        return PREFIX + self.path
+        return self.address.host
 
     @property
     def asked_for(self) -> Endpoint:
-        return PREFIX + self.path, 0
+        return self.address.host, 0
 
     @property
     def identity(self) -> object:
-        return os.path.abspath(self.path)
+        return os.path.abspath(self.address.path)
 
     def open(self, options: BindOptions) -> Listening:
-        return bind_unix(self.path, backlog=options.backlog, mode=options.unix_mode)
+        return bind_unix(self.address.path, backlog=options.backlog, mode=options.unix_mode)
+
+    def where(self, _endpoint: Endpoint) -> Place:
+        return self
 
 
 class InheritedPlace:
@@ -201,6 +215,9 @@ class InheritedPlace:
             raise OSError(errno.EBADF, str(exc)) from exc
         return duplicate(descriptor)
 
+    def where(self, _endpoint: Endpoint) -> Place:
+        return self
+
 
 def check_places(
     listener: Given | Sequence[Given] | None,
@@ -221,12 +238,9 @@ def check_places(
         ValueError: it is empty, has one twice, or a socket that can't be accepted from; or it is
             given besides a host and a port.
     """
-    check_host(host)
-    port = check_port(port, least=0)
-    check_address_family(family)
+    asked_for = check_address(host, port, family, least_port=0)
     if listener is None:
-        path = unix_path(host)
-        return [TcpPlace(host, port, family) if path is None else UnixPlace(path)]
+        return [_at(asked_for)]
     if (host, port) != (DEFAULT_HOST, DEFAULT_PORT):
         where = format_address(host, port)
         raise ValueError(
@@ -279,6 +293,47 @@ def open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
     return opened
 
 
+def open_again(
+    places: Sequence[Place],
+    endpoints: Sequence[Endpoint],
+    options: BindOptions,
+    process: int,
+    is_wanted: Callable[[], bool],
+) -> list[Listening]:
+    """Listen, in a child process, where its parent did at the fork, which is about to end.
+
+    As long as that listens still, it is tried again and again. Switches.
+
+    Args:
+        places: as for `open_all`.
+        endpoints: what they were bound to there: the ports that were given for port 0.
+        options: as for `open_all`.
+        process: the parent's id.
+        is_wanted: false when it is to be tried no more.
+
+    Raises:
+        PsServerError: it is not possible, or the parent did not end in `PARENT_TIME`.
+    """
+    again = [place.where(at) for place, at in zip(places, endpoints, strict=True)]
+    deadline = monotonic() + PARENT_TIME
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return open_all(again, options)
+        except PsServerError as exc:
+            cause = exc.__cause__
+            is_in_use = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
+            if not is_in_use or not is_wanted() or monotonic() >= deadline:
+                raise PsServerError(
+                    f"{exc}. Process {process} listened there at the fork, of which this process "
+                    f"{os.getpid()} is a child: it must have ended within {PARENT_TIME:g} s. For "
+                    "several processes, and for ports that this one may not bind: listen, fork, "
+                    "and make a PsServer(listener=sock) in each"
+                ) from cause
+        gevent.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
 def _is_address(given: tuple[object, ...]) -> bool:
     if len(given) != 2 or not isinstance(given[0], str):
         return False
@@ -306,29 +361,32 @@ def _place(given: object, family: PsSocketAddressFamily) -> Place:
 
 
 def _address(given: tuple[object, ...], family: PsSocketAddressFamily) -> Place:
+    host, port = given
+    if ":" in str(host):
+        family = PsSocketAddressFamily.IPV6
     try:
-        host = check_host(given[0])
-        path = unix_path(host)
-        port = check_port(given[1], least=0)
+        address = check_address(host, port, family, least_port=0)
     except (TypeError, ValueError) as exc:
         raise type(exc)(f"listener must be a host and a port, not {given!r}: {exc}") from exc
-    if path is None:
-        return TcpPlace(host, port, PsSocketAddressFamily.IPV6 if ":" in host else family)
-    if port:
+    if port and isinstance(address, UnixAddress):
         raise ValueError(f"listener must have the port 0 for a Unix socket, not {given!r}")
-    return UnixPlace(path)
+    return _at(address)
 
 
 def _path(given: str) -> Place:
     try:
-        path = unix_path(check_host(given))
+        address = check_address(given, 0, PsSocketAddressFamily.IPV4, least_port=0)
     except ValueError as exc:
         raise ValueError(f"listener must be 'unix:' and a path, not {given!r}: {exc}") from exc
-    if path is None:
+    if isinstance(address, TcpAddress):
         raise ValueError(
             f"listener must be 'unix:' and a path, or a tuple of host and port, not {given!r}"
         )
-    return UnixPlace(path)
+    return UnixPlace(address)
+
+
+def _at(address: Address) -> Place:
+    return TcpPlace(address) if isinstance(address, TcpAddress) else UnixPlace(address)
 
 
 def _descriptor(given: HasFileno | int) -> int:

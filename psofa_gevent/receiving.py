@@ -8,10 +8,11 @@ collected sent before.
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError
+from psofa_gevent.forking import unwatch, watch
 from psofa_gevent.framed import NOTHING
 from psofa_gevent.reading import read
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
@@ -44,13 +45,12 @@ def _wait_for_message(session: PsSession[Any], timeout: float | None) -> Any:
     if timeout is None:
         return _read_message(session, NEVER)
     # Again and again: it may come a little early, or in the moment in which bytes come.
-    timer = session._loop.timer(max(timeout, SHORTEST_TIMER), RETRY)
+    timer = watch(session._loop.timer(max(timeout, SHORTEST_TIMER), RETRY))
     timer.start(session._resume)
     try:
         return _read_message(session, monotonic() + timeout)
     finally:
-        timer.stop()
-        timer.close()
+        unwatch(timer)
 
 
 def _read_message(session: PsSession[Any], deadline: float) -> Any:
@@ -67,14 +67,14 @@ def _read_message(session: PsSession[Any], deadline: float) -> Any:
             raise TimeoutError(f"{session!r}: no message came in time")
         if not data:
             _end(session, has_eof=data is not None)
-        elif session._framed is None:
+        session._received_at = session._ready.now
+        if session._framed is None:
             session._messages_received += 1
             return data
-        else:
-            session._framed.feed(session, data)
-            message = session._framed.take(session)
-            if message is not NOTHING:
-                return message
+        session._framed.feed(session, data)
+        message = session._framed.take(session)
+        if message is not NOTHING:
+            return message
         del data  # a session that waits owns no buffer
 
 
@@ -109,7 +109,7 @@ def _send_collected(session: PsSession[Any], *, waits: bool) -> None:
         raise _closed_error(session) from exc
 
 
-def _end(session: PsSession[Any], *, has_eof: bool) -> None:
+def _end(session: PsSession[Any], *, has_eof: bool) -> NoReturn:
     if has_eof:
         if session._framed is not None and not session._eof_received:
             session._framed.end(session)
@@ -120,5 +120,5 @@ def _end(session: PsSession[Any], *, has_eof: bool) -> None:
 
 
 def _closed_error(session: PsSession[Any]) -> PsClosedError:
-    why = "the peer sends no more" if session._open else session._reason.name
+    why = "the peer sends no more" if session._open else session.close_reason.name
     return PsClosedError(f"{session!r}: no message will come: {why}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import resource
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 import gevent
 from gevent import getcurrent
@@ -19,8 +20,8 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.hub_thread import log_safely
-from psofa_gevent.listener import Listeners
+from psofa_gevent.listener import Listeners, Listening
+from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
@@ -31,6 +32,7 @@ from psofa_gevent.places import (
     Given,
     check_places,
     check_reuse_port,
+    open_again,
     open_all,
 )
 from psofa_gevent.prologue import Prologue
@@ -38,6 +40,7 @@ from psofa_gevent.service import Service
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
+    SessionKeywords,
     SessionSettings,
     check_bool,
     check_int,
@@ -48,9 +51,10 @@ from psofa_gevent.signals import ask_on_signals
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.worker import may_wait_for_callbacks
 
-__all__ = ["PsServer"]
+if TYPE_CHECKING:
+    from gevent.hub import Hub
 
-logger = logging.getLogger("psofa_gevent")
+__all__ = ["PsServer"]
 
 DESCRIPTORS_FOR_OTHERS = 64
 """File descriptors that the default cap leaves to others in the process, or a sixteenth of all."""
@@ -59,17 +63,58 @@ CAP_WITHOUT_LIMIT = 1_000_000
 SHUTDOWN_TIMEOUT = 5.0
 
 
+class ServerKeywords(SessionKeywords, total=False):
+    """The parameters of `PsServer`, but for ``callback`` and ``framing``."""
+
+    host: str
+    port: int
+    listener: Given | Sequence[Given] | None
+    socket_address_family: PsSocketAddressFamily
+    backlog: int
+    receive_buffer_size: int | None
+    unix_mode: int | None
+    reuse_port: bool
+    max_sessions: int | None
+    ssl_context: ssl.SSLContext | None
+    handshake_timeout: float | None
+    proxy_protocol: bool
+    trusted_proxies: Collection[str]
+    allowed_networks: Collection[str] | None
+    denied_networks: Collection[str]
+    max_sessions_per_peer: int | None
+    refuse_when_full: bool
+    farewell: bytes | str | None
+
+
 class PsServer(SessionOwner[M]):
     """A TCP server: accepts connections, one session and one greenlet each.
 
     `start`, `wait_for` and `serve_forever` belong to the thread whose hub serves; the others may be
     called from any greenlet and any OS thread. As a context manager it is started on entry and shut
     down on exit.
+
+    A process that is forked from the one in which it runs has a stopped one: see `start`.
     """
 
+    @overload
+    def __init__(
+        self: PsServer[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -97,10 +142,12 @@ class PsServer(SessionOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -161,15 +208,21 @@ class PsServer(SessionOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
+                than twice as many, whatever the sizes of messages.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
+                and 65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -191,6 +244,8 @@ class PsServer(SessionOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,
@@ -236,6 +291,8 @@ class PsServer(SessionOwner[M]):
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
         self._service: Service | None = None
+        self._left_in: int | None = None
+        """In a child process: the one in which it ran at the fork, until it is started anew."""
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
@@ -247,6 +304,9 @@ class PsServer(SessionOwner[M]):
     def start(self) -> None:
         """Listen and accept; returns when the server can be reached.
 
+        In a child process of one in which it ran at the fork: at the same addresses, when that has
+        ended, for which it has ten seconds.
+
         Raises:
             PsServerError: it is started already, or was shut down while it started; or the address
                 is in use, not this machine's, not known, or not allowed.
@@ -257,23 +317,31 @@ class PsServer(SessionOwner[M]):
             raise PsServerError(f"{self!r} is started already")
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
-            opened = open_all(self._places, self._bind_options)
-            if manager.stop is not None:
+            opened = self._open(manager)
+            try:
+                if manager.stop is not None:
+                    raise PsServerError(f"{self!r} was shut down while it started")
+                self._set_entrance(manager)
+                listeners = self._listeners = Listeners(opened, manager)
+            except BaseException:
                 for each in opened:
                     each.close()
-                raise PsServerError(f"{self!r} was shut down while it started")
-            self._set_entrance(manager)
-            listeners = self._listeners = Listeners(opened, manager)
+                raise
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True
+            if manager.process != os.getpid():
+                raise PsServerError(f"{self!r} is starting in process {manager.process}, not here")
             if self._manager is not manager or not self.started:
                 raise PsServerError(f"{self!r} was shut down while it started")
             listeners.start()
-        logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
+            self._left_in = None
+        log(logging.INFO, "%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
+
+        In a child process of one in which it ran at the fork it is started first (`start`).
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
@@ -283,20 +351,24 @@ class PsServer(SessionOwner[M]):
 
         Raises:
             PsServerError: called in another thread than the server's, in a callback (``on_start``
-                included), in a coroutine or in the hub.
+                included), in a coroutine or in the hub; or as of `start`, in a child process.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
         self._forget_if_hub_is_gone()
         manager = self._manager
-        if manager is None:
+        if manager is None and self._left_in is None:
             return True
-        starts = getcurrent() in manager.entering
-        if starts or not manager.thread.is_current() or not may_wait_for_callbacks():
+        starts = manager is not None and getcurrent() in manager.entering
+        is_elsewhere = manager is not None and not manager.thread.is_current()
+        if starts or is_elsewhere or not may_wait_for_callbacks():
             raise PsServerError(
                 "wait_for belongs to a greenlet of the server's own thread, and to no callback"
             )
-        return bool(manager.stopped.wait(timeout))
+        if manager is None:
+            self.start()
+            manager = self._manager
+        return manager is None or bool(manager.stopped.wait(timeout))
 
     def serve_forever(
         self, *, shutdown_timeout: float | None = SHUTDOWN_TIMEOUT, drain: float = 0.0
@@ -305,8 +377,10 @@ class PsServer(SessionOwner[M]):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
-        once. On any other way out (an exception) the server is shut down too. Afterwards the
-        program's own signal handlers work again.
+        once, also as process 1 of a container. One of the two that is ignored stays ignored, and
+        other signals are left alone: SIGHUP ends the process, unless the program handles it. On
+        any other way out (an exception) the server is shut down too. Afterwards the program's own
+        signal handlers work again.
 
         Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
         and feeds the unit's watchdog: see `psofa_gevent.systemd`.
@@ -324,7 +398,7 @@ class PsServer(SessionOwner[M]):
         signals: list[str] = []
 
         def shut_down() -> None:
-            logger.info("%r: %s: shutting down", self, signals[0])
+            log(logging.INFO, "%r: %s: shutting down", self, signals[0])
             self.shutdown(shutdown_timeout, drain=drain)
 
         def ask(name: str) -> None:
@@ -420,6 +494,8 @@ class PsServer(SessionOwner[M]):
             ValueError: a time is negative.
         """
         self._stop_all(PsCloseReason.SHUTDOWN, timeout, drain)
+        if self._left_in is not None and self._manager is None:
+            self._left_in = self._bound_to = None
 
     @property
     def refused(self) -> dict[PsRefusal, int]:
@@ -432,7 +508,8 @@ class PsServer(SessionOwner[M]):
 
         A Unix socket is a host as it was given, and the port 0. Of several listeners the first.
 
-        While it is stopped: the host and port that were asked for.
+        While it is stopped: the host and port that were asked for. In a child process of one in
+        which it ran at the fork: what it was bound to there.
         """
         return self.addresses[0]
 
@@ -454,6 +531,31 @@ class PsServer(SessionOwner[M]):
         traceback: TracebackType | None,
     ) -> None:
         self.shutdown()
+
+    def _open(self, manager: SessionManager) -> list[Listening]:
+        """Listen; in a child of a process that did, at the same addresses, when that has ended."""
+        if self._left_in is None:
+            return open_all(self._places, self._bind_options)
+        return open_again(
+            self._places,
+            self.addresses,
+            self._bind_options,
+            self._left_in,
+            lambda: manager.stop is None and manager.process == os.getpid(),
+        )
+
+    def _let_go(self, hub: Hub | None) -> None:
+        manager = self._manager
+        if manager is not None:
+            has_hub = hub is manager.thread.hub
+            if manager.has_started and manager.stop is None:
+                self._left_in = manager.process
+            if self._listeners is not None:
+                self._listeners.let_go(has_hub=has_hub)
+                self._listeners = None
+            self._admission.let_go(has_hub=has_hub)
+        self._service = None
+        super()._let_go(hub)
 
     def _set_entrance(self, manager: SessionManager) -> None:
         """Say who is let in, and what comes before ``on_open``."""
@@ -485,7 +587,8 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         has_started = manager is not None and manager.has_started
         stopped = repr(self)
-        self._bound_to = None
+        if self._left_in is None:  # else it may try again to take them over
+            self._bound_to = None
         super()._stopped()
         listeners, self._listeners = self._listeners, None
         if listeners is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed
@@ -493,7 +596,7 @@ class PsServer(SessionOwner[M]):
                 listeners.close()
         self._admission.close()
         if has_started:
-            log_safely(logging.INFO, "%s: stopped", stopped)
+            log(logging.INFO, "%s: stopped", stopped)
 
 
 def _default_cap() -> int:

@@ -17,7 +17,8 @@ import logging
 from typing import Any
 
 from psofa_gevent import systemd
-from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.forking import in_child, track, unwatch, watch
+from psofa_gevent.logs import log
 from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = ["Service"]
@@ -36,12 +37,13 @@ class Service:
         Args:
             loop: the event loop of the server's hub.
         """
-        self._retry = loop.timer(RETRY_PERIOD)
+        self._retry = watch(loop.timer(RETRY_PERIOD))
         self._watchdog: Any = None
         self._loop = loop
         self._untold: list[str] = []
         self._socket: _socket.socket | None = None
         """None until it is ready."""
+        track(self)
 
     def ready(self, where: str) -> None:
         """Tell that the server can be reached, and from now on that it lives.
@@ -53,7 +55,7 @@ class Service:
         try:
             self._socket = systemd.new_socket()
         except OSError as exc:
-            log_safely(logging.WARNING, "The service manager is told nothing: %s", exc)
+            log(logging.WARNING, "The service manager is told nothing: %s", exc)
             return
         _serving.append(self)
         status = where.replace("\n", " ")  # a path may have one
@@ -61,11 +63,11 @@ class Service:
         try:
             timeout = systemd.watchdog_timeout()
         except ValueError as exc:
-            log_safely(logging.WARNING, "No watchdog: %s", exc)
+            log(logging.WARNING, "No watchdog: %s", exc)
             return
         if timeout is not None:
             period = max(timeout / 2, SHORTEST_TIMER)
-            self._watchdog = self._loop.timer(period, period)
+            self._watchdog = watch(self._loop.timer(period, period))
             self._watchdog.start(self._tell, WATCHDOG)
             self._tell(WATCHDOG)
 
@@ -77,12 +79,16 @@ class Service:
     def close(self) -> None:
         """Tell nothing more: stop the timers, and close the socket."""
         self._leave()
-        for timer in (self._retry, self._watchdog):
-            if timer is not None:
-                timer.stop()
-                timer.close()
+        unwatch(self._retry)
+        unwatch(self._watchdog)
         if self._socket is not None:
             self._socket.close()
+
+    def _let_go(self, _hub: object) -> None:
+        """Tell nothing more, in a child process."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def _leave(self) -> bool:
         """Whether it was among those that serve."""
@@ -112,3 +118,4 @@ class Service:
 
 
 _serving: list[Service] = []
+in_child(_serving.clear)

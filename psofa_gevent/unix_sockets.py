@@ -102,6 +102,8 @@ def starting_in_turn(path: str) -> Iterator[None]:
                 except BlockingIOError:
                     gevent.sleep(TURN_PERIOD)
                 else:
+                    # By itself, too: a child process may have a duplicate of the directory.
+                    unlocking.callback(fcntl.flock, directory, fcntl.LOCK_UN)
                     break
         yield
 

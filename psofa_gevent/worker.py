@@ -8,12 +8,16 @@ come to its end. A call that waits for that end must not wait in one of them, no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
 
 from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
+from greenlet import greenlet
 
 from psofa_gevent.aio import in_coroutine
+from psofa_gevent.forking import leave_behind, left_behind, not_woken, track
+from psofa_gevent.logs import LogGreenlet
 
 __all__ = [
     "LibraryGreenlet",
@@ -25,6 +29,8 @@ __all__ = [
     "sends_to_the_end",
 ]
 
+
+_switch = greenlet.switch
 
 if TYPE_CHECKING:
     _Greenlet = Greenlet[[], None]
@@ -40,6 +46,29 @@ class LibraryGreenlet(_Greenlet):
 
     # gevent notes for each greenlet where it was made, ten frames deep: here always the same place.
     spawning_stack_limit = 0
+
+    def __init__(self, *run: Callable[[], None]) -> None:
+        super().__init__(*run)
+        track(self)
+
+    def _let_go(self, _hub: object) -> None:
+        """Never run again, in a child process (`psofa_gevent.forking`)."""
+        leave_behind(self)
+
+    # gevent calls these two, whatever the greenlet waited for.
+
+    def switch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, or go on; not in a child process."""
+        if left_behind and self in left_behind:
+            not_woken(self)
+            return None
+        return _switch(self, *args, **kwargs)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise something where it waits; not in a child process."""
+        if left_behind and self in left_behind:
+            return None
+        return super().throw(*args)
 
 
 class WorkGreenlet(LibraryGreenlet):
@@ -66,8 +95,13 @@ def may_wait() -> bool:
 
 
 def may_wait_for_callbacks() -> bool:
-    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all."""
-    return getcurrent() is not get_hub_if_exists() and not in_callback()
+    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all.
+
+    No log handler, as the end of a stop waits for those.
+    """
+    current = getcurrent()
+    is_hub = current is get_hub_if_exists()
+    return not (is_hub or isinstance(current, LogGreenlet) or in_callback())
 
 
 class Worker:
@@ -78,9 +112,22 @@ class Worker:
     owner, so an owner that is dropped goes, greenlet and all.
     """
 
-    def __init__(self, job: Callable[[], None], has_work: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        job: Callable[[], None],
+        has_work: Callable[[], bool],
+        context: Context | None = None,
+    ) -> None:
+        """Say what to do, in its first line and again where it was killed.
+
+        Args:
+            job: it never returns.
+            has_work: whether it has to go on.
+            context: that of the job; by default one of its own, which is empty.
+        """
         self._job = job
         self._has_work = has_work
+        self._context = context
         self._stopped = False
         self.greenlet: LibraryGreenlet | None = None
 
@@ -88,6 +135,7 @@ class Worker:
         """Start the greenlet unless it runs. Does not switch."""
         if self.greenlet is None and not self._stopped:
             greenlet = LibraryGreenlet(self._job)
+            greenlet.gr_context = self._context
             greenlet.rawlink(self._ended)
             self.greenlet = greenlet
             greenlet.start()
@@ -97,6 +145,11 @@ class Worker:
             self.greenlet = None
             if self._has_work():
                 self.ensure()
+
+    def let_go(self) -> None:
+        """Have no greenlet, and never start one again: it was the parent process's."""
+        self._stopped = True
+        self.greenlet = None
 
     def replace(self) -> None:
         """Leave the greenlet behind, still running, and start another in its place."""

@@ -19,7 +19,7 @@ import gevent
 import gevent.socket
 import pytest
 
-from helpers import NativeThread, run_python
+from helpers import NativeThread, run_python, takes
 from psofa_gevent.aio import hub_loop, run_coroutine, spawn_coroutine
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.testing import eventually
@@ -73,12 +73,11 @@ def test_task_groups_timeouts_and_gather_work() -> None:
 
 
 def test_sleeps_take_as_long_as_they_say() -> None:
-    async def nap() -> float:
-        began = time.monotonic()
-        await asyncio.sleep(0.05)
-        return time.monotonic() - began
+    async def nap() -> None:
+        with takes(0.05, most=0.05):
+            await asyncio.sleep(0.05)
 
-    assert 0.049 < run_coroutine(nap()) < 0.2
+    run_coroutine(nap())
 
 
 def test_async_generators_that_nobody_finished_are_closed_on_the_loop() -> None:
@@ -204,8 +203,8 @@ def test_to_thread_waits_in_nobodys_way_and_keeps_the_hub_alive(patched: str) ->
         """
         async def main():
             began = time.monotonic()
-            await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.2) for _ in range(3)))
-            print(0.2 <= time.monotonic() - began < 0.5, ticks > 5)
+            await asyncio.gather(*(asyncio.to_thread(time.sleep, 1.0) for _ in range(3)))
+            print(1.0 <= time.monotonic() - began < 2.9, ticks > 5)
             asyncio.get_running_loop().run_in_executor(None, late)
 
         def late():

@@ -25,8 +25,13 @@ from helpers import run_python
 
 DELIBERATE = {
     ("LoopGreenlet", "run"): "what a greenlet runs is a method in a subclass",
+    ("LogGreenlet", "run"): "what a greenlet runs is a method in a subclass",
+    ("LogGreenlet", "switch"): "gevent's way to let a greenlet go on",
+    ("LogGreenlet", "throw"): "gevent's way to interrupt one",
     ("LoopGreenlet", "switch"): "gevent's way to let a greenlet go on",
     ("LoopGreenlet", "throw"): "gevent's way to interrupt one",
+    ("LibraryGreenlet", "switch"): "gevent's way to let a greenlet go on; not in a child",
+    ("LibraryGreenlet", "throw"): "gevent's way to interrupt one; not in a child",
     ("SessionGreenlet", "_run"): "what a gevent.Greenlet runs is this method in a subclass",
     ("LibraryGreenlet", "spawning_stack_limit"): "gevent's setting",
     ("Listener", "max_accept"): "gevent's setting",

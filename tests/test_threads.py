@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -420,22 +419,21 @@ def test_shutdown_from_a_thread_that_a_callback_waits_for_returns_at_the_timeout
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     # A deadlock of the user's own making ends with the shutdown's timeout.
-    ended: list[float] = []
+    has_ended: list[bool] = []
 
     def wait_for_the_shutdown(session: PsSession) -> None:
         try:
             in_native_thread(server.shutdown, 0.2)
         finally:
-            ended.append(time.monotonic())
+            has_ended.append(True)
 
     callback = ActsInMessage(wait_for_the_shutdown)
     server = ps_server(callback)
     client = ps_client(server)
-    began = time.monotonic()
-    client.send("x")
-    assert server.wait_for(5)
-    assert ended
-    assert time.monotonic() - began < 3.0
+    with takes(0.2, most=1.2):
+        client.send("x")
+        assert server.wait_for(30)
+    assert has_ended
 
 
 @in_each_kind_of_thread
@@ -702,13 +700,14 @@ class ShutsOtherDown(RecordingCallback):
         super().__init__(use_async_callback=use_async_callback)
         self._method = method
         self.other: PsServer | None = None
-        self.seconds: list[float] = []
+        self.returned = False
+        self.waited = False
 
     def _act(self, method: str) -> None:
         if method == self._method and self.other is not None:
-            began = time.monotonic()
             self.other.shutdown(timeout=1.0)
-            self.seconds.append(time.monotonic() - began)
+            self.waited = self.other.get_session_count() == 0
+            self.returned = True
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         super().on_message(session, message)
@@ -746,8 +745,8 @@ def test_callback_may_shut_down_the_server_of_another_thread_and_does_not_wait_f
         with serving(here) as server, ScriptedClient(server.address) as client:
             client.send("x")
             here.wait_for("on_message")
-        eventually(lambda: here.seconds)
-        assert here.seconds[0] < 0.9, "it waited for the callback that hangs in the other thread"
+        eventually(lambda: here.returned)
+        assert not here.waited, "it waited for the callback that hangs in the other thread"
         assert other.thread.wait() is True
         hanging.expect_eof()
     assert close_reasons(there) == [PsCloseReason.SHUTDOWN]
