@@ -19,6 +19,7 @@ import gevent.socket
 import pytest
 
 from helpers import LOOPBACK, echo, local_server
+from marks import needs_tracing
 from psofa_gevent import PsCallback, PsMultiClient, PsServer
 from psofa_gevent.admission import Admission
 from psofa_gevent.framing import Line
@@ -84,6 +85,7 @@ def with_context(sock: Any) -> TlsSocket:
     return TlsSocket(sock._sock, context, server_side=False, server_hostname="localhost")
 
 
+@needs_tracing
 @pytest.mark.parametrize("wrap", [lambda sock: sock._sock, with_context], ids=["plain", "tls"])
 def test_a_session_that_fails_at_any_line_is_undone(wrap: Callable[[Any], Any]) -> None:
     ready = ready_sessions()

@@ -54,17 +54,18 @@ def is_ours(cls: type) -> bool:
     return str(cls.__module__).partition(".")[0] == "psofa_gevent"
 
 
-def our_classes() -> set[type]:
+def our_classes() -> list[type]:
     our_modules()
-    found: set[type] = set()
+    # By id: there are metaclasses that warn when their classes are compared.
+    found: dict[int, type] = {}
     waiting: list[type] = [object]
     while waiting:
         subclasses: list[type] = type.__subclasses__(waiting.pop())
         for cls in subclasses:
-            if cls not in found:
-                found.add(cls)
+            if id(cls) not in found:
+                found[id(cls)] = cls
                 waiting.append(cls)
-    return {cls for cls in found if is_ours(cls)}
+    return [cls for cls in found.values() if is_ours(cls)]
 
 
 def bases_of_others(cls: type) -> list[type]:

@@ -34,7 +34,7 @@ from helpers import (
     python_process,
     run_python,
 )
-from marks import sync_and_async
+from marks import needs_tracing, sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -584,6 +584,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN = """
 """
 
 
+@needs_tracing
 @pytest.mark.parametrize("caller", ["main", "hub"])
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_a_shutdown(caller: str) -> None:
     done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN, caller, timeout=60.0)
@@ -649,6 +650,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING = """
 """
 
 
+@needs_tracing
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_accepting() -> None:
     done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING, timeout=60.0)
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
@@ -1032,6 +1034,7 @@ A_SIGNAL_AT_EVERY_LINE = """
 """
 
 
+@needs_tracing
 @both_signals
 def test_signal_at_any_moment_of_serve_forever_ends_it_gracefully(number: signal.Signals) -> None:
     """Before there is a manager too: from the moment in which the handlers are set."""

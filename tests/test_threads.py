@@ -26,6 +26,7 @@ from helpers import (
     stalled_peer,
     takes,
 )
+from marks import needs_tracing
 from psofa_gevent import (
     PsClient,
     PsClientError,
@@ -911,6 +912,7 @@ def operations(server: PsServer, session: PsSession) -> dict[str, Callable[[], o
     }
 
 
+@needs_tracing
 @pytest.mark.parametrize(
     "operation",
     [

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from acting import sending
-from helpers import NativeThread, close_reasons, python_process, takes
+from helpers import TINY_BUFFER, NativeThread, close_reasons, python_process, takes
 from marks import needs_ipv6, sync_and_async
 from psofa_gevent import (
     PsCallback,
@@ -333,8 +333,9 @@ def test_one_who_waits_behind_a_half_sent_message_has_not_begun(
 ) -> None:
     much = BIG // 8
     server = ps_server(PsCallback(), ssl_context=server_context(), send_timeout=None)
-    # Both buffers together are smaller than what is encrypted at a time, so that is half sent.
-    client = peer(server, receive_buffer_size=20_000, timeout=30.0)
+    # Both buffers together take half of what is encrypted at a time, so that is half sent. (Larger
+    # ones may take just all of it, and then have no room for more.)
+    client = peer(server, receive_buffer_size=TINY_BUFFER, timeout=30.0)
     (session,) = eventually(lambda: server.sessions)
     session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
     in_front = gevent.spawn(session.send, bytes(much))
