@@ -88,7 +88,9 @@ def main(directory: Path) -> None:
     check_install(sdist, directory / "from-sdist")
 
     with tarfile.open(sdist) as archive:
-        archive.extractall(directory / "unpacked", filter="data")
+        if hasattr(tarfile, "data_filter"):  # since 3.11.4; newer ones warn without it
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(directory / "unpacked")
     # Without what an sdist knows its version from, the tree is one out of `git archive`.
     (tree,) = (directory / "unpacked").iterdir()
     (tree / "PKG-INFO").unlink()

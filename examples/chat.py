@@ -4,8 +4,9 @@
     nc 127.0.0.1 8710                             # in as many terminals as you like
 
 The members are a `PsGroup`, and what is posted to that waits for nobody: what a member has not read
-yet is kept for it, up to ``high_water`` bytes. One who reads too slowly is dropped in the end: the
-alternatives are to drop lines (``overflow``), to wait for the slowest, or to let memory grow.
+yet is kept for it, up to ``high_water`` bytes here, behind what the kernel has taken. One who reads
+too slowly is dropped in the end: the alternatives are to drop lines (``overflow``), to wait for the
+slowest, or to let memory grow.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from psofa_gevent import (
 )
 from psofa_gevent.framing import Line
 
-# Together they bound what a member can cost.
+# What a member can cost: a line that is not whole, what waits for it here, and what the kernel has
+# taken and not sent, which would be megabytes.
 MAX_LINE = 1_000
-HIGH_WATER = 1_000_000
+HIGH_WATER = 250_000
+UNSENT_LOW_WATER = 100_000
 MAX_NAME = 20
 
 NAME = "name"  # not set until a member has introduced itself
@@ -90,6 +93,7 @@ def main() -> None:
             framing=Line(max_size=MAX_LINE),
             idle_milliseconds=None,  # listening in silence is allowed
             high_water=HIGH_WATER,
+            unsent_low_water=UNSENT_LOW_WATER,
         )
         server.start()
     except (ValueError, PsServerError) as error:

@@ -1,17 +1,21 @@
 """gunicorn's settings for gunicorn_app.py: where the `PsServer` is started and shut down.
 
 gunicorn reads this file in its main process; the two functions below run in the worker.
+
+gunicorn opens both ports once, in its main process, and hands them to each worker. So nobody is
+refused at a reload (SIGHUP) or an upgrade (SIGUSR2), when the old worker and the new one run side
+by side. The old worker's devices are disconnected when it ends; they connect again, to the new one.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-bind = "127.0.0.1:8080"
+bind = ["127.0.0.1:8080", "127.0.0.1:8711"]  # HTTP, and the devices
 worker_class = "gevent"
 
-# One: a device is connected to one process, and a request must come to that one. (Several workers
-# could not all listen on the devices' port either.)
+# One: a device is connected to one process, and a request must come to that one.
 workers = 1
 
 wsgi_app = "gunicorn_app:app"
@@ -21,18 +25,16 @@ graceful_timeout = 5  # seconds for requests that run when gunicorn is told to e
 control_socket_disable = True  # leaves nothing in the home directory; older gunicorns ignore it
 
 
-def post_worker_init(worker: object) -> None:
+def post_worker_init(worker: Any) -> None:
     """The worker is patched and has loaded the application; it serves requests right after this."""
     # After the fork and the patching: see gunicorn_app.py.
-    import gevent
-
     import gunicorn_app
 
-    gevent.spawn(gunicorn_app.start_device_server)
+    http, devices = worker.sockets  # in the order of `bind`
+    worker.sockets = [http]  # all that is left to gunicorn
+    worker.device_server = gunicorn_app.serve_devices(devices)
 
 
-def worker_exit(server: object, worker: object) -> None:
+def worker_exit(server: object, worker: Any) -> None:
     """The worker has finished its requests."""
-    import gunicorn_app
-
-    gunicorn_app.device_server.shutdown()
+    worker.device_server.shutdown()

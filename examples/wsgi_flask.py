@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from typing import Any
 
 import flask
 import gevent
@@ -40,10 +41,16 @@ NAME = "name"
 
 
 class Devices(PsCallback):
-    """The callback of the devices' server."""
+    """The callback of the devices' server, which is known as `server` once that starts."""
+
+    server: PsServer
 
     def __init__(self) -> None:
         self.requester: PsRequester[bytes] = PsRequester()  # a device answers in order
+
+    def on_start(self, owner: object) -> None:
+        assert isinstance(owner, PsServer)
+        self.server = owner
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         if session.get_value(NAME) is None:
@@ -61,23 +68,23 @@ class Devices(PsCallback):
         session.owner.bind(session, name, replace=True)
 
 
-def make_server(devices: Devices, host: str, port: int) -> PsServer:
+def make_server(devices: Devices, **where: Any) -> PsServer:
+    """The server for devices; `where` is a host and a port, or a listener, as in `PsServer`."""
     return PsServer(
         devices,
-        host=host,
-        port=port,
         framing=Line(max_size=65_536),
         idle_milliseconds=None,  # a device speaks when it is asked, which may be never
+        **where,
     )
 
 
-def create_app(server: PsServer, devices: Devices, ask_timeout: float = 5.0) -> flask.Flask:
+def create_app(devices: Devices, ask_timeout: float = 5.0) -> flask.Flask:
     """The HTTP side: ``GET /devices`` and ``POST /devices/<name>/ask``; the timeout in seconds."""
     app = flask.Flask(__name__)
 
     @app.get("/devices")
     def list_devices() -> flask.Response:
-        names = [session.get_value(NAME) for session in server.sessions]
+        names = [session.get_value(NAME) for session in devices.server.sessions]
         return flask.jsonify(sorted(name for name in names if name is not None))
 
     @app.post("/devices/<name>/ask")
@@ -85,7 +92,7 @@ def create_app(server: PsServer, devices: Devices, ask_timeout: float = 5.0) -> 
         question = flask.request.get_data()
         if b"\n" in question:
             return plain_text("a question is one line", 400)
-        device = server.find(name)
+        device = devices.server.find(name)
         if device is None:
             return plain_text(f"no device {name} is connected", 404)
         try:
@@ -116,8 +123,8 @@ def main() -> None:
         gevent.signal_handler(number, stopping.set)
     devices = Devices()
     try:
-        device_server = make_server(devices, args.host, args.device_port)
-        app = create_app(device_server, devices, args.ask_timeout)
+        device_server = make_server(devices, host=args.host, port=args.device_port)
+        app = create_app(devices, args.ask_timeout)
         # A greenlet per request, at most so many at a time: the others wait in the backlog.
         http_server = WSGIServer((args.host, args.http_port), app, spawn=1_000)
         device_server.start()

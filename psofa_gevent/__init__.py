@@ -35,7 +35,7 @@ from psofa_gevent.reconnecting import PsReconnect
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import DEFAULT
+from psofa_gevent.settings import DEFAULT, PsHeartbeat
 from psofa_gevent.tls import PsTlsInfo
 
 __version__: str
@@ -52,6 +52,7 @@ __all__ = [
     "PsFramingError",
     "PsGroup",
     "PsHandler",
+    "PsHeartbeat",
     "PsKeyTakenError",
     "PsMultiClient",
     "PsMultiClientConnection",

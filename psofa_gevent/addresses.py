@@ -1,55 +1,129 @@
-"""From a host and a port to socket addresses, for servers and clients, IPv4 and dual-stack IPv6.
+"""Addresses: as users give them, checked once, and as sockets take them. IPv4, IPv6, Unix.
 
-Names are resolved by gevent's resolver, which switches to the hub meanwhile. The rules of
-`PsSocketAddressFamily`: an IPv6 socket is dual-stack, so an IPv4 address becomes an IPv4-mapped one
-(RFC 4291, section 2.5.5.2), and the server's 0.0.0.0 becomes ``::``.
+`check_address` makes a host and a port a `TcpAddress` or a `UnixAddress`. From there on that
+travels, and nobody looks at the text again. `TcpAddress.resolve` gives what bind and connect take:
+
+- A literal address is read at once, in the caller, by the C library's own rules (getaddrinfo(3)
+  with AI_NUMERICHOST): with zones, and with the old forms of inet_aton(3), so "127.1" and "0x7f.1"
+  are 127.0.0.1, and "010.0.0.1" is 8.0.0.1. No resolver takes part in it, so it works while
+  gevent's thread pool is busy, while DNS is down, and with each of gevent's resolvers.
+- A name goes to gevent's resolver, which switches to the hub meanwhile.
+
+The rules of `PsSocketAddressFamily`: an IPv6 socket is dual-stack, so an IPv4 address becomes an
+IPv4-mapped one (RFC 4291, section 2.5.5.2), and the server's 0.0.0.0 becomes ``::``.
 """
 
 from __future__ import annotations
 
 import _socket
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 from gevent import socket
 
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.settings import MAX_PORT, check_instance, check_int
-from psofa_gevent.unix_sockets import is_unix, unix_path
+from psofa_gevent.unix_sockets import PREFIX, is_unix, unix_path
 
 __all__ = [
+    "Address",
     "SocketAddress",
-    "check_address_family",
-    "check_host",
-    "check_port",
+    "TcpAddress",
+    "UnixAddress",
+    "check_address",
     "format_address",
-    "resolve",
     "socket_family",
+    "without_zone",
 ]
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 """What bind and connect take."""
 
+# The C library's: in a patched process that of the socket module is gevent's.
+_read_literal = _socket.getaddrinfo
 
-def check_host(host: object) -> str:
-    """Return `host`, or raise `TypeError` or `ValueError`: not text, or empty."""
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A host, which is an address or a name, and a port; the family is that of the socket."""
+
+    host: str
+    port: int
+    family: PsSocketAddressFamily
+
+    def __str__(self) -> str:
+        return format_address(self.host, self.port)
+
+    def resolve(self) -> list[SocketAddress]:
+        """All socket addresses of the host, best first (RFC 6724).
+
+        At once for a literal address; switches while a name is looked up.
+
+        Raises:
+            OSError: the name is not known (`socket.gaierror`), or the resolver failed; or the
+                address is of the wrong family, or its zone is not known here.
+        """
+        is_ipv6 = self.family is PsSocketAddressFamily.IPV6
+        if ":" in self.host and not is_ipv6:
+            needed = "an IPv6 address needs socket_address_family=PsSocketAddressFamily.IPV6"
+            raise socket.gaierror(socket.EAI_NONAME, needed)
+        wanted = _socket.AF_UNSPEC if is_ipv6 else _socket.AF_INET
+        found = _literal(self.host, self.port, wanted)
+        if found is None:
+            _check_name(self.host)
+            found = socket.getaddrinfo(self.host, self.port, wanted, _socket.SOCK_STREAM)
+        addresses: list[SocketAddress] = []
+        for found_family, _type, _protocol, _name, found_address in found:
+            address = cast("SocketAddress", found_address)
+            if is_ipv6 and found_family == _socket.AF_INET:
+                address = (f"::ffff:{address[0]}", self.port, 0, 0)
+            if address not in addresses:
+                addresses.append(address)
+        return addresses
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """The path of a Unix domain socket."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return format_address(self.host, 0)
+
+    @property
+    def host(self) -> str:
+        """The path as it is written where a host is asked for."""
+        return PREFIX + self.path
+
+
+Address: TypeAlias = TcpAddress | UnixAddress
+
+
+def check_address(host: object, port: object, family: object, *, least_port: int) -> Address:
+    """A host and a port as an address that needs no further check.
+
+    Args:
+        host: an address, a name, or ``unix:`` and a path.
+        port: from `least_port` to 65535; with a Unix socket it does not matter, and may be 0.
+        family: that of the socket.
+        least_port: 0 where the system may choose the port, else 1.
+
+    Raises:
+        TypeError, ValueError: one of them is not what it should be; it is named.
+    """
     text = check_instance("host", host, str)
     if not text:
         raise ValueError("host must be an address or a name, not ''; 0.0.0.0 is every address")
     if "\0" in text:
         raise ValueError(f"host must not contain a null character: {text!r}")
-    unix_path(text)
-    return text
-
-
-def check_port(port: object, *, least: int) -> int:
-    """Return `port`, or raise `TypeError` or `ValueError`: not a number from `least` to 65535."""
-    check_int("port", port, least, MAX_PORT)
-    return int(check_instance("port", port, int))  # a subclass is not what the resolver takes
-
-
-def check_address_family(family: object) -> PsSocketAddressFamily:
-    """Return `family`, or raise `TypeError`."""
-    return check_instance("socket_address_family", family, PsSocketAddressFamily)
+    path = unix_path(text)
+    check_int("port", port, least_port if path is None else 0, MAX_PORT)
+    checked_family = check_instance("socket_address_family", family, PsSocketAddressFamily)
+    if path is not None:
+        return UnixAddress(path)
+    # A plain number, for a subclass is not what the resolver takes.
+    return TcpAddress(text, int(cast("int", port)), checked_family)
 
 
 def socket_family(family: PsSocketAddressFamily) -> int:
@@ -57,15 +131,26 @@ def socket_family(family: PsSocketAddressFamily) -> int:
     return _socket.AF_INET6 if family is PsSocketAddressFamily.IPV6 else _socket.AF_INET
 
 
-def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketAddress]:
-    """All socket addresses of `host`, best first (RFC 6724). Switches while a name is looked up.
+def _literal(host: str, port: int, family: int) -> list[Any] | None:
+    """What getaddrinfo(3) says of a literal address, without asking anyone; ``None``: it is a name.
 
     Raises:
-        OSError: the name is not known (`socket.gaierror`), or the resolver failed.
+        OSError: no name either: it has a colon.
     """
-    if ":" in host and family is not PsSocketAddressFamily.IPV6:
-        needed = "an IPv6 address needs socket_address_family=PsSocketAddressFamily.IPV6"
-        raise socket.gaierror(socket.EAI_NONAME, needed)
+    try:
+        return _read_literal(host, port, family, _socket.SOCK_STREAM, 0, _socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError) as exc:
+        if ":" not in host:
+            return None
+        reason = "not an IPv6 address"
+        address, _, zone = host.partition("%")
+        if zone and _is_ipv6(address):
+            reason = f"this machine has no interface {zone!r}"
+        raise socket.gaierror(socket.EAI_NONAME, reason) from exc
+
+
+def _check_name(host: str) -> None:
+    """Raise `socket.gaierror` for what can't be a name."""
     if "/" in host:
         raise socket.gaierror(socket.EAI_NONAME, f"not a host name; a Unix socket is 'unix:{host}'")
     try:
@@ -73,16 +158,24 @@ def resolve(host: str, port: int, family: PsSocketAddressFamily) -> list[SocketA
     except UnicodeError as exc:
         # Here, for the resolver would fail in its thread, which prints.
         raise socket.gaierror(socket.EAI_NONAME, f"not a host name: {exc}") from exc
-    wanted = _socket.AF_UNSPEC if family is PsSocketAddressFamily.IPV6 else _socket.AF_INET
-    found = socket.getaddrinfo(host, port, wanted, _socket.SOCK_STREAM)
-    addresses: list[SocketAddress] = []
-    for found_family, _type, _protocol, _name, found_address in found:
-        address = cast("SocketAddress", found_address)
-        if family is PsSocketAddressFamily.IPV6 and found_family == _socket.AF_INET:
-            address = (f"::ffff:{address[0]}", port, 0, 0)
-        if address not in addresses:
-            addresses.append(address)
-    return addresses
+
+
+def _is_ipv6(host: str) -> bool:
+    """Whether `host` is an IPv6 address, without a zone."""
+    try:
+        _socket.inet_pton(_socket.AF_INET6, host)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def without_zone(host: str) -> str:
+    """An IPv6 address without its zone ("%eth0", RFC 4007), which means something here only.
+
+    Any other text as it is.
+    """
+    address, _, zone = host.partition("%")
+    return address if zone and _is_ipv6(address) else host
 
 
 def format_address(host: object, port: object) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import _socket
 import logging
-from time import monotonic
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit
@@ -23,7 +23,7 @@ from gevent import GreenletExit
 from psofa_gevent.addresses import format_address
 from psofa_gevent.enums import PsCloseReason, PsRefusal
 from psofa_gevent.farewell import LONGEST_FAREWELL, Farewells, say
-from psofa_gevent.hub_thread import log_from_hub, log_safely
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.peers import Networks, peer_address
 from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
 from psofa_gevent.tcp import Endpoint, end, endpoint
@@ -34,16 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Admission"]
 
-logger = logging.getLogger("psofa_gevent")
-
-WARNING_PERIOD = 60.0
-"""Seconds from one warning to the next of the same kind."""
 TEXTS = {
     PsRefusal.NETWORK: "its address is not allowed",
     PsRefusal.PEER: "its address has max_sessions_per_peer sessions",
     PsRefusal.FULL: "there are max_sessions sessions",
     PsRefusal.CALLBACK: "on_accept has refused it",
-    PsRefusal.PROXY: "it is none of trusted_proxies",
+    PsRefusal.PROXY: "its address is not in trusted_proxies",
 }
 
 
@@ -81,9 +77,6 @@ class Admission:
         self._counts: dict[bytes, int] = {}
         self._farewells = Farewells()
         self._refused = dict.fromkeys(PsRefusal, 0)
-        self._told = dict.fromkeys(PsRefusal, 0)
-        """Of how many the last warning knew."""
-        self._next_warning = dict.fromkeys(PsRefusal, 0.0)
 
     @property
     def refused(self) -> dict[PsRefusal, int]:
@@ -119,7 +112,7 @@ class Admission:
             self._farewells.add(accepted, self._farewell, manager.thread)
         else:
             end(accepted)
-        self._tell(manager.owner, reason, peer)
+        self._tell(manager.peer_log, manager.owner, reason, peer)
         return True
 
     def begin(self) -> None:
@@ -136,11 +129,11 @@ class Admission:
         """The manager has the session no more."""
         key = self._keys.pop(session, None)
         if key is not None:
-            left = self._counts[key] - 1
+            left = self._counts.get(key, 1) - 1  # none: there was no memory for it
             if left:
                 self._counts[key] = left
             else:
-                del self._counts[key]
+                self._counts.pop(key, None)
 
     def close(self) -> None:
         """The server has stopped, or its hub is gone: close what is on its way out."""
@@ -197,28 +190,25 @@ class Admission:
         if has_words:
             say(session._sock, self._farewell)
         session._request_close(PsCloseReason.SELF_CLOSE, linger=has_words)
-        self._tell(session._host.owner, reason, peer)
+        host = session._host
+        self._tell(host.peer_log, host.owner, reason, peer, session._context)
         return False
 
-    def _tell(self, owner: Owner, reason: PsRefusal, peer: Endpoint | None) -> None:
-        """Count a refusal, and log it: loudly once a minute at most."""
+    def _tell(
+        self,
+        peer_log: PeerLog,
+        owner: Owner,
+        reason: PsRefusal,
+        peer: Endpoint | None,
+        context: Context | None = None,
+    ) -> None:
+        """Count a refusal, and log it."""
         self._refused[reason] += 1
-        level = logging.DEBUG
-        now = monotonic()
-        if now >= self._next_warning[reason]:
-            self._next_warning[reason] = now + WARNING_PERIOD
-            level = logging.WARNING
-        if not logger.isEnabledFor(level):
-            return
         who = "a peer without a name" if peer is None else format_address(*peer[:2])
-        text = "%r: refused %s: %s"
-        if level == logging.DEBUG:
-            log_from_hub(level, text, owner, who, TEXTS[reason])
-            return
-        count = self._refused[reason]
-        since, self._told[reason] = count - self._told[reason], count
-        more = f" ({since} like it since the last warning)" if since > 1 else ""
-        log_from_hub(level, text + "%s", owner, who, TEXTS[reason], more)
+        why = TEXTS[reason]
+        peer_log.tell(
+            owner, f"refused: {why}", "%r: refused %s: %s", owner, who, why, context=context
+        )
 
 
 def _is_accepted(session: PsSession[Any]) -> bool:
@@ -232,9 +222,9 @@ def _is_accepted(session: PsSession[Any]) -> bool:
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             session._host.thread.raise_in_main(exc)
         if isinstance(exc, GreenletExit) and not session._open:
-            log_safely(logging.WARNING, "%r: on_accept was ended", session, exc_info=exc)
+            session._log(logging.WARNING, "%r: on_accept was ended", session, exc_info=exc)
         else:
-            log_safely(logging.ERROR, "%r: on_accept failed: %r", session, exc, exc_info=exc)
+            session._log(logging.ERROR, "%r: on_accept failed: %r", session, exc, exc_info=exc)
         return False
 
 
@@ -244,7 +234,12 @@ def _check_farewell(farewell: object) -> bytes:
         return b""
     if not isinstance(farewell, (str, bytes)):
         raise TypeError(f"farewell must be text, bytes or None, not {farewell!r}")
-    words = farewell.encode("utf-8", "replace") if isinstance(farewell, str) else farewell
+    try:
+        words = farewell.encode() if isinstance(farewell, str) else farewell
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"farewell must be text that UTF-8 can encode, not {farewell!r}: {exc}"
+        ) from exc
     if not 1 <= len(words) <= LONGEST_FAREWELL:
         raise ValueError(f"farewell must have 1 to {LONGEST_FAREWELL} bytes, not {farewell!r}")
     return words

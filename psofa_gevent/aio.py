@@ -48,7 +48,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import CancelledError
 from collections.abc import Awaitable, Coroutine
-from contextvars import Context
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -59,6 +59,8 @@ from greenlet import greenlet
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_loop import HubLoop, hub_loop
 from psofa_gevent.aio_run import Run
+from psofa_gevent.logs import LogGreenlet
+from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = [
     "await_greenlet",
@@ -95,7 +97,7 @@ def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
     """
     if timeout is None:
         return run_task(_as_coroutine(coro))
-    limit = gevent.Timeout(max(timeout, 0))
+    limit = gevent.Timeout(max(timeout, SHORTEST_TIMER))
     try:
         with limit:
             try:
@@ -111,6 +113,8 @@ def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
 def spawn_coroutine(coro: Awaitable[T], name: str | None = None) -> Greenlet[..., T]:
     """Run a coroutine in the background; returns at once.
 
+    The coroutine sees a copy of the caller's context variables, as they are now.
+
     What comes back is an ordinary greenlet, for ``get``, ``join``, ``link``, ``gevent.wait`` and
     pools; ``kill`` cancels the task and waits until it has ended. As with any greenlet, the hub
     prints an exception that the coroutine raises.
@@ -120,7 +124,7 @@ def spawn_coroutine(coro: Awaitable[T], name: str | None = None) -> Greenlet[...
         name: The name of the greenlet and of the task.
     """
     coro = _as_coroutine(coro)
-    spawned: Greenlet[..., T] = Greenlet(run_task, coro, name=name)
+    spawned: Greenlet[..., T] = Greenlet(run_task, coro, context=copy_context(), name=name)
     if name is not None:
         spawned.name = name
     # One that is killed before it began never awaits its coroutine.
@@ -177,6 +181,8 @@ def in_coroutine() -> bool:
     while current is not None:
         if isinstance(current, LoopGreenlet):
             return True
+        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
+            return False
         current = current.parent
     return False
 

@@ -19,13 +19,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
+from asyncio.log import logger
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, getcurrent
 from greenlet import greenlet
 
 from psofa_gevent.forking import keep, leave_behind, left_behind, not_woken, release
+from psofa_gevent.hub_calls import close_watcher
 from psofa_gevent.ready import ready_sessions
 
 if TYPE_CHECKING:
@@ -70,21 +73,20 @@ class LoopGreenlet(greenlet):
         "_to_cancel",
         "_unclaimed",
         "_wake",
-        "_wake_threadsafe",
         "_woken",
+        "aio_loop",
         "hub",
-        "loop",
         "parked",
-        "ready",
+        "run_queue",
         "runs",
     )
 
     def __init__(self, loop: HubLoop, hub: Hub) -> None:
         super().__init__(None, hub)
-        self.loop = loop
+        self.aio_loop = loop
         self.hub = hub
         self.parked = False
-        self.ready = ready_sessions()
+        self.run_queue = ready_sessions()
         self.runs: dict[Task[Any], Run[Any]] = {}
         """Those that have begun, and have not ended in their first step."""
         self._beginning: deque[Run[Any]] = deque()
@@ -111,16 +113,16 @@ class LoopGreenlet(greenlet):
         self._keep_alive: Any = hub.loop.async_(ref=False)
         self._keep_alive.start(_do_nothing)
         self._keeps_alive = False
-        self._wake = self._wake_threadsafe = hub.loop.run_callback(self.switch)
+        self._wake = hub.loop.run_callback(self.switch)
 
     def run(self) -> None:
         """Run the loop until `end`, whatever happens in it."""
         self._enter()
         try:
-            while not self.loop.is_closed():
+            while not self.aio_loop.is_closed():
                 asyncio._set_running_loop(None)
                 try:
-                    self.loop.run_forever()
+                    self.aio_loop.run_forever()
                 except (KeyboardInterrupt, SystemExit) as exc:
                     self._interrupted(exc)
         except GreenletExit:
@@ -140,9 +142,7 @@ class LoopGreenlet(greenlet):
             if self._held:
                 self._switch_in()
             greenlet.throw(self, GreenletExit)
-        if self.hub.loop is not None:  # else the hub was destroyed, watchers and all
-            self._keep_alive.stop()
-            self._keep_alive.close()
+        close_watcher(self._keep_alive)
 
     def let_go(self, *, has_hub: bool) -> None:
         """Begin nothing more, and never go on: the coroutines are the parent process's.
@@ -165,22 +165,22 @@ class LoopGreenlet(greenlet):
         while True:
             if self._beginning:
                 self._begin_all()
-                if self._woken or self.loop.has_work():
-                    self.ready.run_soon()
+                if self._woken or self.aio_loop.has_work():
+                    self.run_queue.run_soon()
                     return
             if self._ending:
                 raise GreenletExit
             if self._has_let_go:
                 self._leave()
                 while True:  # nobody switches here any more
-                    self.ready.switch_on()
-            needed = self.loop.waiting > 0 or len(self.runs) > 0
+                    self.run_queue.switch_on()
+            needed = self.aio_loop.waiting > 0 or len(self.runs) > 0
             if needed is not self._keeps_alive:
                 self._keep_alive.ref = self._keeps_alive = needed
             self._leave()
             self.parked = True
             try:
-                self.ready.switch_on()
+                self.run_queue.switch_on()
             finally:
                 self.parked = False
                 self._is_queued = False
@@ -190,25 +190,35 @@ class LoopGreenlet(greenlet):
 
     def _begin_all(self) -> None:
         beginning, ended = self._beginning, self._ended
+        debug = self.aio_loop.get_debug()
         try:
             while beginning:
                 run = self._begins = beginning.popleft()
+                began = monotonic() if debug else 0.0
                 if run.begin():
                     ended.append(run)
+                if debug:
+                    self._begins = None
+                    self._report_if_slow(run, monotonic() - began)
                 del run  # the coroutine's frame may keep this one alive
         except BaseException:
-            self.ready.run_soon()
+            self.run_queue.run_soon()
             raise
         finally:
             self._begins = None
             self._add_ended()
 
+    def _report_if_slow(self, run: Run[Any], seconds: float) -> None:
+        """Say, as asyncio does of the other steps in its debug mode, that a first step blocked."""
+        if seconds >= self.aio_loop.slow_callback_duration:
+            logger.warning("Executing %.900r took %.3f seconds", run, seconds)
+
     def _add_ended(self) -> None:
-        self.ready.add(self._ended)
+        self.run_queue.add(self._ended)
         self._ended.clear()
-        if len(self.ready.sessions) > 1:
+        if len(self.run_queue.sessions) > 1:
             # We switch to the first one ourselves; nobody knows in which way that waits next.
-            self.ready.run_soon()
+            self.run_queue.run_soon()
 
     def begin(self, run: Run[Any]) -> None:
         """Let a coroutine begin soon. In the hub's thread, in any greenlet."""
@@ -227,7 +237,7 @@ class LoopGreenlet(greenlet):
             run.waits()
         elif not self._is_queued:
             self._is_queued = True
-            self.ready.add([self])
+            self.run_queue.add([self])
 
     # As `psofa_gevent.ready` knows those who wait:
 
@@ -256,13 +266,8 @@ class LoopGreenlet(greenlet):
         if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
-    def wake_threadsafe(self) -> None:
-        """Let the loop go on, if it is parked by then. From any thread."""
-        # One that is pending has yet to look at what the caller has just given to the loop.
-        if not self._wake_threadsafe.pending:
-            self._wake_threadsafe = self.hub.loop.run_callback_threadsafe(self._unpark_to_work)
-
-    def _unpark_to_work(self) -> None:
+    def unpark(self) -> None:
+        """Let the loop go on, if it is parked. In the hub."""
         self._woken = True
         self._unpark()
 
@@ -283,7 +288,7 @@ class LoopGreenlet(greenlet):
             self.hub.loop.run_callback(self._interrupt, task)
         else:
             self._to_cancel.add(task)
-            self.loop.call_soon(self._cancel_now, task)
+            self.aio_loop.call_soon(self._cancel_now, task)
 
     def _cancel_now(self, task: Task[Any]) -> None:
         if task in self._to_cancel:
@@ -308,12 +313,12 @@ class LoopGreenlet(greenlet):
             self._claimed = None
         elif exc is not self._unclaimed:
             self._unclaimed = exc
-            self.loop.call_later(CLAIM_SECONDS, self._raise_in_main, exc)
+            self.aio_loop.call_later(CLAIM_SECONDS, self._raise_in_main, exc)
 
     def _raise_in_main(self, exc: BaseException) -> None:
         if exc is self._unclaimed:
             self._unclaimed = None
-            self.loop.thread.raise_in_main(exc)
+            self.aio_loop.thread.raise_in_main(exc)
 
     def switch_out(self) -> None:
         """Called by gevent when a step is about to wait."""
@@ -323,10 +328,10 @@ class LoopGreenlet(greenlet):
         for run in self._beginning:  # for as long as this one waits
             run.waits()
         self._add_ended()
-        self.ready.run_soon()
-        self._held_task = asyncio.current_task(self.loop)
+        self.run_queue.run_soon()
+        self._held_task = asyncio.current_task(self.aio_loop)
         if self._held_task is not None:
-            asyncio._leave_task(self.loop, self._held_task)
+            asyncio._leave_task(self.aio_loop, self._held_task)
             if self._held_task in self._to_cancel:
                 self._to_cancel.discard(self._held_task)
                 self.hub.loop.run_callback(self._interrupt, self._held_task)
@@ -350,7 +355,7 @@ class LoopGreenlet(greenlet):
         elif self.parked:
             # A gevent.Timeout around an await, or a stranger's kill.
             message = f"{args!r} was thrown into an asyncio loop between two steps: dropped"
-            self.loop.call_soon(self.loop.call_exception_handler, {"message": message})
+            self.aio_loop.call_soon(self.aio_loop.call_exception_handler, {"message": message})
             return None
         return super().throw(*args)
 
@@ -358,7 +363,7 @@ class LoopGreenlet(greenlet):
         self._held = False
         self._enter()
         if self._held_task is not None:
-            asyncio._enter_task(self.loop, self._held_task)
+            asyncio._enter_task(self.aio_loop, self._held_task)
             self._held_task = None
 
     def _enter(self) -> None:
@@ -370,7 +375,7 @@ class LoopGreenlet(greenlet):
         self._other_hooks = sys.get_asyncgen_hooks()
         if self._hooks is not None:
             sys.set_asyncgen_hooks(*self._hooks)
-        asyncio._set_running_loop(self.loop)
+        asyncio._set_running_loop(self.aio_loop)
 
     def _leave(self) -> None:
         if self._hooks is None:

@@ -17,20 +17,22 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 from asyncio import Handle
+from asyncio.unix_events import _UnixSubprocessTransport  # type: ignore[attr-defined]  # private
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
-from gevent import get_hub, getcurrent, monkey
+from gevent import get_hub, getcurrent
 
+from psofa_gevent.aio_child import watch_child
 from psofa_gevent.aio_greenlet import LoopGreenlet
 from psofa_gevent.aio_run import Run
 from psofa_gevent.aio_selector import HubSelector
 from psofa_gevent.forking import in_child, keep, track
 from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.native import AtThreadEnd, new_local
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
@@ -49,7 +51,7 @@ def hub_loop() -> HubLoop:
     loop: HubLoop | None = getattr(_of_thread, "loop", None)
     if loop is None or loop.hub is not get_hub() or loop.greenlet.dead:
         loop = _of_thread.loop = HubLoop()
-        _of_thread.closer = _Closer(loop)
+        _of_thread.at_end = AtThreadEnd(loop.shut_down)
     return loop
 
 
@@ -185,8 +187,47 @@ class HubLoop(asyncio.SelectorEventLoop):
         if self._csock is not None:
             super()._close_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
 
+    async def _make_subprocess_transport(
+        self,
+        protocol: Any,
+        args: Any,
+        shell: bool,
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        bufsize: int,
+        extra: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # As asyncio does it, but for who watches the child.
+        waiter = self.create_future()
+        transport: Any = _UnixSubprocessTransport(
+            self,
+            protocol,
+            args,
+            shell,
+            stdin,
+            stdout,
+            stderr,
+            bufsize,
+            waiter=waiter,
+            extra=extra,
+            **kwargs,
+        )
+        watch_child(self, transport._proc, transport._process_exited)
+        try:
+            await waiter
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            transport.close()
+            await asyncio.shield(transport._wait())
+            raise
+        return transport
+
     def _write_to_self(self) -> None:
-        self.greenlet.wake_threadsafe()
+        # In any thread.
+        self.thread.call_soon(self.greenlet.unpark)
 
     def _check_thread(self) -> None:
         # asyncio compares thread idents, which in a patched process are those of greenlets.
@@ -194,19 +235,7 @@ class HubLoop(asyncio.SelectorEventLoop):
             raise RuntimeError("the loop of another thread's hub: use call_soon_threadsafe")
 
 
-class _Closer:
-    """Shuts a loop down when the thread ends, to which the object belongs, or gets a new hub."""
-
-    def __init__(self, loop: HubLoop) -> None:
-        self._loop = loop
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self._loop.shut_down()
-
-
-# The original: in a patched process threading.local is about greenlets.
-_of_thread: Any = monkey.get_original("threading", "local")()
+_of_thread = new_local()
 
 
 @in_child

@@ -71,6 +71,14 @@ class Run(Generic[T]):
         self._greenlet = current
         self._waiting_since = 0.0
 
+    def __repr__(self) -> str:
+        # A task forgets its coroutine when that ends in an eager first step.
+        coro = self._coro
+        code = getattr(coro, "cr_code", None)
+        where = "" if code is None else f", defined at {code.co_filename}:{code.co_firstlineno}"
+        name = None if self.task is None else self.task.get_name()
+        return f"<Task name={name!r} coro=<{getattr(coro, '__qualname__', coro)}(){where}>>"
+
     def wait(self, *, in_turn: bool = False) -> T:
         """Begin soon, and wait for the end, in the greenlet that runs this coroutine.
 
@@ -87,7 +95,7 @@ class Run(Generic[T]):
                 self._waiting_since = 1.0
                 try:
                     if in_turn:
-                        host.ready.switch_on()
+                        host.run_queue.switch_on()
                     else:
                         host.hub.switch()
                 except BaseException as exc:
@@ -177,9 +185,9 @@ class Run(Generic[T]):
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._loop.greenlet.claim(exc)
         self.has_ended = True
-        ready = self._loop.greenlet.ready
-        ready.add([self])
-        ready.run_soon()
+        run_queue = self._loop.greenlet.run_queue
+        run_queue.add([self])
+        run_queue.run_soon()
 
     def drop(self) -> None:
         """Never begin: the loop has ended."""

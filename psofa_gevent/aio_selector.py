@@ -14,6 +14,7 @@ import selectors
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from psofa_gevent.hub_calls import close_watcher
 from psofa_gevent.times import SHORTEST_TIMER
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class HubSelector(selectors.BaseSelector):
         self._timer: Any = None
         """That of a `select` which is under way."""
         self._is_closed = False
-        self._turn = hub.loop.timer(0)
+        self._turn = _turn(hub.loop)
         self._turn_due = False
 
     def register(
@@ -102,7 +103,7 @@ class HubSelector(selectors.BaseSelector):
             self._park()
         finally:
             if timer is self._turn:
-                self._stop(timer)
+                self._turn.stop()
             elif timer is not None:
                 self._timer = None
                 self._close(timer)
@@ -152,14 +153,68 @@ class HubSelector(selectors.BaseSelector):
     def close(self) -> None:
         """Stop watching. Closes no descriptor."""
         self._is_closed = True
-        for watcher in (*self._watchers.values(), self._turn):
+        for watcher in self._watchers.values():
             self._close(watcher)
+        self._turn.close()
         if self._timer is not None:
             self._close(self._timer)
         self._watchers.clear()
         self._keys.clear()
         self._stopped.clear()
         self._fired.clear()
+
+
+class _Turn:
+    """Calls back when the hub has made one full turn: on libev a timer of 0 s does."""
+
+    def __init__(self, loop: Any) -> None:
+        self._timer = loop.timer(0)
+
+    def start(self, callback: Callable[[], None]) -> None:
+        self._timer.start(callback)
+
+    def stop(self) -> None:
+        if self._timer.loop.ptr:
+            self._timer.stop()
+        else:
+            # The loop was destroyed, and with it our means to stop what keeps the timer alive.
+            self._timer.callback = None
+
+    def close(self) -> None:
+        close_watcher(self._timer)
+
+
+class _UvTurn:
+    """The same on libuv, where gevent makes such a timer of a check watcher.
+
+    That must not be stopped in a greenlet before it has fired (`psofa_gevent.ready` has the
+    reason). An ``async_`` watcher that is sent to fires after the next poll, and is never stopped.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._callback: Callable[[], None] | None = None
+        self._watcher = loop.async_(ref=False)
+        self._watcher.start(self._fired)
+
+    def start(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._watcher.ref = True
+        self._watcher.send()
+
+    def stop(self) -> None:
+        self._callback = None
+        self._watcher.ref = False
+
+    def _fired(self) -> None:
+        if self._callback is not None:
+            self._callback()
+
+    def close(self) -> None:
+        close_watcher(self._watcher)
+
+
+def _turn(loop: Any) -> _Turn | _UvTurn:
+    return _UvTurn(loop) if "libuv" in type(loop).__module__ else _Turn(loop)
 
 
 class _KeyMap(Mapping["FileDescriptorLike", selectors.SelectorKey]):

@@ -10,13 +10,20 @@ is kept on the session (`PsSession.set_value`). Which greenlet runs what:
   other ``on_close`` calls and nothing else.
 - ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.
 
+The callbacks of a session, ``on_accept`` and ``on_close`` included, run in one `contextvars`
+context, which is that session's own: what one of them sets, the others see, and no other session
+does. It begins as a copy of the context of whoever called ``start`` or ``connect``. ``on_start``
+runs in the caller's itself, ``on_stop`` in a copy.
+
 With ``use_async_callback = True`` the ``*_async`` twins are called instead, in the same order and
 under the same rules, as tasks of the asyncio loop that runs on this thread's gevent hub.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.errors import PsCallbackError
@@ -43,10 +50,28 @@ METHODS = {
     "on_stop": ("owner",),
 }
 """The methods, and what they are called with, in this order."""
+PREFIX = "on_"
+"""What the names of methods begin with that the library calls, and no others."""
+ELSEWHERE = {
+    "on_connect": "on_open",
+    "on_connected": "on_open",
+    "on_data": "on_message",
+    "on_disconnect": "on_close",
+    "on_disconnected": "on_close",
+    "on_error": "on_close",
+    "on_receive": "on_message",
+    "on_timeout": "on_idle",
+}
+"""What other libraries call them, where a comparison of letters would lead astray."""
 
 
 class PsCallback(Generic[M]):
     """Subclass this and override what you need; every method does nothing by default.
+
+    Names that begin with ``on_`` are the library's: a method that has one and is none of these, in
+    a base class or a mixin too, is taken for a slip of the pen and refused (`PsCallbackError`).
+    Call your own ones otherwise. What is no method may have any name: a property, or a function
+    that was given to the object and is kept as an attribute of it.
 
     An exception in ``on_open``, ``on_message``, ``on_eof`` or ``on_idle`` is logged and closes that
     session with `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged; one in
@@ -136,7 +161,8 @@ def check_callback(callback: PsCallback[Any]) -> None:
     Raises:
         PsCallbackError: `callback` is not an instance of `PsCallback`, a sync method is written
             ``async def``, an ``*_async`` one is not, a name was overridden by something that cannot
-            be called with its arguments, or in the kind that ``use_async_callback`` does not call.
+            be called with its arguments, or in the kind that ``use_async_callback`` does not call;
+            or a method is called ``on_…`` and is no callback.
     """
     if isinstance(callback, type):
         raise PsCallbackError(
@@ -152,10 +178,35 @@ def check_callback(callback: PsCallback[Any]) -> None:
             f"{type(callback).__name__}.use_async_callback must be True or False, "
             f"not {callback.use_async_callback!r}"
         )
+    _check_names(type(callback))
     for name, arguments in METHODS.items():
         _check_method(callback, name, arguments, is_async=False)
         _check_method(callback, f"{name}_async", arguments, is_async=True)
         _check_is_called(callback, name)
+
+
+def _check_names(kind: type) -> None:
+    """Refuse a method whose name looks like that of a callback, and is none."""
+    known = {each for name in METHODS for each in (name, f"{name}_async")}
+    for name in dir(kind):
+        if not name.startswith(PREFIX) or name in known:
+            continue
+        # As it stands there: a property is not to be asked.
+        value = inspect.getattr_static(kind, name)
+        if callable(value) or isinstance(value, (classmethod, staticmethod)):
+            raise PsCallbackError(
+                f"{kind.__name__}.{name} is no callback, so it would never be called: did you mean "
+                f"{_nearest(name, known)}? A method of your own needs a name that does not begin "
+                f"with {PREFIX!r}"
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    plain = name.removesuffix("_async")
+    if plain in ELSEWHERE:
+        return ELSEWHERE[plain] + name[len(plain) :]
+    (nearest,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    return nearest
 
 
 def _check_is_called(callback: PsCallback[Any], name: str) -> None:

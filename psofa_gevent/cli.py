@@ -73,6 +73,8 @@ A smallest app.py:
       def on_message(self, session, message):
           session.send(message.upper())
 
+SIGHUP reads --certificate and --key again, for new connections.
+
 exit codes: 0 stopped by Ctrl-C or SIGTERM; 1 could not start (the port is taken, the
 host is not this machine's), or the module raised; 2 wrong option, no such module or
 attribute, not a callback
@@ -353,6 +355,22 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a post beyond that: close the session, or drop messages "
         "(default: %(default)s)",
     )
+    reading.add_argument(
+        "--send-buffer-size",
+        type=word_or(int, "auto"),
+        default="auto",
+        metavar="BYTES",
+        help="SO_SNDBUF; a number turns off the kernel's own tuning, and bounds what a slow client "
+        "costs there (default: %(default)s)",
+    )
+    reading.add_argument(
+        "--unsent-low-water",
+        type=word_or(int, "auto"),
+        default="auto",
+        metavar="BYTES",
+        help="what the kernel may keep unsent for a slow client (TCP_NOTSENT_LOWAT; default: "
+        "%(default)s, on Linux four times --high-water)",
+    )
 
     times = parser.add_argument_group("time limits")
     times.add_argument(
@@ -418,12 +436,19 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
         help="give a client up that does not acknowledge what was sent for so long (not on every "
         "system); 'none': the kernel's own time (default: %(default)s)",
     )
-    times.add_argument(
+    heartbeats = times.add_mutually_exclusive_group()
+    heartbeats.add_argument(
         "--heartbeat",
         type=serve.heartbeat,
         metavar="MILLISECONDS,TEXT",
         help=r"send TEXT, in which \n and the like are escapes, to a client that was sent nothing "
         "for so long (default: nothing)",
+    )
+    heartbeats.add_argument(
+        "--raw-heartbeat",
+        type=serve.raw_heartbeat,
+        metavar="MILLISECONDS,HEX",
+        help="the same with bytes, in hexadecimal digits, that the framing leaves alone",
     )
     times.add_argument(
         "--handshake-timeout",
@@ -454,8 +479,9 @@ def add_serve_parser(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error", "critical"),
-        default="info",
-        help="debug tells of every session (default: %(default)s)",
+        help="debug tells of every session; where the application sets up logging when it is "
+        "imported, this is the level of the logger psofa_gevent, and all else stays as it is "
+        f"(default: {serve.DEFAULT_LOG_LEVEL})",
     )
 
 

@@ -5,25 +5,31 @@ from __future__ import annotations
 import ssl
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import (
-    ConnectingOwner,
-    Target,
-    all_endpoints,
-)
+from psofa_gevent.connecting import ConnectingOwner
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_seconds
+from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings, check_seconds
 
 __all__ = ["PsClient"]
+
+
+class ClientKeywords(SessionKeywords, total=False):
+    """The parameters of `PsClient`, but for its first three and ``framing``."""
+
+    socket_address_family: PsSocketAddressFamily
+    ssl_context: ssl.SSLContext | bool | None
+    server_hostname: str | None
+    source_address: tuple[str, int] | None
+    endpoints: Sequence[tuple[str, int]]
+    reconnect: PsReconnect | bool | None
 
 
 class PsClient(ConnectingOwner[M]):
@@ -35,9 +41,29 @@ class PsClient(ConnectingOwner[M]):
     it is connected on entry, unless it is, or connects, already, and disconnected on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsClient[bytes],
+        callback: PsCallback[bytes],
+        host: str,
+        port: int,
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ClientKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        host: str,
+        port: int,
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ClientKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         host: str,
         port: int,
         *,
@@ -55,10 +81,12 @@ class PsClient(ConnectingOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -93,15 +121,21 @@ class PsClient(ConnectingOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
+                than twice as many, whatever the sizes of messages.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
+                and 65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -123,6 +157,8 @@ class PsClient(ConnectingOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,
@@ -131,9 +167,14 @@ class PsClient(ConnectingOwner[M]):
             ssl_context,
             reconnect,
         )
-        others = all_endpoints(host, port, endpoints)
-        self._target = Target(others, socket_address_family, None, server_hostname, source_address)
-        self._target.check_tls(self._ssl_context)
+        self._asked_for = self._target(
+            host,
+            port,
+            socket_address_family,
+            endpoints=endpoints,
+            source_address=source_address,
+            server_hostname=server_hostname,
+        )
         by_itself = (
             "does not connect by itself" if self._reconnect is None else "call connect first"
         )
@@ -144,7 +185,7 @@ class PsClient(ConnectingOwner[M]):
         state = "disconnected" if self.session is None else "connected"
         if self.session is None and self._stays_connected:
             state = "connecting"
-        return f"<PsClient {self._target} {state}>"
+        return f"<PsClient {self._asked_for} {state}>"
 
     @property
     def _link(self) -> Link | None:
@@ -184,7 +225,7 @@ class PsClient(ConnectingOwner[M]):
             TypeError, ValueError: an argument is not what it should be.
             Exception: what ``on_start`` raised.
         """
-        target = replace(self._target, connection_id=connection_id)
+        target = self._asked_for.with_id(connection_id)
         check_seconds("timeout", timeout)
         self._check_idle()
         was_started = self._manager is not None
@@ -216,7 +257,7 @@ class PsClient(ConnectingOwner[M]):
             TypeError: `connection_id` is none.
             Exception: what ``on_start`` raised.
         """
-        target = replace(self._target, connection_id=connection_id)
+        target = self._asked_for.with_id(connection_id)
         if self._reconnect is None:
             raise PsClientError(f"{self!r}: connect_in_background needs reconnect")
         self._check_idle()
@@ -251,7 +292,7 @@ class PsClient(ConnectingOwner[M]):
         self._forget_if_hub_is_gone()
         if self._is_stopping:
             raise PsClientError(
-                f"the client of {self._target} is disconnecting, so it does not connect"
+                f"the client of {self._asked_for} is disconnecting, so it does not connect"
             )
         if self._is_starting:
             raise PsClientError(f"{self!r} is starting: on_start has not returned")
@@ -267,6 +308,9 @@ class PsClient(ConnectingOwner[M]):
 
         Returns at once, the work going on, when called in a callback, a coroutine or the hub. An
         attempt to connect that is under way fails. Without effect when not connected.
+
+        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub is gone (see `PsServer.shutdown`).
 
         Args:
             timeout: seconds that a running callback has; then it is killed, and has as long again,

@@ -4,33 +4,35 @@ A session puts itself into the queue when it has ended and its socket is release
 never waits for a session, and a slow ``on_close`` delays other ``on_close`` calls and nothing else.
 ``on_stop`` runs here too, after the last of them.
 
-All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and `stop`.
+All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and in the
+greenlet that stops the manager `CloseQueue.abandon` and `CloseQueue.stop`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextvars import Context
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from gevent import GreenletExit
+from gevent import GreenletExit, getcurrent
 from gevent.event import Event
 from gevent.queue import Queue
 
 from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.errors import cut_traceback
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.logs import log
+from psofa_gevent.times import SHORTEST_TIMER, TURN
 from psofa_gevent.worker import LibraryGreenlet, Worker
 
 if TYPE_CHECKING:
     from psofa_gevent.session import Owner, PsSession
 
 __all__ = ["CloseQueue"]
-
-logger = logging.getLogger("psofa_gevent")
 
 DYING_TIME = 0.05
 """Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
@@ -45,15 +47,24 @@ KILLS_BEFORE_GIVING_UP = 5
 class CloseQueue:
     """Delivers ``on_close`` and ``on_stop``, one at a time."""
 
-    def __init__(self, dispatch: Dispatch, thread: HubThread, settled: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        context: Context,
+        thread: HubThread,
+        settled: Callable[[], None],
+    ) -> None:
         """Make the queue.
 
         Args:
             dispatch: the callbacks.
+            context: that of ``on_stop``.
             thread: where they run.
-            settled: called in the close greenlet whenever nothing is left to deliver.
+            settled: called whenever nothing is left to deliver. In the close greenlet; where a call
+                is left behind (`hurry`, `abandon`), in the greenlet that stops the manager.
         """
         self._dispatch = dispatch
+        self._context = context
         self._thread = thread
         self._settled = settled
         self._queue: Queue[tuple[Callable[..., None], Any, tuple[object, ...]]] = Queue()
@@ -166,7 +177,7 @@ class CloseQueue:
 
     def _give_up(self) -> None:
         """Leave the running call behind, and let another greenlet go on with the queue."""
-        log_safely(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
+        log(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
         self._subject = None
         self._given_up += 1
         self._worker.replace()
@@ -176,8 +187,13 @@ class CloseQueue:
         return self.pending > 0
 
     def _deliver_for_ever(self) -> None:
+        turn_since = monotonic()
         while self._worker.is_me():
             self._deliver(*self._queue.get())
+            if self._since - turn_since >= TURN and not self._queue.empty():
+                # Thousands may have ended at once. (Zero would come before all sockets.)
+                gevent.sleep(SHORTEST_TIMER)
+                turn_since = monotonic()
 
     def _deliver(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
         self._subject, self._since, self._kills = subject, monotonic(), 0
@@ -189,17 +205,24 @@ class CloseQueue:
                 self._one_less()
 
     def _call(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+        # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
+        current: Any = getcurrent()
+        before = current.gr_context
+        current.gr_context = subject._context if args else self._context
         try:
             call(subject, *args)
         except GreenletExit as exc:
-            logger.warning("%r: %s was ended", subject, _name(args), exc_info=exc)
+            log(logging.WARNING, "%r: %s was ended", subject, _name(args), exc_info=exc)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._thread.raise_in_main(exc)
-            logger.error("%r: %s failed", subject, _name(args), exc_info=exc)
+            log(logging.ERROR, "%r: %s failed", subject, _name(args), exc_info=exc)
         finally:
-            if args and subject.close_cause is not None:
-                cut_traceback(subject.close_cause)
+            current.gr_context = before
+            if args:
+                subject._context = None
+                if subject.close_cause is not None:
+                    cut_traceback(subject.close_cause)
 
     def _one_less(self) -> None:
         self.pending -= 1

@@ -1,6 +1,6 @@
-"""Making a connection: from a host's name to an open session, for both clients.
+"""Making a connection: from a checked address to an open session, for both clients.
 
-Runs in the greenlet that called ``connect``, and switches while the name is looked up and while the
+Runs in the greenlet that called ``connect``, and switches while a name is looked up and while the
 kernel connects. All addresses are tried in turn, as `socket.create_connection` does, within one
 timeout for all: an address that does not answer gets its share of it.
 """
@@ -12,19 +12,19 @@ import errno
 import os
 import ssl
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from gevent import Timeout, get_hub, getcurrent, socket
 
 from psofa_gevent.addresses import (
+    Address,
     SocketAddress,
-    check_address_family,
-    check_host,
-    check_port,
-    format_address,
-    resolve,
+    TcpAddress,
+    UnixAddress,
+    check_address,
     socket_family,
 )
 from psofa_gevent.callback import PsCallback
@@ -45,18 +45,13 @@ from psofa_gevent.settings import (
 from psofa_gevent.tcp import end, set_options
 from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.tls import TlsSocket
-from psofa_gevent.unix_sockets import unix_path
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
     from psofa_gevent.session import Owner
 
-__all__ = [
-    "ConnectingOwner",
-    "Target",
-    "all_endpoints",
-]
+__all__ = ["ConnectingOwner", "Target"]
 
 READ, WRITE = 1, 2
 """The event masks of gevent's io watchers."""
@@ -64,42 +59,32 @@ READ, WRITE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What to connect to, and how.
+    """What to connect to, and how: checked, so that an attempt has nothing more to check.
 
     Attributes:
-        endpoints: hosts and ports, tried in turn.
-        family: of the sockets.
-        connection_id: the session's id; ``None``: a random one.
-        server_hostname: with TLS, what the certificate must be for; ``None``: the host.
+        endpoints: tried in turn.
         source_address: what to bind to before; ``None``: whatever the system chooses.
+        server_hostname: with TLS, what the certificate must be for; ``None``: the host.
+        connection_id: the session's id; ``None``: a random one.
     """
 
-    endpoints: tuple[tuple[str, int], ...]
-    family: PsSocketAddressFamily
-    connection_id: uuid.UUID | None
+    endpoints: tuple[Address, ...]
+    source_address: TcpAddress | None
     server_hostname: str | None
-    source_address: tuple[str, int] | None
+    connection_id: uuid.UUID | None = None
 
-    def __post_init__(self) -> None:
-        for host, port in self.endpoints:
-            check_host(host)
-            _check_client_port(host, port)
-            _check_source_address(self.source_address, host)
-        check_address_family(self.family)
-        if self.connection_id is not None and not isinstance(self.connection_id, uuid.UUID):
-            raise TypeError(
-                f"connection_id must be a uuid.UUID or None, not {self.connection_id!r}"
-            )
+    def with_id(self, connection_id: object) -> Target:
+        """The same with an id for its session.
 
-    def check_tls(self, ssl_context: ssl.SSLContext | None) -> None:
-        """Raise `TypeError` or `ValueError` for a server's name that can't be checked."""
-        for host, _port in self.endpoints:
-            _check_server_hostname(ssl_context, self.server_hostname, host)
-            if ssl_context is not None:
-                check_hostname("server_hostname", self.server_hostname or host, ssl_context)
+        Raises:
+            TypeError: that is no `uuid.UUID`.
+        """
+        if connection_id is not None and not isinstance(connection_id, uuid.UUID):
+            raise TypeError(f"connection_id must be a uuid.UUID or None, not {connection_id!r}")
+        return replace(self, connection_id=connection_id)
 
     def __str__(self) -> str:
-        return ", ".join(format_address(*endpoint) for endpoint in self.endpoints)
+        return ", ".join(map(str, self.endpoints))
 
 
 class ConnectingOwner(SessionOwner[M]):
@@ -119,6 +104,35 @@ class ConnectingOwner(SessionOwner[M]):
         self._reconnect = check_reconnect(reconnect)
         self._connectors: set[Connector] = set()
         self._links: set[Link] = set()
+
+    def _target(
+        self,
+        host: str,
+        port: int,
+        family: PsSocketAddressFamily,
+        *,
+        endpoints: Sequence[tuple[str, int]],
+        source_address: tuple[str, int] | None,
+        server_hostname: str | None,
+    ) -> Target:
+        """What the arguments of a client, or of a connect, ask for.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it should be.
+        """
+        target = Target(
+            (
+                check_address(host, port, family, least_port=1),
+                *_check_endpoints(endpoints, family),
+            ),
+            _check_source_address(source_address, family),
+            server_hostname,
+        )
+        for address in target.endpoints:
+            if source_address is not None and isinstance(address, UnixAddress):
+                raise ValueError(f"source_address={source_address!r} is for TCP, not for {address}")
+            _check_server_hostname(self._ssl_context, server_hostname, address)
+        return target
 
     def _start(self) -> SessionManager:
         """Run ``on_start``; an exception from it undoes the start."""
@@ -145,11 +159,14 @@ class ConnectingOwner(SessionOwner[M]):
         try:
             with manager.entrance():
                 for untried in range(len(target.endpoints), 0, -1):
-                    share = each
+                    share, limit = each, f"after {each:g} s" if each is not None else ""
                     if timeout is not None:
                         share = max(timeout - monotonic() + began, 0.0) / untried
+                        is_alone = len(target.endpoints) == 1
+                        limit = f"after {'' if is_alone else 'its share of '}{timeout:g} s"
                     try:
-                        return self._connect_to(manager, target, target.endpoints[-untried], share)
+                        endpoint = target.endpoints[-untried]
+                        return self._connect_to(manager, target, endpoint, share, limit)
                     except self._error as exc:
                         errors.append(exc)
                         if not self._is_still_wanted(manager):
@@ -170,30 +187,28 @@ class ConnectingOwner(SessionOwner[M]):
         self,
         manager: SessionManager,
         target: Target,
-        endpoint: tuple[str, int],
+        endpoint: Address,
         timeout: float | None,
+        limit: str,
     ) -> PsSession[Any]:
-        connector = Connector(*endpoint, target.family, self._settings, self._error)
-        connector.source_address = target.source_address
+        connector = Connector(endpoint, target.source_address, self._settings, self._error)
         if self._ssl_context is not None:
-            connector.use_tls(self._ssl_context, target.server_hostname or endpoint[0])
+            connector.use_tls(self._ssl_context, target.server_hostname or endpoint.host)
         self._connectors.add(connector)
-        where = format_address(*endpoint)
+        where = str(endpoint)
         try:
             self._check_still_wanted(manager, where)
-            sock, address = connector.connect(timeout)
+            sock, address = connector.connect(timeout, limit)
         finally:
             self._connectors.discard(connector)
         try:
             self._check_still_wanted(manager, where)
-        except PsError:
-            end(sock)
-            raise
-        try:
             return manager.open(sock, address, target.connection_id)
-        except OSError as exc:
+        except BaseException as exc:
             end(sock)
-            raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            if isinstance(exc, OSError):
+                raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            raise
 
     def _new_link(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
         """What stays connected to `target`, and begins at once."""
@@ -255,48 +270,47 @@ def _context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None
     return ssl_context
 
 
-def _check_client_port(host: str, port: object) -> int:
-    """Return `port`; with a Unix socket it does not matter, and may be 0."""
-    return check_port(port, least=1 if unix_path(host) is None else 0)
-
-
-def _check_source_address(source_address: object, host: str) -> None:
-    """Raise unless it is ``None`` or a host and a port, and there is a use for it."""
-    if source_address is None:
-        return
-    if not isinstance(source_address, tuple) or len(source_address) != 2:
-        raise TypeError(f"source_address must be a host and a port, not {source_address!r}")
-    if unix_path(host) is not None or unix_path(check_host(source_address[0])) is not None:
-        raise ValueError(f"source_address={source_address!r} is for TCP")
-    check_port(source_address[1], least=0)
-
-
-def _check_server_hostname(ssl_context: object, server_hostname: object, host: str) -> None:
-    """Raise for a name that is none, that no TLS would check, or that is missing."""
-    if server_hostname is None:
-        if ssl_context is not None and unix_path(host) is not None:
-            raise ValueError(f"server_hostname must be given for TLS over {host!r}")
-        return
-    check_instance("server_hostname", server_hostname, str)
-    if not server_hostname:
-        raise ValueError("server_hostname must not be empty")
-    if ssl_context is None:
-        raise ValueError(f"server_hostname={server_hostname!r} is for TLS: give an ssl_context")
-
-
-def all_endpoints(host: str, port: int, endpoints: object) -> tuple[tuple[str, int], ...]:
-    """The host and port, and then the others that were given.
-
-    Raises:
-        TypeError: the others are no sequence of hosts and ports.
-    """
+def _check_endpoints(endpoints: object, family: PsSocketAddressFamily) -> list[Address]:
+    """The further hosts and ports that a client was given."""
     error = f"endpoints must be hosts and ports, such as [('example.org', 8710)], not {endpoints!r}"
     if not isinstance(endpoints, (list, tuple)):
         raise TypeError(error)
+    checked = []
     for endpoint in endpoints:
         if not isinstance(endpoint, tuple) or len(endpoint) != 2:
             raise TypeError(error)
-    return ((host, port), *endpoints)
+        checked.append(check_address(*endpoint, family, least_port=1))
+    return checked
+
+
+def _check_source_address(
+    source_address: object, family: PsSocketAddressFamily
+) -> TcpAddress | None:
+    """Where a client connects from."""
+    if source_address is None:
+        return None
+    if not isinstance(source_address, tuple) or len(source_address) != 2:
+        raise TypeError(f"source_address must be a host and a port, not {source_address!r}")
+    address = check_address(*source_address, family, least_port=0)
+    if isinstance(address, UnixAddress):
+        raise ValueError(f"source_address={source_address!r} is for TCP")
+    return address
+
+
+def _check_server_hostname(
+    ssl_context: ssl.SSLContext | None, server_hostname: object, address: Address
+) -> None:
+    """Raise for a name that is none, that no TLS would check, or that is missing."""
+    if server_hostname is not None:
+        check_instance("server_hostname", server_hostname, str)
+        if not server_hostname:
+            raise ValueError("server_hostname must not be empty")
+        if ssl_context is None:
+            raise ValueError(f"server_hostname={server_hostname!r} is for TLS: give an ssl_context")
+    elif ssl_context is not None and isinstance(address, UnixAddress):
+        raise ValueError(f"server_hostname must be given for TLS over {address.host!r}")
+    if ssl_context is not None:
+        check_hostname("server_hostname", server_hostname or address.host, ssl_context)
 
 
 def _shake_hands(
@@ -332,15 +346,13 @@ class Connector:
 
     def __init__(
         self,
-        host: str,
-        port: int,
-        family: PsSocketAddressFamily,
+        address: Address,
+        source_address: TcpAddress | None,
         settings: SessionSettings,
         error: type[PsError],
     ) -> None:
-        self._host = host
-        self._port = port
-        self._family = family
+        self._address = address
+        self._source_address = source_address
         self._settings = settings
         self._error = error
         self.hub = get_hub()
@@ -348,25 +360,24 @@ class Connector:
         self._connecting: Any = None
         """The socket, while it is this object's: gevent's, then, for a handshake, a plain one."""
         self._tls: tuple[ssl.SSLContext, str] | None = None
-        self.source_address: tuple[str, int] | None = None
-        """What to bind to before; None: whatever the system chooses."""
 
     def use_tls(self, ssl_context: ssl.SSLContext, server_hostname: str) -> None:
         """Shake hands when connected, with a server of that name."""
         self._tls = ssl_context, server_hostname
 
     def connect(
-        self, timeout: float | None
+        self, timeout: float | None, limit_text: str
     ) -> tuple[_socket.socket | TlsSocket, SocketAddress | str]:
         """A connected socket, and the address that answered.
 
         Args:
             timeout: seconds for all of it; ``None``: as long as the system takes.
+            limit_text: the time that was asked for, as an error tells it.
 
         Raises:
             PsClientError, PsMultiClientError: whichever was given; host, port and cause are in it.
         """
-        where = format_address(self._host, self._port)
+        where = str(self._address)
         self._greenlet = getcurrent()
         limit = Timeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
         try:
@@ -382,9 +393,7 @@ class Connector:
             raise self._error(f"cannot connect to {where}: {exc.strerror or exc}") from exc
         except Timeout as exc:
             if exc is limit:
-                raise self._error(
-                    f"cannot connect to {where}: timed out after {timeout:g} s"
-                ) from None
+                raise self._error(f"cannot connect to {where}: timed out {limit_text}") from None
             raise
         except _NotWantedError:
             raise self._error(f"cannot connect to {where}: disconnected meanwhile") from None
@@ -421,15 +430,16 @@ class Connector:
             self._greenlet.throw(_NotWantedError)
 
     def _try_all(self, timeout: float | None) -> tuple[_socket.socket, SocketAddress | str]:
+        if isinstance(self._address, UnixAddress):
+            return self._try_unix(self._address.path, timeout), self._address.path
         began = monotonic()
-        if (path := unix_path(self._host)) is not None:
-            return self._try_unix(path, timeout), path
-        addresses = resolve(self._host, self._port, self._family)
+        family = self._address.family
+        addresses = self._address.resolve()
         for untried in range(len(addresses), 0, -1):
             address = addresses[-untried]
             share = None if timeout is None else (timeout - monotonic() + began) / untried
             try:
-                return self._try(address, share), address
+                return self._try(address, family, share), address
             except OSError:
                 if untried == 1:
                     raise
@@ -438,6 +448,7 @@ class Connector:
     def _try_unix(self, path: str, timeout: float | None) -> _socket.socket:
         connecting = self._connecting = socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
+            set_options(connecting, self._settings)
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(path)
             return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, connecting.detach())
@@ -445,23 +456,25 @@ class Connector:
             end(connecting)
             raise
 
-    def _try(self, address: SocketAddress, timeout: float | None) -> _socket.socket:
-        family = socket_family(self._family)
-        connecting = self._connecting = socket.socket(family, _socket.SOCK_STREAM)
+    def _try(
+        self, address: SocketAddress, family: PsSocketAddressFamily, timeout: float | None
+    ) -> _socket.socket:
+        number = socket_family(family)
+        connecting = self._connecting = socket.socket(number, _socket.SOCK_STREAM)
         try:
-            if self._family is PsSocketAddressFamily.IPV6:
+            if family is PsSocketAddressFamily.IPV6:
                 connecting.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
             set_options(connecting, self._settings)
-            if self.source_address is not None:
+            if self._source_address is not None:
                 connecting.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-                connecting.bind(resolve(*self.source_address, self._family)[0])
+                connecting.bind(self._source_address.resolve()[0])
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(address)
             if connecting.getsockname() == connecting.getpeername():
                 # Where nobody listens on a port of those that clients get, one that tries again and
                 # again gets that very port in the end, and is connected with itself.
                 raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-            return _socket.socket(family, _socket.SOCK_STREAM, 0, connecting.detach())
+            return _socket.socket(number, _socket.SOCK_STREAM, 0, connecting.detach())
         except BaseException:
             end(connecting)
             raise

@@ -4,15 +4,14 @@ Decided once, when the server or client starts; from then on each callback is on
 arguments, which returns when the callback has ended. For a sync callback without a limit that is
 the user's own bound method: the way of a message has nothing in between.
 
-Each function runs in the greenlet that calls it: an async callback runs as a task of the hub's
-asyncio loop meanwhile, in the session's own context, and what is thrown into the waiting greenlet
-cancels it (`psofa_gevent.aio.run_task`).
+Each function runs in the greenlet that calls it, which runs in the session's own context: an async
+callback runs as a task of the hub's asyncio loop meanwhile, in that same context, and what is
+thrown into the waiting greenlet cancels it (`psofa_gevent.aio.run_task`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +22,7 @@ from psofa_gevent.aio import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.forking import unwatch, watch
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.times import SHORTEST_TIMER
 
@@ -62,10 +61,6 @@ class Dispatch:
         self.on_stop: Callable[[Owner], None] = self._of_close_greenlet(
             self._of_owner(callback, "on_stop"), "on_stop"
         )
-
-    def new_context(self) -> contextvars.Context | None:
-        """The context in which all async callbacks of a new session run."""
-        return contextvars.copy_context() if self._is_async else None
 
     def _of_session(
         self, callback: PsCallback[Any], name: str, *, limited: bool = True
@@ -120,7 +115,7 @@ def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> 
     def call_limited(session: PsSession[Any], *args: Any) -> Any:
         def expired(error: TimeoutError) -> None:
             session._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.WARNING, "%r: %s", session, error)
+            session._log(logging.WARNING, "%r: %s", session, error)
 
         with Limit(name, timeout, expired) as limit:
             session._limit = limit
@@ -150,9 +145,10 @@ def _limited_answer(
 
 
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
-    def call_limited(subject: object, *args: Any) -> None:
+    def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
         def expired(error: TimeoutError) -> None:
-            log_from_hub(logging.WARNING, "%r: %s", subject, error)
+            context = subject._context if args else None
+            log(logging.WARNING, "%r: %s", subject, error, context=context)
 
         with Limit(name, timeout, expired):
             call(subject, *args)

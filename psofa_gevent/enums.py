@@ -22,6 +22,8 @@ class PsCloseReason(enum.Enum):
     """Nothing came from the peer for the idle time."""
     SHUTDOWN = enum.auto()
     """The server shut down."""
+    REPLACED = enum.auto()
+    """Its key was bound to another session: ``bind(…, replace=True)``."""
 
 
 class PsOverflow(enum.Enum):

@@ -82,9 +82,13 @@ class _Leaving:
         self._among = among
         self._left = MOST_BYTES
         self._watcher = loop.io(sock.fileno(), READ)
-        self._watcher.start(self._read_and_drop)
         self._timer = loop.timer(LONGEST_TIME)
-        self._timer.start(self.close)
+        try:
+            self._watcher.start(self._read_and_drop)
+            self._timer.start(self.close)
+        except BaseException:
+            self.close()
+            raise
 
     def _read_and_drop(self) -> None:
         try:

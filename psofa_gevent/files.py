@@ -25,12 +25,11 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from psofa_gevent.buffers import Gave
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.forking import track
-from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.send_line import Gave
 from psofa_gevent.settings import MAX_BUFFER, check_int
 from psofa_gevent.tls import TlsSocket
 
@@ -79,7 +78,7 @@ File = str | os.PathLike[str] | os.PathLike[bytes] | Readable
 
 
 class FileSource:
-    """A file on its way (`psofa_gevent.send_line.Source`). To be closed."""
+    """A file on its way (`psofa_gevent.buffers.Source`). To be closed."""
 
     __slots__ = (
         "__weakref__",
@@ -153,7 +152,7 @@ class FileSource:
         return self._left is not None and self._left <= self._piece_size
 
     def give(self, session: SendingHalf[Any]) -> Gave:
-        """See `psofa_gevent.send_line.Source`."""
+        """See `psofa_gevent.buffers.Source`."""
         if self._pending_size:
             return self._give_piece(session)
         if self._left == 0:
@@ -236,7 +235,7 @@ class FileSource:
         if self.begun:
             session._break_stream()
             session._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.WARNING, "%s", error)
+            session._log(logging.WARNING, "%s", error)
         return PsSendError(*error.args)  # not the one that the session keeps
 
 

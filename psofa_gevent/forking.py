@@ -34,9 +34,9 @@ switch.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -63,8 +63,6 @@ __all__ = [
     "unwatch",
     "watch",
 ]
-
-logger = logging.getLogger("psofa_gevent")
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -182,23 +180,21 @@ def _let_go() -> None:
     if hub is not None:
         # First: on libuv what is stopped now would be taken out of the parent's epoll.
         hub.loop.reinit()
-    _try(_let_go_of_watchers, hub)
-    for function in _functions:
-        _try(function)
-    for thing in list(_tracked):
-        _try(thing._let_go, hub)
-    _try(_never_collect)
+    steps: list[Callable[[], object]] = [partial(_let_go_of_watchers, hub), *_functions]
+    steps += [partial(thing._let_go, hub) for thing in list(_tracked)]
+    steps.append(_never_collect)
     if hub is not None:
         # Its resolver's threads are not there: it would wait for them for ever.
-        _try(gevent.reinit, hub)
-
-
-def _try(function: Callable[..., object], *args: object) -> None:
-    """Call it; what fails, also by a signal, must not keep the others from letting go."""
-    try:
-        function(*args)
-    except BaseException as exc:
-        logger.error("%r: failed to let go after a fork: %r", function, exc, exc_info=exc)
+        steps.append(partial(gevent.reinit, hub))
+    errors: list[BaseException] = []
+    for step in steps:
+        try:
+            step()
+        except BaseException as exc:  # also by a signal: it must not keep the others from it
+            errors.append(exc)
+    if errors:
+        # Python tells of it on stderr. The log may be in the middle of a record just now.
+        raise BaseExceptionGroup("psofa_gevent failed to let go after a fork", errors)
 
 
 def _let_go_of_watchers(hub: Hub | None) -> None:

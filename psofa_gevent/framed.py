@@ -4,7 +4,11 @@ It exists for sessions that have, or had, a framing; the others hand their chunk
 The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to who asks for the next one in
 the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All of
 it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
-calls. What may switch is ``on_message``, and the log handler of a malformed message.
+calls. What may switch is ``on_message``, and the end of a turn.
+
+A read may have 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its turn:
+the hub and all sessions that are ready go on, then this one with the next message. That is a wait
+of the session's own, so whoever closes it ends it there; what its callbacks sent leaves before.
 
 Error handling: bytes that are no message close the session with FAILED, after the messages before
 them were handed over and without a traceback, since it is the peer's fault. An exception of
@@ -13,7 +17,6 @@ them were handed over and without a traceback, since it is the peer's fault. An 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,23 +24,35 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.framing import Decoder, Framing, Raw
 from psofa_gevent.settings import check_framing
-from psofa_gevent.times import NEVER
+from psofa_gevent.times import NEVER, TURN
 
 if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["NOTHING", "FramedReceiver"]
 
-logger = logging.getLogger("psofa_gevent")
-
 NOTHING: Any = object()
 """No message."""
+
+
+MOST_UNLOOKED = 64
+"""Messages between two looks at the clock: more would save less than one percent."""
 
 
 class FramedReceiver:
     """Cuts what a session receives into messages."""
 
-    __slots__ = ("_decoder", "_given_out", "_left", "_messages", "framing")
+    __slots__ = (
+        "_begun_after",
+        "_decoder",
+        "_left",
+        "_look",
+        "_messages",
+        "_turn_first",
+        "_turn_look",
+        "_turn_since",
+        "framing",
+    )
 
     def __init__(self, framing: Framing[Any]) -> None:
         self.framing: Framing[Any] | None = framing
@@ -45,8 +60,16 @@ class FramedReceiver:
         self._decoder: Decoder[Any] = framing.decoder()
         self._messages: Iterator[Any] | None = None
         """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
-        self._given_out = 0
-        """Messages of the session when the one that is not whole began, or before."""
+        self._begun_after = (0, 0)
+        """How many messages, and what else, had come before the one that is not whole."""
+        self._look = 0
+        """How many messages of the session there are when to look around; 0: at once."""
+        self._turn_look = 0
+        """How many there are when to look whether its turn is over."""
+        self._turn_since = 0.0
+        """When its turn began, or a message or two later; 0: not known yet."""
+        self._turn_first = 0
+        """Messages that there had been then."""
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
 
@@ -55,6 +78,7 @@ class FramedReceiver:
         check_framing("framing", framing)
         decoder = _decoder(framing)
         self._messages = None  # before the next line, as an iterator that is left
+        self.look_soon()
         left = self._decoder.unread()
         self._decoder = decoder
         if left:
@@ -64,7 +88,8 @@ class FramedReceiver:
 
     def feed(self, session: PsSession[Any], data: bytes) -> None:
         """More has come. All messages before were taken."""
-        self._given_out = session._messages_received
+        self._look = self._turn_look = session._messages_received + 2  # one needs no clock
+        self._turn_since = 0.0
         self._messages = iter(self._decoder.feed(data))
 
     def hand_over(self, session: PsSession[Any]) -> None:
@@ -83,27 +108,79 @@ class FramedReceiver:
         self.set_deadline(session)
 
     def _hand_over(self, session: PsSession[Any], messages: Iterator[Any]) -> None:
-        """As long as they are the messages to be handed over: a callback may go on to others."""
+        """As long as they are the messages to be handed over: a callback may go on to others.
+
+        A read may have thousands of them, so one comparison tells of everything that may come in
+        between: whoever closes the session, changes what is handed over, or waits sees to it.
+        """
         on_message = session._host.dispatch.on_message
+        if session._cork is None:
+            session._cork = []
         in_callback = False
         try:
             for message in messages:
                 in_callback = True
-                if session._cork is None:  # it has just begun, or a callback waited
-                    session._cork = []
-                session._messages_received += 1
+                session._messages_received = received = session._messages_received + 1
                 on_message(session, message)
+                if received >= self._look:
+                    self._look_around(session)
+                    if not session._open or self._messages is not messages:
+                        return
+                    if session._cork is None:  # the callback waited, or others had their turn
+                        session._cork = []  # type: ignore[unreachable]  # by switch_out
                 in_callback = False
-                if not session._open or self._messages is not messages:
-                    return
         except Exception as exc:
             if in_callback:
                 raise
             raise _MalformedError(exc) from None
-        self._all_taken()
+        if self._messages is messages:
+            self._all_taken()
+
+    def look_soon(self) -> None:
+        """Look around before the next message: something happened. From any thread."""
+        self._look = 0
+
+    def others_had_turn(self) -> None:
+        """The session waits in the middle of its messages."""
+        self._look = 0
+        self._turn_since = 0.0
+
+    def _look_around(self, session: PsSession[Any]) -> None:
+        if session._messages_received >= self._turn_look or not self._turn_since:
+            self._look_at_clock(session)
+        # Before anyone looks whether the session is open: another thread may close it just now.
+        self._look = self._turn_look
+
+    def _look_at_clock(self, session: PsSession[Any]) -> None:
+        """Let others have their turn if this session's is over; plan the next look before it is.
+
+        That is after one more message, two more, four more, and so on: as many as there have been,
+        as many as there seems to be time for, and not too many in any case.
+        """
+        received = session._messages_received
+        now = monotonic()
+        step = 1
+        if not self._turn_since:
+            self._turn_since, self._turn_first = now, received
+        elif now - self._turn_since < TURN:
+            spent = now - self._turn_since
+            step = received - self._turn_first
+            if spent:
+                step = max(1, min(step, MOST_UNLOOKED, int(step * (TURN - spent) / spent)))
+        else:
+            if session._limit is None:
+                session._give_up_turn()
+            else:
+                with session._limit.paused():
+                    session._give_up_turn()
+            self._turn_since, self._turn_first = monotonic(), received
+        self._turn_look = received + step
 
     def take(self, session: PsSession[Any]) -> Any:
         """The next message, or `NOTHING`: it is not whole, or the session has closed."""
+        self._look = 0  # in the middle of an ``on_message`` maybe, which handed over others
+        if self._messages is not None and session._messages_received >= self._turn_look:
+            self._look_at_clock(session)
         try:
             while self._messages is not None and session._open:
                 for message in self._messages:
@@ -134,10 +211,13 @@ class FramedReceiver:
         if timeout is None or not session._open:
             return
         left, self._left = self._left, NEVER
-        if not self._decoder.kept:
+        begun_after, self._begun_after = (
+            self._begun_after,
+            (session._messages_received, self._decoder.skips),
+        )
+        if not self._decoder.has_begun:
             session._frame_deadline = NEVER
-        elif session._messages_received != self._given_out:
-            self._given_out = session._messages_received
+        elif begun_after != self._begun_after:
             self._set_deadline(session, timeout)
         elif left != NEVER:
             self._set_deadline(session, left)
@@ -161,24 +241,29 @@ class FramedReceiver:
         """The message that has begun did not come in time."""
         timeout = session._host.settings.frame_timeout
         kept = self._decoder.kept
-        _fail(session, TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s"))
+        cause = TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s")
+        session._request_close(PsCloseReason.FAILED, cause)
+        session._log_peer("message not whole in time", "%r: not whole in time: %s", session, cause)
 
     def start_anew(self) -> bytes:
         """Forget what was read and belongs to no message that was handed over, and return it."""
         self._messages = None
+        self.look_soon()
         left = self._decoder.unread()
         self._decoder = _decoder(self.framing)
         return left
 
     def end(self, session: PsSession[Any]) -> None:
         """The peer sends no more."""
-        if kept := self._decoder.kept:
-            logger.info("%r: the peer closed after %d bytes of a message", session, kept)
+        if self._decoder.has_begun:
+            text = "%r: the peer closed after %d bytes of a message"
+            kind = "the peer closed within a message"
+            session._log_peer(kind, text, session, self._decoder.kept)
 
 
 def _fail(session: PsSession[Any], cause: Exception) -> None:
     session._request_close(PsCloseReason.FAILED, cause)
-    logger.warning("%r: not a message: %s", session, cause)
+    session._log_peer("malformed message", "%r: malformed message: %s", session, cause)
 
 
 def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:

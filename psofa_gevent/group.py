@@ -3,6 +3,12 @@
 A session joins and leaves groups, and leaves them by itself when its close is requested. Posting
 waits for nobody (`PsSession.post`), so a slow member holds up neither the others nor the poster.
 
+A post to thousands takes longer than one may hold the hub: 6 µs for each, which are system calls.
+So after some 10 ms (`TURN`) the sessions that are left only collect the message, as while they are
+corked, which takes a twentieth of that, and the hub lets it leave in turns (`_LatePosts`). Whatever
+is sent or posted to such a session meanwhile is collected behind it, so the order is that of the
+calls; and whatever lets collected messages leave, a close for example, does it here, too.
+
 May be called from any greenlet and any OS thread, for sessions of any owner. Nothing switches.
 Changes of a dictionary are single steps, so nothing is locked: who joins looks, afterwards, whether
 the session closed meanwhile.
@@ -10,15 +16,25 @@ the session closed meanwhile.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator
+from time import monotonic
 from typing import Any, Generic
+
+from gevent import get_hub
 
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.messages import M, Message, as_bytes
+from psofa_gevent.native import new_local
+from psofa_gevent.sending import COLLECTED
 from psofa_gevent.session import PsSession
 from psofa_gevent.settings import check_instance
+from psofa_gevent.times import SHORTEST_TIMER, TURN
 
 __all__ = ["PsGroup", "post_to_all"]
+
+AT_A_TIME = 16
+"""Sessions that are posted to between two looks at the clock."""
 
 
 class PsGroup(Generic[M]):
@@ -88,6 +104,7 @@ class PsGroup(Generic[M]):
         Raises:
             PsFramingError: a member's framing can't carry the message. Nobody got it.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
         """
         post_to_all(list(self._members), message, exclude, raw=raw)
 
@@ -127,9 +144,80 @@ def post_to_all(
         if thread.is_current():
             _post_to_each(receivers, data)
         else:
-            thread.call_soon(_post_to_each, receivers, data)
+            for session in receivers:
+                session._post_from_thread(data)
 
 
 def _post_to_each(sessions: list[PsSession[Any]], data: bytes) -> None:
-    for session in sessions:
+    late = _late_posts()
+    now = 0 if late.is_pending else _post_for_a_turn(sessions, data)
+    for session in sessions[now:]:
+        late.post(session, data)
+
+
+def _post_for_a_turn(sessions: list[PsSession[Any]], data: bytes) -> int:
+    """Post to as many as there is time for: how many that are."""
+    end = monotonic() + TURN
+    for number, session in enumerate(sessions, 1):
         session._post_here(data)
+        if number % AT_A_TIME == 0 and monotonic() >= end:
+            return number
+    return len(sessions)
+
+
+class _LatePosts:
+    """The sessions of one hub that have collected what was posted to many. In the hub's thread."""
+
+    def __init__(self) -> None:
+        self.hub = get_hub()
+        self._sessions: deque[PsSession[Any]] = deque()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether some have not had their turn."""
+        return len(self._sessions) > 0
+
+    def post(self, session: PsSession[Any], data: bytes) -> None:
+        """Post to a session: it leaves later, unless that is quick or others wait already."""
+        is_corked = session._cork is not None or session._line is not None
+        if is_corked or not session._open or session._eof_requested:
+            session._post_here(data)
+            return
+        session._cork = [data]
+        session._corked_size = len(data) + COLLECTED
+        session._cork_has_posts = True
+        self._sessions.append(session)
+        if len(self._sessions) == 1:
+            self._wait_for_turn()
+
+    def _wait_for_turn(self) -> None:
+        # A timer's turn comes after the hub has looked at the sockets; that of run_callback may
+        # come dozens of times before.
+        timer = self.hub.loop.timer(SHORTEST_TIMER)
+        timer.start(self._send_some, timer)
+
+    def _send_some(self, timer: Any) -> None:
+        timer.close()
+        end = monotonic() + TURN
+        sessions = self._sessions
+        try:
+            while sessions:
+                for _ in range(min(AT_A_TIME, len(sessions))):
+                    sessions[0]._uncork_without_waiting()
+                    sessions.popleft()
+                if monotonic() >= end:
+                    return
+        finally:
+            if sessions:  # a signal's handler may have raised, in any line
+                self._wait_for_turn()
+
+
+def _late_posts() -> _LatePosts:
+    """Those of this thread's hub."""
+    late: _LatePosts | None = getattr(_of_thread, "late", None)
+    if late is None or late.hub is not get_hub():
+        late = _of_thread.late = _LatePosts()
+    return late
+
+
+_of_thread = new_local()

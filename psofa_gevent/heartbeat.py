@@ -3,10 +3,10 @@
 They keep the tables of NAT routers and firewalls from forgetting a connection, and let the peer's
 idle check know that this end is there. One greenlet looks at all sessions of an owner, ten times in
 the time of a heartbeat, but every 5 ms at most and every second at least: so late it may be. A look
-compares two numbers per session, and what it finds due leaves in small lots, between which others
-have their turn. A fixed message is posted (`PsSession.post`); a function runs in a greenlet that
-belongs to its session (`PsSession.spawn`), so a slow one delays nobody else's, and is not called
-again before it has returned.
+compares two numbers per session; while it sends what it finds due, others have their turns. A fixed
+message is posted (`PsSession.post`); a function runs in a greenlet that belongs to its session
+(`PsSession.spawn`), so a slow one delays nobody else's, and is not called again before it has
+returned.
 
 None is sent before ``on_open``, nor while a send waits for the peer: one that takes nothing has no
 use for more.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +24,14 @@ from gevent.event import Event
 
 from psofa_gevent.aio import run_task
 from psofa_gevent.errors import PsClosedError
+from psofa_gevent.times import SHORTEST_TIMER, TURN
 from psofa_gevent.worker import Worker
 
 if TYPE_CHECKING:
     from gevent import Greenlet
 
     from psofa_gevent.session import PsSession
+    from psofa_gevent.settings import PsHeartbeat
 
 __all__ = ["Heartbeats"]
 
@@ -39,17 +40,18 @@ LOOKS = 10
 SHORTEST_PERIOD = 0.005
 LONGEST_PERIOD = 1.0
 """Seconds from one look to the next."""
-AT_A_TIME = 100
-"""Heartbeats that are sent in one go: thousands, of sessions that began together, take 0.1 s."""
 
 
 class Heartbeats:
-    """Those of one owner. All methods: in the hub's thread; none switches."""
+    """The heartbeats of one owner.
 
-    def __init__(self, milliseconds: int, what: object) -> None:
-        self._seconds = milliseconds / 1_000
+    All methods belong to the hub's thread. Only `stop` switches.
+    """
+
+    def __init__(self, heartbeat: PsHeartbeat) -> None:
+        self._seconds = heartbeat.milliseconds / 1_000
         self._period = min(max(self._seconds / LOOKS, SHORTEST_PERIOD), LONGEST_PERIOD)
-        self._what = what
+        self._heartbeat = heartbeat
         self._quiet: dict[PsSession[Any], _Quiet] = {}
         self._not_empty = Event()
         self._worker = Worker(self._look_for_ever, self._has_work)
@@ -92,23 +94,27 @@ class Heartbeats:
                 quiet.sent, quiet.since = session._bytes_sent, now
             elif now - quiet.since >= self._seconds:
                 due.append((session, quiet))
-        for number, (session, quiet) in enumerate(due, 1):
+        turn_since = monotonic()
+        for session, quiet in due:
             quiet.since = now
             if session._open and session._line is None and session._bytes_sent == quiet.sent:
                 self._beat(session, quiet)
-            if number % AT_A_TIME == 0:
-                gevent.sleep(0)
+            if monotonic() - turn_since >= TURN:
+                # Thousands that began together take 0.1 s. (Zero would come before all sockets.)
+                gevent.sleep(SHORTEST_TIMER)
+                turn_since = monotonic()
 
     def _beat(self, session: PsSession[Any], quiet: _Quiet) -> None:
         if session._eof_requested:
             return
-        if callable(self._what):
+        heartbeat = self._heartbeat
+        if callable(heartbeat.message):
             if quiet.asked is None or quiet.asked.dead:
                 with contextlib.suppress(PsClosedError):  # by another thread, just now
-                    quiet.asked = session.spawn(_ask_and_post, session, self._what)
+                    quiet.asked = session.spawn(_ask_and_post, session, heartbeat)
             return
         try:
-            session.post(self._what)
+            session.post(heartbeat.message, raw=heartbeat.raw)
         except Exception as exc:  # the session has gone over to a framing that can't carry it
             session._fail(exc)
 
@@ -127,10 +133,10 @@ class _Quiet:
         """What runs the function, or did."""
 
 
-def _ask_and_post(session: PsSession[Any], function: Callable[[PsSession[Any]], Any]) -> None:
-    """Post what `function`, plain or ``async``, makes of the session; ``None``: nothing."""
-    message = function(session)
+def _ask_and_post(session: PsSession[Any], heartbeat: PsHeartbeat) -> None:
+    """Post what its function, plain or ``async``, makes of the session; ``None``: nothing."""
+    message = heartbeat.message(session)
     if asyncio.iscoroutine(message):
-        message = run_task(message)
+        message = run_task(message, context=session._context)
     if message is not None:
-        session.post(message)
+        session.post(message, raw=heartbeat.raw)

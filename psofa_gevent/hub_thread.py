@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 from typing import Any, ParamSpec, TypeVar
 
 import gevent
@@ -20,18 +20,17 @@ from gevent import Greenlet, get_hub, getcurrent, monkey
 from gevent._hub_local import get_hub_if_exists  # there is no public way to ask without making one
 
 from psofa_gevent.forking import unwatch, watch
+from psofa_gevent.hub_calls import HubCalls, hub_calls
+from psofa_gevent.native import get_ident, new_lock
 
 __all__ = [
     "CallerEvent",
     "HubThread",
     "NativeEvent",
+    "Pulse",
     "get_ident",
-    "log_from_hub",
-    "log_safely",
     "new_lock",
 ]
-
-logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,11 +38,8 @@ T = TypeVar("T")
 LOOK_PERIOD = 0.05
 """Seconds between two looks of a waiting OS thread whether there is still something to wait for."""
 
-# The originals: in a patched process the names in `_thread` are about greenlets.
-get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+# The original: a native one in a patched process too, and released by another thread.
 _allocate_lock: Callable[[], Any] = monkey.get_original("_thread", "allocate_lock")
-new_lock: Callable[[], Any] = monkey.get_original("_thread", "RLock")
-"""A native lock between OS threads, for a few lines that do not switch."""
 
 
 class NativeEvent:
@@ -79,11 +75,12 @@ class CallerEvent:
     A greenlet of a thread with a hub waits in gevent's way; any other caller blocks its thread.
     """
 
-    __slots__ = ("_greenlet", "_hub", "_native")
+    __slots__ = ("_calls", "_greenlet", "_hub", "_native")
 
     def __init__(self) -> None:
         hub = get_hub_if_exists()
         self._hub: Any = None if getcurrent() is hub else hub
+        self._calls: HubCalls | None = None if self._hub is None else hub_calls()
         self._native = NativeEvent()
         self._greenlet: Any = None
 
@@ -94,9 +91,8 @@ class CallerEvent:
     def set(self) -> None:
         """Release the waiting caller, now or when it comes. From any thread, more than once."""
         self._native.set()
-        loop = None if self._hub is None else self._hub.loop
-        if loop is not None:  # else the hub is gone, and with it the caller
-            loop.run_callback_threadsafe(self._wake)
+        if self._calls is not None:
+            self._calls.add(self._wake, (), {})
 
     def wait(self, timeout: float) -> bool:
         """Wait for `set`, for at most `timeout` seconds; whether it was called."""
@@ -118,31 +114,54 @@ class CallerEvent:
             self._greenlet.switch()
 
 
+class Pulse:
+    """Tells one other OS thread whether a hub runs."""
+
+    def __init__(self, thread: HubThread) -> None:
+        self._thread = thread
+        self._felt_at = monotonic()
+        self._is_asked = False
+
+    def felt_since(self, moment: float) -> bool:
+        """Whether the hub has run since `moment` (monotonic clock): to be asked again and again."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._thread.call_soon(self._feel)
+        return self._felt_at >= moment
+
+    def _feel(self) -> None:
+        self._felt_at = monotonic()
+        self._is_asked = False
+
+
 class HubThread:
     """The thread in which this object was made, and its hub."""
 
-    __slots__ = ("hub", "ident", "loop")
+    __slots__ = ("_calls", "hub", "ident", "lock", "loop")
 
     def __init__(self) -> None:
+        self.lock = new_lock()
+        """For what the sessions of one owner share with other threads."""
         self.hub = get_hub()
         self.loop = self.hub.loop
         self.ident = get_ident()
+        self._calls = hub_calls()
 
     def is_current(self) -> bool:
         """Whether the caller runs in this thread."""
         return get_ident() == self.ident
 
-    def is_destroyed(self) -> bool:
-        """Whether the hub was destroyed: nothing will ever run in it again."""
-        return self.hub.loop is None
+    def is_over(self) -> bool:
+        """Whether nothing will ever run in the hub again: destroyed, or its thread has ended."""
+        return self._calls.is_over()
 
     def call_soon(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have the hub call `function`, which must not block. From any thread; returns at once.
 
-        Without effect when the hub was destroyed.
+        Without effect when the hub was destroyed, or its thread has ended (`psofa_gevent.hub_calls`
+        has the rules).
         """
-        if not self.is_destroyed():
-            self.loop.run_callback_threadsafe(_discard_result, function, args, kwargs)
+        self._calls.add(function, args, kwargs)
 
     def run(
         self,
@@ -187,7 +206,7 @@ class HubThread:
         self.call_soon(start)
         thrown: list[BaseException] = []
         try:
-            while not done.is_set() and not ((is_over() or self.is_destroyed()) and not greenlets):
+            while not done.is_set() and not ((is_over() or self.is_over()) and not greenlets):
                 try:
                     done.wait(LOOK_PERIOD)
                 except BaseException as exc:  # the caller is killed: so is what it waits for
@@ -239,7 +258,7 @@ class HubThread:
                 except asyncio.CancelledError:
                     cancelled = True
                     self.call_soon(gevent.killall, greenlets, block=False)
-                if (is_over() or self.is_destroyed()) and not greenlets:
+                if (is_over() or self.is_over()) and not greenlets:
                     break
             if cancelled:
                 raise asyncio.CancelledError
@@ -278,22 +297,3 @@ def _outcome(function: Callable[[], object]) -> BaseException | None:
 def _resolve(future: asyncio.Future[T], value: T) -> None:
     if not future.done():
         future.set_result(value)
-
-
-def log_safely(level: int, message: str, *args: object, **kwargs: Any) -> None:
-    """Log where a handler that raises must not undo what is going on."""
-    # logging itself keeps quiet about a handler's errors unless asked (`logging.raiseExceptions`).
-    if logger.isEnabledFor(level):
-        with contextlib.suppress(Exception):
-            logger.log(level, message, *args, **kwargs)
-
-
-def log_from_hub(level: int, message: str, *args: object, **kwargs: Any) -> None:
-    """Log in a greenlet of its own: a handler may block, which the hub must not."""
-    gevent.spawn(logger.log, level, message, *args, **kwargs)
-
-
-def _discard_result(
-    function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    function(*args, **kwargs)

@@ -56,7 +56,10 @@ class IdleSlice:
 
 
 class IdleTimer:
-    """Finds idle sessions, once a second. All methods: in the hub's thread; none switches."""
+    """Finds idle sessions, once a second.
+
+    All methods belong to the hub's thread. Only `stop` switches.
+    """
 
     def __init__(self, divide: int) -> None:
         self._slices = [IdleSlice() for _ in range(divide)]
@@ -68,8 +71,8 @@ class IdleTimer:
     def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""
         place = self._slices[self._added % len(self._slices)]
-        place.sessions.add(session)
         place.due = min(place.due, monotonic() + session._idle)
+        place.sessions.add(session)
         session._slice = place
         self._added += 1
         self._count += 1

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Generic, NamedTuple
 
+from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsKeyTakenError
 from psofa_gevent.forking import keep
 from psofa_gevent.hub_thread import new_lock
 from psofa_gevent.messages import M
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import check_instance
 
 __all__ = ["Keys"]
 
@@ -31,7 +31,6 @@ class Keys(Generic[M]):
 
     def bind(self, session: PsSession[M], key: Hashable, *, replace: bool) -> None:
         """Let `key` lead to `session`. See `PsServer.bind`."""
-        check_instance("session", session, PsSession)
         with self._lock:
             old = self._sessions.get(key)
             if not session._open or old is session:
@@ -42,7 +41,7 @@ class Keys(Generic[M]):
             session._join(_Binding(self, key), None)
         if old is not None:
             old._leave(_Binding(self, key))
-            old.close()
+            old._ask_to_close(PsCloseReason.REPLACED)
 
     def unbind(self, key: Hashable) -> None:
         """Forget `key`."""

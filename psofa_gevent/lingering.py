@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["linger"]
 
-logger = logging.getLogger("psofa_gevent")
-
 DRAIN_SIZE = 65_536
 """Bytes read and thrown away at a time."""
 FIRST_LOOK = 0.001
@@ -51,7 +49,7 @@ def linger(session: PsSession[Any]) -> None:
         if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
     except OSError as exc:
-        logger.debug("%r: lingering ended: %s", session, exc)
+        session._log(logging.DEBUG, "%r: lingering ended: %s", session, exc)
 
 
 def _sends_on(session: PsSession[Any], deadline: float) -> bool:

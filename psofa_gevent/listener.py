@@ -8,6 +8,9 @@ All listeners of a server share its manager's pool. While that is full none of t
 place that becomes free goes to the one that has waited longest (`Turns`), for the event loop would
 give them all to one.
 
+A socket that somebody else made may be shared by several processes, each with a server: they accept
+so that all have about the same number of sessions (`psofa_gevent.balance`).
+
 Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a second, and starts again
 by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
 session notices, and a warning tells, once a minute at most.
@@ -17,8 +20,9 @@ be refused when the pool is full, the listeners go on accepting then.
 
 If a listening socket itself is gone, that is an error in the log, and the open sessions go on.
 
-But for what makes the sockets, `pause` and `resume`, all of it runs in the hub, where nothing may
-block or raise.
+What accepts runs in the hub, where nothing may block or raise. The greenlet that calls the server's
+``start`` makes the sockets, and makes and starts `Listeners`; the greenlet that stops the server
+calls `Listeners.close`. `pause` and `resume` may be called in any thread.
 """
 
 from __future__ import annotations
@@ -33,7 +37,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
 from gevent import monkey
@@ -41,9 +44,10 @@ from gevent.pool import Pool
 from gevent.server import StreamServer
 
 from psofa_gevent.addresses import SocketAddress, format_address, socket_family
+from psofa_gevent.balance import SharedLoad
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.forking import keep, track
-from psofa_gevent.hub_thread import log_from_hub
+from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tcp import (
@@ -65,8 +69,6 @@ _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
 """Hosts that are no address of an accepted socket."""
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
-WARNING_PERIOD = 60.0
-"""Seconds from one warning to the next: a server at its limit fails and heals many times in it."""
 ACCEPTS_OF_SHARED = 8
 """Accepts in one turn of the hub from a socket that other processes may share: a burst of clients
 is for all of them. One would be fairest, and took some 15 % more time for each connection; with
@@ -186,7 +188,11 @@ def duplicate(descriptor: int) -> Listening:
     except BaseException:
         os.close(copy)
         raise
-    listening.setblocking(False)
+    try:
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
     return Listening(listening, is_inherited=True)
 
 
@@ -194,8 +200,6 @@ class Turns:
     """Which listener of a server accepts next while its pool is full, or was a moment ago."""
 
     def __init__(self, pool: Pool) -> None:
-        self.next_warning = monotonic()
-        """Before then, none of them says that it can't accept."""
         self._pool = pool
         self._waiting: deque[Listener] = deque()
         self._is_linked = False
@@ -257,8 +261,15 @@ class Listener(StreamServer):
         self._has_options = ARE_INHERITED
         """Whether accepted sockets have their options by themselves."""
         if listening.is_inherited:
-            self._set_options, self._has_options = set_all_options, sock.family == _socket.AF_UNIX
+            self._set_options, self._has_options = set_all_options, False
             self.max_accept = ACCEPTS_OF_SHARED
+        if sock.family == _socket.AF_UNIX:  # has one option, and does not hand it on
+            self._set_options = set_options
+            self._has_options = manager.settings.send_buffer_size is None
+        self._load = SharedLoad(sock.fileno()) if listening.is_inherited else None
+        """What it and the other processes that share the socket know of each other."""
+        self._wait = 0.0
+        """Seconds for which it is about to leave connections to them."""
         # Without the pool: gevent's way to go on when it has room is not fair to the others.
         super().__init__(sock, handle=_never_called, spawn=None)
 
@@ -277,7 +288,25 @@ class Listener(StreamServer):
 
     def full(self) -> bool:
         """Whether to leave connections where they are. gevent asks, and pauses if so."""
-        return not self._refuses_when_full and self._turns.must_wait(self)
+        if not self._refuses_when_full and self._turns.must_wait(self):
+            if self._load is not None:
+                self._load.withdraw()
+            return True
+        if self._load is None or self._paused:
+            return False
+        self._wait = self._load.wait_for_others(self._count())
+        return self._wait > 0.0
+
+    def _count(self) -> int:
+        return len(self._manager.sessions)
+
+    def stop_accepting(self) -> None:
+        """Watch no more; if that is to leave connections to other processes, for a moment only."""
+        super().stop_accepting()
+        if self._wait:
+            self._timer = self.loop.timer(self._wait)
+            self._timer.start(self._try_accepting)
+            self._wait = 0.0
 
     def take_turn(self) -> bool:
         """Accept one connection; false when none waits, or none may be accepted."""
@@ -309,6 +338,8 @@ class Listener(StreamServer):
     def start_accepting(self) -> None:
         """Watch for connections, unless paused. Called by gevent too, after a pause of its own."""
         if not self._paused:
+            if self._load is not None:
+                self._load.begin(self._count())
             try:
                 super().start_accepting()
             except OSError as exc:  # a stranger has closed the descriptor
@@ -320,6 +351,8 @@ class Listener(StreamServer):
         """Accept one connection; ``None`` when there is none, or none may be accepted now."""
         if self._paused:
             self.stop_accepting()
+            if self._load is not None:
+                self._load.withdraw()
             return None
         try:
             return self._accept()
@@ -340,7 +373,11 @@ class Listener(StreamServer):
             self._accept_failed(exc)
             return None
         self._backoff = self.min_delay
-        return _socket.socket(*self._kind, descriptor), address
+        try:
+            return _socket.socket(*self._kind, descriptor), address
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def do_handle(self, accepted: _socket.socket, address: Any) -> None:
         """Give an accepted connection to the manager, unless the rules refuse it."""
@@ -354,41 +391,41 @@ class Listener(StreamServer):
                 return
             if not self._has_options:
                 self._set_options(accepted, self._manager.settings)
-            self._manager.open(accepted, address, None, self._local_endpoint)
-        except OSError as exc:
-            # Reset before it could be looked at.
+            manager = self._manager
+            manager.open(accepted, address, None, self._local_endpoint, manager.context)
+        except BaseException as exc:
             end(accepted)
-            log_from_hub(logging.DEBUG, "%r: gone before it began: %s", address, exc)
-        except Exception as exc:
-            end(accepted)
-            log_from_hub(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+            if isinstance(exc, OSError):  # reset before it could be looked at
+                log(logging.DEBUG, "%r: gone before it began: %s", address, exc)
+            elif isinstance(exc, Exception):
+                log(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+            else:
+                raise
 
     def _accept_failed(self, exc: OSError) -> None:
         owner = self._manager.owner
         self.stop_accepting()
+        if self._load is not None:
+            self._load.withdraw()
         if exc.errno in LISTENER_IS_GONE:
             where = format_address(*self.endpoint[:2])
             why = os.strerror(exc.errno)
-            log_from_hub(logging.ERROR, "%r: the listener %s is gone: %s", owner, where, why)
+            log(logging.ERROR, "%r: the listener %s is gone: %s", owner, where, why)
             return
         if self._backoff == self.min_delay:
-            log_from_hub(
-                self._level(exc),
-                "%r: cannot accept: %s; connections wait in the backlog until it can",
-                owner,
-                exc,
-            )
+            self._tell(exc)
         self._timer = self.loop.timer(self._backoff)
         self._timer.start(self._try_accepting)
         self._backoff = min(self.max_delay, self._backoff * 2)
 
-    def _level(self, exc: OSError) -> int:
-        """How loudly to tell that accepting has paused."""
-        now = monotonic()
-        if exc.errno == errno.ECONNABORTED or now < self._turns.next_warning:
-            return logging.DEBUG
-        self._turns.next_warning = now + WARNING_PERIOD
-        return logging.WARNING
+    def _tell(self, exc: OSError) -> None:
+        """Tell that accepting has paused: a server at its limit fails and heals many times."""
+        owner = self._manager.owner
+        text = "%r: cannot accept: %s; connections wait in the backlog until it can"
+        if exc.errno == errno.ECONNABORTED:
+            log(logging.DEBUG, text, owner, exc)
+        else:
+            self._manager.peer_log.tell(owner, "cannot accept", text, owner, exc)
 
 
 class Listeners:

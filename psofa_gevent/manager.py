@@ -5,7 +5,9 @@ pool, the idle timer and the close queue; `psofa_gevent.stopping` is the way to 
 How a socket comes to be is not its affair: it is handed over in `open`.
 
 All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
-Nothing here switches greenlets but `release`, which `Stop` calls in a greenlet of its own.
+There are two exceptions: owners copy and count `SessionManager.sessions` in any thread, and
+`SessionManager.end_with_hub` runs in any thread, when the hub was destroyed. Nothing here switches
+greenlets but `release`, which `Stop` calls in a greenlet of its own.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gevent import getcurrent
+from gevent import GreenletExit, getcurrent
 from gevent.event import Event
 from gevent.pool import Pool
 
@@ -30,13 +33,15 @@ from psofa_gevent.dispatch import Dispatch
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.forking import keep, leave_behind, track
 from psofa_gevent.heartbeat import Heartbeats
-from psofa_gevent.hub_thread import HubThread, log_safely
+from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.idle import IdleTimer
 from psofa_gevent.ready import ready_sessions
+from psofa_gevent.registry import Registry
 from psofa_gevent.session import PsSession, SessionGreenlet
-from psofa_gevent.settings import SessionSettings
+from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tcp import Endpoint
 from psofa_gevent.tls import TlsSocket
+from psofa_gevent.work import Killer, kill_work
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
@@ -60,9 +65,13 @@ class SessionManager:
     ) -> None:
         self.owner = owner
         self.settings = settings
+        self.context = copy_context()
+        """Of ``on_stop``; that of an accepted session begins as a copy of it. As it was for who
+        started."""
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.dispatch = Dispatch(callback, settings.callback_timeout)
+        self.peer_log = owner._peer_log
         self.prologue: Callable[[PsSession[Any]], None] | None = None
         self.admission: Admission | None = None
         """Who is let in; None: everyone, and nobody is counted."""
@@ -78,18 +87,14 @@ class SessionManager:
         self._stops: list[Stop] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
-        self.sessions: dict[PsSession[Any], None] = {}
+        self.sessions = Registry()
         """All that have not ended, in the order in which they came."""
-        self._by_id: dict[uuid.UUID, PsSession[Any]] | None = None
-        """The same by their ids, from the first time on that somebody asks."""
-        self._has_duplicates = False
-        """Whether two sessions ever had the same id."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
-        self.closing = CloseQueue(self.dispatch, self.thread, self.changed.set)
+        self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
-        self._heartbeats = None if beat is None else Heartbeats(*beat)
+        self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
         self.process = os.getpid()
         """In which it runs: not in its children."""
         track(self)
@@ -100,53 +105,46 @@ class SessionManager:
         remote_endpoint: object,
         connection_id: uuid.UUID | None = None,
         local_endpoint: Endpoint | None = None,
+        context: Context | None = None,
     ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
+
+        If that fails, for whatever reason, nothing of it is left, and the caller closes the socket.
 
         Args:
             sock: the socket, its options set.
             remote_endpoint: the peer's address.
             connection_id: the session's id; by default a random one.
             local_endpoint: the socket's own address where it is known; else the system is asked.
+            context: what the session's begins as a copy of; by default the caller's.
 
         Raises:
-            OSError: the socket is not connected any more. The caller closes it.
+            OSError: the socket is not connected any more.
         """
-        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint)
-        greenlet: Any = session._greenlet
-        greenlet.rawlink(self._greenlet_ended)
-        self.sessions[session] = None
-        if self._by_id is not None:
-            self._add_by_id(self._by_id, session)
-        self._idle.add(session)
-        if self._heartbeats is not None:
-            self._heartbeats.add(session)
-        if self.admission is not None:
-            self.admission.opened(session)
-        # Never waits: a server accepts only while the pool has room.
-        self.pool.start(greenlet)
+        own = copy_context() if context is None else context.copy()
+        session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint, own)
+        try:
+            greenlet: Any = session._greenlet
+            greenlet.rawlink(self._greenlet_ended)
+            self.sessions.add(session)
+            self._idle.add(session)
+            if self._heartbeats is not None:
+                self._heartbeats.add(session)
+            if self.admission is not None:
+                self.admission.opened(session)
+            # Never waits: a server accepts only while the pool has room.
+            self.pool.start(greenlet)
+        except BaseException as exc:
+            self._drop(session, PsCloseReason.FAILED, exc)
+            raise
         return session
 
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
-        """The open session with that id; the last one of several."""
-        if self._by_id is None:
-            self._by_id = {}
-            for session in self.sessions:
-                self._add_by_id(self._by_id, session)
-        found = self._by_id.get(connection_id)
-        if found is not None and found._open and not found._is_opening:
-            return found
-        if self._has_duplicates:
-            for session in reversed(self.sessions):
-                is_open = session._open and not session._is_opening
-                if is_open and session.connection_id == connection_id:
-                    return session
+        """The open session with that id; the last one of several. From any thread."""
+        for session in self.sessions.find(connection_id):
+            if session._open and not session._is_opening:
+                return session
         return None
-
-    def _add_by_id(self, by_id: dict[uuid.UUID, PsSession[Any]], session: PsSession[Any]) -> None:
-        if session.connection_id in by_id:
-            self._has_duplicates = True
-        by_id[session.connection_id] = session
 
     def set_stop(self, stop: Stop) -> Stop:
         """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""
@@ -171,15 +169,19 @@ class SessionManager:
             # No callback hears of one that was closed before it opened, unless that failed.
             if not session._is_opening or session._reason is PsCloseReason.FAILED:
                 self.closing.put(session)
+            else:
+                session._context = None
             self._tell_that_over(session)
-            log_safely(logging.DEBUG, "%r: closed", session)
+            session._log(logging.DEBUG, "%r: closed", session)
+        else:  # it was abandoned, and is through after all
+            session._context = None
 
     def when_over(self, session: PsSession[Any], function: Callable[[float], object]) -> None:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.
 
         With the moment of the monotonic clock in which the session had ended, before ``on_close``.
-        It is called in the close greenlet, also if no ``on_close`` was due. Not so in a stop, for a
-        session that it drops or leaves behind.
+        It is called in the close greenlet, also if no ``on_close`` was due, as for a session that
+        never began. It is not called for a session that a stop leaves behind.
         """
         self._when_over[session] = function
 
@@ -189,11 +191,8 @@ class SessionManager:
 
     def forget(self, session: PsSession[Any]) -> bool:
         """Count the session no more; false if it did not count any longer."""
-        if session not in self.sessions:
+        if not self.sessions.discard(session):
             return False
-        del self.sessions[session]
-        if self._by_id is not None and self._by_id.get(session.connection_id) is session:
-            del self._by_id[session.connection_id]
         self._idle.discard(session)
         if self._heartbeats is not None:
             self._heartbeats.discard(session)
@@ -210,19 +209,24 @@ class SessionManager:
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""
         for session in [session for session in self.sessions if not session._started]:
-            self.forget(session)
-            session._drop()
+            self._drop(session, PsCloseReason.SHUTDOWN)
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
         for session in list(self.sessions):
             session._request_close(reason)
 
-    def kill_sessions(self) -> None:
-        """Throw `GreenletExit` into whatever the sessions still do."""
+    def kill_sessions(self, *, again: bool) -> None:
+        """Throw `GreenletExit` into whatever the sessions still do.
+
+        `again`: callbacks that run have swallowed one, so what works beside them gets one as well;
+        at first it is left for the session to kill, once its callback has ended.
+        """
         for session in list(self.sessions):
             if session._greenlet is not None:
                 session._greenlet.kill(block=False)
+            if session._greenlet is None or (again and session._killer is None):
+                kill_work(session)
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
@@ -232,11 +236,8 @@ class SessionManager:
             session._release()
             if session._killer is not None:
                 session._killer.stop()
-            log_safely(
-                logging.ERROR,
-                "%r: its callback does not end: left behind, without on_close",
-                session,
-            )
+            text = "%r: its callback does not end: left behind, without on_close"
+            session._log(logging.ERROR, text, session)
         return len(stuck)
 
     def end_with_hub(self) -> None:
@@ -246,13 +247,12 @@ class SessionManager:
 
     def _let_go(self, hub: Hub | None) -> None:
         """In a child process: leave all of it to the parent (`psofa_gevent.forking`)."""
-        keep(self, list(self.sessions), self._by_id, dict(self._when_over))
+        keep(self, list(self.sessions), dict(self._when_over))
         for greenlet in self.pool.greenlets:  # also those of sessions that were left behind
             leave_behind(greenlet)
         for session in list(self.sessions):
             session._let_go(has_hub=hub is self.thread.hub)
         self.sessions.clear()
-        self._by_id = None
         self._when_over.clear()
         self.closing.let_go()
         self._idle.let_go()
@@ -268,8 +268,26 @@ class SessionManager:
 
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
-        session = greenlet.session
-        if session is not None and not session._started:
-            self.forget(session)
-            session._drop()
-            self._tell_that_over(session)
+        session, greenlet.session = greenlet.session, None
+        if session is not None:
+            self._drop(session, PsCloseReason.FAILED, GreenletExit())
+
+    def _drop(
+        self, session: PsSession[Any], reason: PsCloseReason, cause: BaseException | None = None
+    ) -> None:
+        """End a session that has not begun. Its work may have, and it counts until that has ended.
+
+        Again without effect.
+        """
+        session._drop(reason, cause)
+        if session._work and session._killer is None:
+            session._killer = Killer(session, partial(self._dropped, session))
+        elif not session._work:
+            self._dropped(session)
+
+    def _dropped(self, session: PsSession[Any]) -> None:
+        if session._killer is not None:
+            session._killer.stop()
+            session._killer = None
+        self.forget(session)
+        self._tell_that_over(session)

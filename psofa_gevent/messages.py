@@ -25,6 +25,8 @@ def as_buffer(message: object) -> bytes | memoryview:
 
     Raises:
         TypeError: it is none of these.
+        UnicodeEncodeError: it is text with a lone surrogate, which UTF-8 has no bytes for
+            (RFC 3629, section 3). It is a `ValueError`, and says where.
     """
     if isinstance(message, str):
         return message.encode()

@@ -7,15 +7,11 @@ import ssl
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Generic, Self
+from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import (
-    ConnectingOwner,
-    Target,
-    all_endpoints,
-)
+from psofa_gevent.connecting import ConnectingOwner
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
@@ -23,7 +19,13 @@ from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.reconnecting import Link, PsReconnect
 from psofa_gevent.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionSettings, check_instance, check_seconds
+from psofa_gevent.settings import (
+    Heartbeat,
+    SessionKeywords,
+    SessionSettings,
+    check_instance,
+    check_seconds,
+)
 from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
@@ -52,16 +54,13 @@ class PsMultiClientConnection(Generic[M]):
         return f"<PsMultiClientConnection {format_address(self.host, self.port)} {session!r}>"
 
     @property
-    def session(self) -> PsSession[M]:
+    def session(self) -> PsSession[M] | Any:
         """The session; with ``reconnect`` the last one. It may have closed.
 
-        Raises:
-            PsMultiClientError: there was none yet (`PsMultiClient.connect_in_background`).
+        ``None`` if there was none yet, which can only be after
+        `PsMultiClient.connect_in_background`; so type checkers let it pass for a session.
         """
-        session = self._session if self._link is None else self._link.session
-        if session is None:
-            raise PsMultiClientError(f"{self!r} has not been connected yet")
-        return session
+        return self._session if self._link is None else self._link.session
 
     def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
         """The open session; if there is none at the moment, the next one.
@@ -86,6 +85,13 @@ class PsMultiClientConnection(Generic[M]):
         return self._link.wait_connected(timeout)
 
 
+class MultiClientKeywords(SessionKeywords, total=False):
+    """The parameters of `PsMultiClient`, but for ``callback`` and ``framing``."""
+
+    ssl_context: ssl.SSLContext | bool | None
+    reconnect: PsReconnect | bool | None
+
+
 class PsMultiClient(ConnectingOwner[M]):
     """A TCP client of many connections, to one server or to many.
 
@@ -94,9 +100,25 @@ class PsMultiClient(ConnectingOwner[M]):
     is initialised on entry and destroyed on exit.
     """
 
+    @overload
+    def __init__(
+        self: PsMultiClient[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[MultiClientKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[MultiClientKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         ssl_context: ssl.SSLContext | bool | None = None,
         reconnect: PsReconnect | bool | None = None,
@@ -108,10 +130,12 @@ class PsMultiClient(ConnectingOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -139,15 +163,21 @@ class PsMultiClient(ConnectingOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
+                than twice as many, whatever the sizes of messages.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
+                and 65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -169,6 +199,8 @@ class PsMultiClient(ConnectingOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,
@@ -230,11 +262,14 @@ class PsMultiClient(ConnectingOwner[M]):
                 refused, or timed out, or could not be made.
             TypeError, ValueError: an argument is not what it should be.
         """
-        others = all_endpoints(host, port, endpoints)
-        target = Target(
-            others, socket_address_family, connection_id, server_hostname, source_address
-        )
-        target.check_tls(self._ssl_context)
+        target = self._target(
+            host,
+            port,
+            socket_address_family,
+            endpoints=endpoints,
+            source_address=source_address,
+            server_hostname=server_hostname,
+        ).with_id(connection_id)
         check_seconds("timeout", timeout)
         manager = self._running_manager()
         if self._reconnect is None:
@@ -276,11 +311,14 @@ class PsMultiClient(ConnectingOwner[M]):
             PsMultiClientError: there is no `reconnect`, or it is not initialised.
             TypeError, ValueError: an argument is not what it should be.
         """
-        others = all_endpoints(host, port, endpoints)
-        target = Target(
-            others, socket_address_family, connection_id, server_hostname, source_address
-        )
-        target.check_tls(self._ssl_context)
+        target = self._target(
+            host,
+            port,
+            socket_address_family,
+            endpoints=endpoints,
+            source_address=source_address,
+            server_hostname=server_hostname,
+        ).with_id(connection_id)
         if self._reconnect is None:
             raise PsMultiClientError(f"{self!r}: connect_in_background needs reconnect")
         link = self._new_link(self._running_manager(), target, self._reconnect)
@@ -296,16 +334,21 @@ class PsMultiClient(ConnectingOwner[M]):
 
         Raises:
             TypeError: it is neither.
+            ValueError: it belongs to another client, or to a server.
         """
         self._forget_if_hub_is_gone()
         if isinstance(connection, PsSession):
+            self._check_owns(connection, connection.owner)
             links = [link for link in list(self._links) if link.session is connection]
             connection.close()
         else:
             link = check_instance("connection", connection, PsMultiClientConnection)._link
             links = [] if link is None else [link]
             if link is None:
+                self._check_owns(connection, connection.session.owner)
                 connection.session.close()
+            else:
+                self._check_owns(connection, link.manager.owner)
         for link in links:
             if link.manager.thread.is_current():
                 link.disconnect()
@@ -318,6 +361,9 @@ class PsMultiClient(ConnectingOwner[M]):
         Returns at once, the work going on, when called in a callback, a coroutine or the hub.
         Attempts to connect that are under way fail. Without effect when not initialised; afterwards
         `init_bundle` works again.
+
+        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub is gone (see `PsServer.shutdown`).
 
         Args:
             timeout: seconds that running callbacks have; then they are killed, and have as long
@@ -344,9 +390,14 @@ class PsMultiClient(ConnectingOwner[M]):
 
     def _adopt(self, connected: _socket.socket) -> PsSession:
         """Take over a connected stream socket of any kind: for `psofa_gevent.testing`."""
+        manager = self._running_manager()
         sock = _socket.socket(connected.family, connected.type, connected.proto, connected.detach())
-        set_options(sock, self._settings)
-        return self._running_manager().open(sock, sock.getpeername())
+        try:
+            set_options(sock, self._settings)
+            return manager.open(sock, sock.getpeername())
+        except BaseException:
+            sock.close()
+            raise
 
     def _running_manager(self) -> SessionManager:
         self._forget_if_hub_is_gone()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import ssl
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["Handshake", "SessionParking", "begin_tls", "begin_tls_async", "wait_for_peer"]
-
-logger = logging.getLogger("psofa_gevent")
 
 WRITE_LOOK = 0.01
 """Seconds between two looks whether a full kernel takes more of a handshake: a rare thing."""
@@ -178,7 +175,7 @@ def _failed(session: PsSession[Any], error: PsTlsError) -> PsTlsError:
     """
     if session._open:
         session._request_close(PsCloseReason.FAILED, error)
-        logger.warning("%s", error)
+        session._log_peer("the TLS handshake failed", "%s", error)
     return error
 
 

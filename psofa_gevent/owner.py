@@ -10,6 +10,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Collection, Hashable, Iterator
+from time import monotonic
 from typing import TYPE_CHECKING, Generic, cast
 from weakref import WeakValueDictionary
 
@@ -17,21 +18,26 @@ from psofa_gevent.callback import PsCallback, check_callback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.forking import track
 from psofa_gevent.group import PsGroup, post_to_all
-from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, new_lock
+from psofa_gevent.hub_thread import LOOK_PERIOD, CallerEvent, Pulse, new_lock
 from psofa_gevent.keys import Keys
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M, Message
-from psofa_gevent.settings import SessionSettings, check_seconds
+from psofa_gevent.session import PsSession
+from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
 from psofa_gevent.stopping import Stop
+from psofa_gevent.times import NEVER
 from psofa_gevent.worker import may_wait, may_wait_for_callbacks
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.session import Owner, PsSession
+    from psofa_gevent.session import Owner
 
 __all__ = ["SessionOwner"]
 
+HUB_PATIENCE = 1.0
+"""Seconds after which a hub that did not run in them is taken for one that runs no more."""
 UNDO_TIMEOUT = 5.0
 """Seconds that ``on_stop`` has when a start or a first connect failed after ``on_start``."""
 
@@ -44,6 +50,7 @@ class SessionOwner(Generic[M]):
         self._callback = callback
         self._settings = settings
         self._manager: SessionManager | None = None
+        self._peer_log = PeerLog()
         self._keys: Keys[M] = Keys()
         self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
         self._groups_lock = new_lock()
@@ -78,7 +85,7 @@ class SessionOwner(Generic[M]):
         """The open session with that id; ``None`` if there is none.
 
         Of several, since ids may be chosen, the one that came last. From any greenlet and any OS
-        thread; in the hub's own it takes the same time with any number of sessions.
+        thread; it takes the same time with any number of sessions.
 
         Raises:
             TypeError: that is no `uuid.UUID`.
@@ -86,14 +93,7 @@ class SessionOwner(Generic[M]):
         if not isinstance(connection_id, uuid.UUID):
             raise TypeError(f"connection_id must be a uuid.UUID, not {connection_id!r}")
         manager = self._manager
-        if manager is None:
-            return None
-        if manager.thread.is_current():
-            return manager.get_session(connection_id)
-        for session in reversed(self.sessions):
-            if session.connection_id == connection_id:
-                return session
-        return None
+        return None if manager is None else manager.get_session(connection_id)
 
     def broadcast(
         self,
@@ -109,19 +109,22 @@ class SessionOwner(Generic[M]):
 
         Args:
             message: as for `PsSession.send`.
-            exclude: a session, or several, that shall not get it.
+            exclude: a session, or several, that shall not get it. One of another owner does not
+                get it anyway.
             raw: as for `PsSession.send`.
 
         Raises:
             PsFramingError: a session's framing can't carry the message. Nobody got it.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
         """
         post_to_all(self.sessions, message, exclude, raw=raw)
 
     def group(self, name: str) -> PsGroup[M]:
         """The group of that name, the same one each time, for sessions to join.
 
-        It is there as long as somebody holds it, or a session is in it.
+        The name is this owner's; sessions of others may join, too. It is there as long as somebody
+        holds it, or a session is in it.
 
         Raises:
             TypeError: `name` is no text.
@@ -141,14 +144,21 @@ class SessionOwner(Generic[M]):
         Args:
             session: the session.
             key: anything that can be a dictionary's key.
-            replace: take the key from another session that has it, and close that: for a device
-                that comes back before its old connection was found to be dead.
+            replace: take the key from another session that has it, and close that (REPLACED): for a
+                device that comes back before its old connection was found to be dead.
 
         Raises:
             PsKeyTakenError: another open session has the key, and `replace` is false.
             TypeError: `session` is none, or `key` is not hashable.
+            ValueError: the session belongs to another owner, whose `find` would be asked for it.
         """
+        check_instance("session", session, PsSession)
+        self._check_owns(session, session.owner)
         self._keys.bind(session, key, replace=replace)
+
+    def _check_owns(self, what: object, owner: object) -> None:
+        if owner is not self:
+            raise ValueError(f"{what!r} belongs to {owner!r}, and not to {self!r}")
 
     def unbind(self, key: Hashable) -> None:
         """Take a key from the session that has it. Without effect when none has."""
@@ -177,13 +187,14 @@ class SessionOwner(Generic[M]):
     def _let_go(self, hub: Hub | None) -> None:
         """In a child process: be stopped (`psofa_gevent.forking`). Its manager lets go itself."""
         self._manager = None
+        self._peer_log = PeerLog()
         self._keys.let_go()
         self._groups_lock = new_lock()  # it may be held in the parent
 
     def _forget_if_hub_is_gone(self) -> None:
-        """A manager whose hub was destroyed has ended with it, without a word."""
+        """A manager whose hub was destroyed, or its thread, has ended with it, without a word."""
         manager = self._manager
-        if manager is not None and manager.thread.is_destroyed():
+        if manager is not None and manager.thread.is_over():
             manager.end_with_hub()
             self._stopped()
 
@@ -211,7 +222,10 @@ class SessionOwner(Generic[M]):
             manager.stopped.wait()
 
     def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
-        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread."""
+        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread.
+
+        Another OS thread waits no longer than the stop may take by itself if the hub does not run.
+        """
         check_seconds("timeout", timeout)
         check_seconds("drain", drain, optional=False)
         self._forget_if_hub_is_gone()
@@ -225,9 +239,16 @@ class SessionOwner(Generic[M]):
         manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
         if not may_wait_for_callbacks():
             return
+        until = NEVER if timeout is None else monotonic() + drain + timeout
+        pulse = Pulse(manager.thread)
         # When it is over, for whatever reason, the hub may never run again.
         while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
-            pass
+            now = monotonic()
+            if manager.thread.is_over():
+                self._forget_if_hub_is_gone()
+                return
+            if not pulse.felt_since(now - HUB_PATIENCE) and now >= until:
+                return
 
     def _stop_for_thread(
         self,
@@ -267,3 +288,4 @@ class SessionOwner(Generic[M]):
 
     def _stopped(self) -> None:
         self._manager = None
+        self._peer_log.close()

@@ -7,8 +7,8 @@ Resource handling: what is opened belongs to the server, until `Listening.close`
 descriptor stays its owner's: a duplicate is opened (dup(2)), and closed, and its file is not
 removed.
 
-The constructor's part (`check_places`) opens nothing. `open_all` runs in the greenlet of ``start``,
-and switches while a name is looked up.
+The constructor's part (`check_places`) opens nothing. `open_when_free` runs in the greenlet of
+``start``, and switches while a name is looked up, and while another process has yet to leave.
 """
 
 from __future__ import annotations
@@ -24,39 +24,34 @@ from typing import Protocol, cast
 
 import gevent
 
-from psofa_gevent.addresses import (
-    check_address_family,
-    check_host,
-    check_port,
-    format_address,
-    resolve,
-)
+from psofa_gevent.addresses import Address, TcpAddress, UnixAddress, check_address, format_address
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.listener import Listening, bind, bind_unix, duplicate
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
+from psofa_gevent.taken import path_is_taken, port_is_taken
 from psofa_gevent.tcp import NAMELESS, Endpoint, endpoint
-from psofa_gevent.unix_sockets import PREFIX, unix_path
+from psofa_gevent.worker import may_wait
 
 __all__ = [
     "DEFAULT_HOST",
     "DEFAULT_PORT",
+    "PATIENCE",
     "BindOptions",
     "Given",
     "Place",
     "check_places",
     "check_reuse_port",
-    "open_again",
-    "open_all",
+    "open_when_free",
 ]
 
 DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8710
 REUSE_PORT: int | None = getattr(_socket, "SO_REUSEPORT", None)
 """None where there is no such option."""
-PARENT_TIME = 10.0
-"""Seconds that a parent which forks to become a daemon has, at most, to end. It may wait for its
-child to be ready."""
+PATIENCE = 10.0
+"""Seconds that another process which listens has, at most, to end. A parent that forks to become a
+daemon may wait for its child to be ready, a worker that is replaced for its last request."""
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.25
 """Seconds between two looks whether it has. Of a Unix socket each is a connection."""
@@ -108,6 +103,9 @@ class Place(Protocol):
             OSError: it is not possible.
         """
 
+    def is_taken(self) -> bool:
+        """Whether another process listens there."""
+
     def where(self, endpoint: Endpoint) -> Place:
         """The place where it is, when it is bound to `endpoint`: to listen there again."""
 
@@ -116,31 +114,33 @@ class Place(Protocol):
 class TcpPlace:
     """A host and a port of this machine."""
 
-    host: str
-    port: int
-    family: PsSocketAddressFamily
+    address: TcpAddress
 
     def __str__(self) -> str:
-        return format_address(self._host, self.port)
+        return str(self._bound)
 
     @property
-    def _host(self) -> str:
-        is_ipv6 = self.family is PsSocketAddressFamily.IPV6
-        return "::" if is_ipv6 and self.host == "0.0.0.0" else self.host
+    def _bound(self) -> TcpAddress:
+        """The address, where 0.0.0.0 is every address of a dual-stack socket too."""
+        is_ipv6 = self.address.family is PsSocketAddressFamily.IPV6
+        if is_ipv6 and self.address.host == "0.0.0.0":
+            return replace(self.address, host="::")
+        return self.address
 
     @property
     def asked_for(self) -> Endpoint:
-        return self.host, self.port
+        return self.address.host, self.address.port
 
     @property
     def identity(self) -> object:
-        return (self._host, self.port) if self.port else None
+        bound = self._bound
+        return (bound.host, bound.port) if bound.port else None
 
     def open(self, options: BindOptions) -> Listening:
         try:
             return bind(
-                resolve(self._host, self.port, self.family)[0],
-                self.family,
+                self._bound.resolve()[0],
+                self.address.family,
                 backlog=options.backlog,
                 receive_buffer_size=options.receive_buffer_size,
                 reuse_port=REUSE_PORT if options.reuse_port else None,
@@ -149,12 +149,15 @@ class TcpPlace:
         except OSError as exc:
             raise OSError(exc.errno, self._explain(exc)) from exc
 
+    def is_taken(self) -> bool:
+        return port_is_taken(self.address.port)
+
     def where(self, endpoint: Endpoint) -> Place:
-        return replace(self, port=endpoint[1])
+        return replace(self, address=replace(self.address, port=endpoint[1]))
 
     def _explain(self, exc: OSError) -> str:
         no_ipv6 = exc.errno in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
-        if no_ipv6 and self.family is PsSocketAddressFamily.IPV6:
+        if no_ipv6 and self.address.family is PsSocketAddressFamily.IPV6:
             return "this machine has no IPv6"
         if exc.errno == errno.EADDRNOTAVAIL:
             return f"{exc.strerror}: the host is not an address of this machine"
@@ -165,21 +168,24 @@ class TcpPlace:
 class UnixPlace:
     """The path of a Unix domain socket, which the server makes."""
 
-    path: str
+    address: UnixAddress
 
     def __str__(self) -> str:
-        return PREFIX + self.path
+        return self.address.host
 
     @property
     def asked_for(self) -> Endpoint:
-        return PREFIX + self.path, 0
+        return self.address.host, 0
 
     @property
     def identity(self) -> object:
-        return os.path.abspath(self.path)
+        return os.path.abspath(self.address.path)
 
     def open(self, options: BindOptions) -> Listening:
-        return bind_unix(self.path, backlog=options.backlog, mode=options.unix_mode)
+        return bind_unix(self.address.path, backlog=options.backlog, mode=options.unix_mode)
+
+    def is_taken(self) -> bool:
+        return path_is_taken(self.address.path)
 
     def where(self, _endpoint: Endpoint) -> Place:
         return self
@@ -210,6 +216,9 @@ class InheritedPlace:
             raise ValueError(f"listener must be a stream socket (TCP or Unix), not {self._given!r}")
         if not _listens(found):
             raise ValueError(f"listener must listen already, and {self._given!r} does not")
+
+    def is_taken(self) -> bool:
+        return False  # it may be shared
 
     def open(self, _options: BindOptions) -> Listening:
         try:
@@ -243,12 +252,9 @@ def check_places(
         ValueError: it is empty, has one twice, or a socket that can't be accepted from; or it is
             given besides a host and a port.
     """
-    check_host(host)
-    port = check_port(port, least=0)
-    check_address_family(family)
+    asked_for = check_address(host, port, family, least_port=0)
     if listener is None:
-        path = unix_path(host)
-        return [TcpPlace(host, port, family) if path is None else UnixPlace(path)]
+        return [_at(asked_for)]
     if (host, port) != (DEFAULT_HOST, DEFAULT_PORT):
         where = format_address(host, port)
         raise ValueError(
@@ -279,7 +285,7 @@ def check_reuse_port(places: Sequence[Place]) -> None:
         raise ValueError(f"reuse_port must not be True without a host and port, but for {where}")
 
 
-def open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
+def _open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
     """Listen on all of them, or on none.
 
     Raises:
@@ -301,43 +307,53 @@ def open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
     return opened
 
 
-def open_again(
+def open_when_free(
     places: Sequence[Place],
-    endpoints: Sequence[Endpoint],
     options: BindOptions,
-    process: int,
+    *,
+    left_in: int | None,
     is_wanted: Callable[[], bool],
+    told: Callable[[str], object],
 ) -> list[Listening]:
-    """Listen, in a child process, where its parent did at the fork, which is about to end.
+    """Listen on all of them, or on none. While another process still listens there, try again.
 
-    As long as that listens still, it is tried again and again. Switches.
+    A process that takes over from another one may come before that has gone: a worker that a reload
+    starts, a service that is started anew, a child whose parent is about to end. (nginx and
+    gunicorn try again, too.) Only on Linux it is known who listens; a child knows it of its parent
+    anywhere. Switches meanwhile.
 
     Args:
-        places: as for `open_all`.
-        endpoints: what they were bound to there: the ports that were given for port 0.
-        options: as for `open_all`.
-        process: the parent's id.
+        places: where; in a child of a process that listened, with the ports that it was given.
+        options: how.
+        left_in: the id of the process in which the server ran at the fork; ``None``: it did not.
         is_wanted: false when it is to be tried no more.
+        told: called with the reason before the first wait, but for a parent, which is expected.
 
     Raises:
-        PsServerError: it is not possible, or the parent did not end in `PARENT_TIME`.
+        PsServerError: it is not possible, or the address was not free within `PATIENCE`.
     """
-    again = [place.where(at) for place, at in zip(places, endpoints, strict=True)]
-    deadline = monotonic() + PARENT_TIME
+    deadline = monotonic() + PATIENCE
     pause = FIRST_PAUSE
     while True:
         try:
-            return open_all(again, options)
+            return _open_all(places, options)
         except PsServerError as exc:
             cause = exc.__cause__
-            is_in_use = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
-            if not is_in_use or not is_wanted() or monotonic() >= deadline:
-                raise PsServerError(
-                    f"{exc}. Process {process} listened there at the fork, of which this process "
-                    f"{os.getpid()} is a child: it must have ended within {PARENT_TIME:g} s. For "
-                    "several processes, and for ports that this one may not bind: listen, fork, "
-                    "and make a PsServer(listener=sock) in each"
-                ) from cause
+            waits = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE and is_wanted()
+            if left_in is None:
+                waits = waits and may_wait() and any(place.is_taken() for place in places)
+            if not waits or monotonic() >= deadline:
+                text = f"{exc}, by another process for {PATIENCE:g} s" if waits else str(exc)
+                if left_in is not None:
+                    text = (
+                        f"{exc}. Process {left_in} listened there at the fork, of which this "
+                        f"process {os.getpid()} is a child: it must have ended within "
+                        f"{PATIENCE:g} s. For several processes, and for ports that this one may "
+                        "not bind: listen, fork, and make a PsServer(listener=sock) in each"
+                    )
+                raise PsServerError(text) from cause
+            if pause == FIRST_PAUSE and left_in is None:
+                told(str(exc))
         gevent.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -369,29 +385,32 @@ def _place(given: object, family: PsSocketAddressFamily) -> Place:
 
 
 def _address(given: tuple[object, ...], family: PsSocketAddressFamily) -> Place:
+    host, port = given
+    if ":" in str(host):
+        family = PsSocketAddressFamily.IPV6
     try:
-        host = check_host(given[0])
-        path = unix_path(host)
-        port = check_port(given[1], least=0)
+        address = check_address(host, port, family, least_port=0)
     except (TypeError, ValueError) as exc:
         raise type(exc)(f"listener must be a host and a port, not {given!r}: {exc}") from exc
-    if path is None:
-        return TcpPlace(host, port, PsSocketAddressFamily.IPV6 if ":" in host else family)
-    if port:
+    if port and isinstance(address, UnixAddress):
         raise ValueError(f"listener must have the port 0 for a Unix socket, not {given!r}")
-    return UnixPlace(path)
+    return _at(address)
 
 
 def _path(given: str) -> Place:
     try:
-        path = unix_path(check_host(given))
+        address = check_address(given, 0, PsSocketAddressFamily.IPV4, least_port=0)
     except ValueError as exc:
         raise ValueError(f"listener must be 'unix:' and a path, not {given!r}: {exc}") from exc
-    if path is None:
+    if isinstance(address, TcpAddress):
         raise ValueError(
             f"listener must be 'unix:' and a path, or a tuple of host and port, not {given!r}"
         )
-    return UnixPlace(path)
+    return UnixPlace(address)
+
+
+def _at(address: Address) -> Place:
+    return TcpPlace(address) if isinstance(address, TcpAddress) else UnixPlace(address)
 
 
 def _descriptor(given: HasFileno | int) -> int:

@@ -2,10 +2,10 @@
 
 That is the header of the PROXY protocol, the rules about its peer with ``on_accept``, and the TLS
 handshake, in this order. It runs in the session's own greenlet, and what the peer has to do has one
-time limit, so a silent peer holds up nobody. What fails closes the session with FAILED and one
-record in the log; ``on_close`` is told, and ``on_open`` was not. A session that is refused, or
-closed meanwhile for another reason, gets neither; nor does one whose peer leaves without having
-sent a byte where one is due: a load balancer that looks whether somebody is there.
+time limit, so a silent peer holds up nobody. What fails closes the session with FAILED and a record
+in the log; ``on_close`` is told, and ``on_open`` was not. A session that is refused, or closed
+meanwhile for another reason, gets neither; nor does one whose peer leaves without having sent a
+byte where one is due: a load balancer that looks whether somebody is there.
 
 The first bytes are looked at before they are taken: so the header is read to its end, and not a
 byte of what follows.
@@ -14,7 +14,6 @@ byte of what follows.
 from __future__ import annotations
 
 import _socket
-import logging
 import ssl
 from collections.abc import Callable
 from time import monotonic
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from psofa_gevent.session import PsSession
 
 __all__ = ["Prologue"]
-
-logger = logging.getLogger("psofa_gevent")
 
 PEEK_SIZE = 4_096
 """Bytes of a header that are looked at in one go; most have less than a hundred."""
@@ -73,7 +70,8 @@ class Prologue:
         except OSError as exc:
             if session._open:
                 session._request_close(PsCloseReason.FAILED, exc)
-                logger.warning("%r: the TLS handshake failed: %s", session, exc)
+                text = "%r: the TLS handshake failed: %s"
+                session._log_peer("the TLS handshake failed", text, session, exc)
 
 
 class _SilentPeerError(Exception):
@@ -90,7 +88,8 @@ def _read_header(session: PsSession[Any], deadline: float) -> bool:
     except (OSError, ValueError) as exc:
         if session._open:
             session._request_close(PsCloseReason.FAILED, exc, linger=False)
-            logger.warning("%r: the PROXY protocol header failed: %s", session, exc)
+            text = "%r: the PROXY protocol header failed: %s"
+            session._log_peer("the PROXY protocol header failed", text, session, exc)
     return session._open
 
 

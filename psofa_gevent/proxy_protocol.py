@@ -48,6 +48,7 @@ SSL_CN = 0x22
 SSL_CIPHER = 0x23
 SSL_FIXED = 5
 """Bytes of PP2_TYPE_SSL before its own TLVs (section 2.2.6)."""
+WRONG_CHECKSUM = "a PROXY header with a wrong checksum"
 CLIENT_SSL = 0x01
 CLIENT_HAS_CERTIFICATE = 0x02 | 0x04
 """On this connection, or before in its TLS session."""
@@ -232,13 +233,13 @@ def _parse_v2(
         return None
     header = bytes(data[:size])
     if command == LOCAL or family == UNSPEC or not data[13] & 0xF:
-        info = PsProxyInfo(2, True, None, None, proxy_endpoint, _tlvs_if_any(header, family))
-    else:
-        source, destination = _addresses(header, family)
-        tlvs = _read_tlvs(header, V2_FIXED + ADDRESS_SIZES[family])
-        info = PsProxyInfo(2, False, source, destination, proxy_endpoint, tlvs)
-    _check_crc(header, info.tlvs)
-    return info, size
+        tlvs = _tlvs_if_any(header, family)
+        return PsProxyInfo(2, True, None, None, proxy_endpoint, tlvs), size
+    source, destination = _addresses(header, family)
+    tlvs = _read_tlvs(header, V2_FIXED + ADDRESS_SIZES[family])
+    if _has_right_crc(header, tlvs) is False:
+        raise ValueError(WRONG_CHECKSUM)
+    return PsProxyInfo(2, False, source, destination, proxy_endpoint, tlvs), size
 
 
 def _command(byte: int) -> int:
@@ -281,12 +282,36 @@ def _read_tlvs(header: bytes, begin: int) -> Tlvs:
 
 
 def _tlvs_if_any(header: bytes, family: int) -> Tlvs:
-    """Those of a header without addresses, in which anything may stand: it must be taken."""
-    begin = V2_FIXED + ADDRESS_SIZES.get(family, 0)
-    try:
-        return _read_tlvs(header, begin if begin <= len(header) else V2_FIXED)
-    except ValueError:
-        return ()
+    """Those of a header whose family and addresses do not count: it is taken, whatever is there.
+
+    Some balancers leave the addresses out though the family says that there are some: AWS's, in its
+    health checks. Then the TLVs begin where the addresses would. Both places are looked at. A right
+    checksum decides; else it is the place that the family says, if TLVs are there. What begins in
+    the midst of zeros looks like TLVs of the type 0, which there is none of, and comes last.
+
+    Raises:
+        ValueError: wherever TLVs are, the checksum among them is wrong.
+    """
+    found: Tlvs | None = None
+    is_wrong = False
+    behind_addresses = V2_FIXED + ADDRESS_SIZES.get(family, 0)
+    for begin in dict.fromkeys((behind_addresses, V2_FIXED)):
+        try:
+            if begin > len(header):
+                continue
+            tlvs = _read_tlvs(header, begin)
+            has_right_crc = _has_right_crc(header, tlvs)
+        except ValueError:
+            continue  # those are no TLVs
+        if has_right_crc:
+            return tlvs
+        if has_right_crc is False:
+            is_wrong = True
+        elif found is None or (_find(found, 0) is not None and _find(tlvs, 0) is None):
+            found = tlvs
+    if found is None and is_wrong:
+        raise ValueError(WRONG_CHECKSUM)
+    return found or ()
 
 
 def _tlvs_of(block: bytes) -> Iterator[tuple[int, bytes]]:
@@ -311,10 +336,15 @@ def _text(value: bytes | None) -> str | None:
 # The checksum (section 2.2.3)
 
 
-def _check_crc(header: bytes, tlvs: Tlvs) -> None:
+def _has_right_crc(header: bytes, tlvs: Tlvs) -> bool | None:
+    """Whether the checksum among `tlvs`, which end the header, is that of it; ``None``: none is.
+
+    Raises:
+        ValueError: it has another size, or there are several.
+    """
     sums = [value for kind, value in tlvs if kind == CRC32C]
     if not sums:
-        return
+        return None
     if len(sums) > 1 or len(sums[0]) != 4:
         raise ValueError("a PROXY header whose checksum is none")
     at = len(header) - sum(len(value) + 3 for _, value in tlvs)
@@ -323,8 +353,7 @@ def _check_crc(header: bytes, tlvs: Tlvs) -> None:
         if kind == CRC32C:
             break
         at += len(value)
-    if crc32c(header[:at] + bytes(4) + header[at + 4 :]) != int.from_bytes(sums[0], "big"):
-        raise ValueError("a PROXY header with a wrong checksum")
+    return crc32c(header[:at] + bytes(4) + header[at + 4 :]) == int.from_bytes(sums[0], "big")
 
 
 def crc32c(data: bytes) -> int:

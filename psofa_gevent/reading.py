@@ -5,8 +5,9 @@ ends when a close was requested, by whomever: here for the peer's FIN, for what 
 the connection, and for a peer that was silent for the idle time.
 
 - The wait comes before the read: an idle session owns no buffer.
-- What may switch: a callback, the wait, and a log handler. Nothing else, so between two of them no
-  other greenlet runs.
+- What may switch: a callback, the wait, and the end of a turn between two messages of one read
+  (`psofa_gevent.framed`). Nothing else, so between two of them no other greenlet
+  runs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["read"]
 
-logger = logging.getLogger("psofa_gevent")
-
 HALF_OPEN_LOOK = 1.0
 """Seconds between two looks for a reset, while the peer has closed its half."""
 
@@ -45,7 +44,8 @@ def read(  # noqa: C901, PLR0912, PLR0915
         pulled_until: not 0: hand over nothing, but return what was read; None when this moment
             of the monotonic clock has come, and somebody woke the session.
     """
-    ready: list[Any] = session._ready.sessions  # whoever waits has a greenlet
+    of_hub = session._ready
+    ready: list[Any] = of_hub.sessions  # whoever waits has a greenlet
     become_ready = ready.append
     hub = session._host.thread.hub
     size = session._host.settings.read_buffer_size
@@ -76,8 +76,9 @@ def read(  # noqa: C901, PLR0912, PLR0915
             except BlockingIOError:
                 message = None
             except OSError as exc:
+                session._waiting_since = 0.0
                 session._request_close(PsCloseReason.FAILED, exc, linger=False)
-                logger.debug("%r: receive failed: %s", session, exc)
+                session._log(logging.DEBUG, "%r: receive failed: %s", session, exc)
                 return None
             if message is None:
                 # Woken by the idle timer, or by nothing at all: no bytes are there.
@@ -93,6 +94,7 @@ def read(  # noqa: C901, PLR0912, PLR0915
                 session._stop_watching()
                 _receive_eof(session)
                 return None
+            session._received_at = of_hub.now
             if session._framed is None:
                 session._messages_received += 1
                 on_message(session, message)
@@ -153,6 +155,7 @@ def _look_at_clock(session: PsSession[Any], *, is_pulled: bool) -> None:
         session._tls.has_progress = False
         session._waiting_since = monotonic()
     if session._framed is not None and monotonic() >= session._frame_deadline:
+        session._waiting_since = 0.0
         session._framed.time_out(session)
     elif _is_idle(session):
         _be_idle(session, may_call=not is_pulled)

@@ -8,7 +8,7 @@ collected sent before.
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError
@@ -67,14 +67,14 @@ def _read_message(session: PsSession[Any], deadline: float) -> Any:
             raise TimeoutError(f"{session!r}: no message came in time")
         if not data:
             _end(session, has_eof=data is not None)
-        elif session._framed is None:
+        session._received_at = session._ready.now
+        if session._framed is None:
             session._messages_received += 1
             return data
-        else:
-            session._framed.feed(session, data)
-            message = session._framed.take(session)
-            if message is not NOTHING:
-                return message
+        session._framed.feed(session, data)
+        message = session._framed.take(session)
+        if message is not NOTHING:
+            return message
         del data  # a session that waits owns no buffer
 
 
@@ -109,7 +109,7 @@ def _send_collected(session: PsSession[Any], *, waits: bool) -> None:
         raise _closed_error(session) from exc
 
 
-def _end(session: PsSession[Any], *, has_eof: bool) -> None:
+def _end(session: PsSession[Any], *, has_eof: bool) -> NoReturn:
     if has_eof:
         if session._framed is not None and not session._eof_received:
             session._framed.end(session)
@@ -120,5 +120,5 @@ def _end(session: PsSession[Any], *, has_eof: bool) -> None:
 
 
 def _closed_error(session: PsSession[Any]) -> PsClosedError:
-    why = "the peer sends no more" if session._open else session._reason.name
+    why = "the peer sends no more" if session._open else session.close_reason.name
     return PsClosedError(f"{session!r}: no message will come: {why}")

@@ -12,6 +12,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from gevent import getcurrent
 from gevent.event import Event
 
 from psofa_gevent.errors import PsError, cut_traceback
-from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.logs import log
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.times import SHORTEST_TIMER
 from psofa_gevent.worker import Worker, may_wait
@@ -32,15 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Link", "PsReconnect", "check_reconnect"]
 
-logger = logging.getLogger("psofa_gevent")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PsReconnect:
     """When a client connects again: exponential backoff with jitter, and when it gives up.
 
-    What counts as a failure is an attempt that failed at all endpoints, and a session that did not
-    last for `steady_after`. A session that lasted ends the row of failures.
+    What counts as a failure is an attempt that failed at all endpoints, and a session that received
+    nothing and did not last for `steady_after`. Any other session was a success, which ends the row
+    of failures: there are servers that answer and close.
 
     Attributes:
         first_delay: seconds before the first attempt after a session, or after the first failure.
@@ -49,14 +49,14 @@ class PsReconnect:
         jitter: which part of each wait is left to chance, from 0 to 1, so that a thousand clients
             whose server restarts do not all come at once.
         attempts: failures in a row after which it gives up; ``None``: any number.
-        give_up_after: seconds without a session that lasted, after which it gives up; ``None``:
-            never.
+        give_up_after: seconds without a success, after which it gives up; ``None``: never.
         attempt_timeout: seconds for each attempt at each endpoint; ``None``: as long as the system
             takes.
-        steady_after: seconds after which a session counts as one that lasted.
+        steady_after: seconds after which a session is a success even if it received nothing.
         should_retry: asked after each failure and after each session, with the number of failures
-            in a row and the last error (``None`` after a session): ``False`` gives up. It runs in
-            a greenlet of the client, and may wait.
+            in a row and the last error (``None`` after a session): ``False`` gives up. Not asked
+            when `attempts` or `give_up_after` ends it already, so not after the last failure. It
+            runs in a greenlet of the client, and may wait.
     """
 
     first_delay: float = 0.5
@@ -143,10 +143,14 @@ class Link:
         self._opened_at = 0.0
         """When the session began whose end was not looked at yet; 0: there is none."""
         self._ended_at = 0.0
+        self._context: Context | None = None
+        """That of the session, which has let go of it by the time at which its end is told."""
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
-        self._worker: Worker | None = Worker(self._stay_connected, lambda: not self.has_ended)
+        self._worker: Worker | None = Worker(
+            self._stay_connected, lambda: not self.has_ended, copy_context()
+        )
         """None when it has ended: the two would keep each other alive, and the last session."""
 
     def start(self) -> None:
@@ -207,7 +211,7 @@ class Link:
 
     def _check_may_wait(self) -> None:
         """Raise in the wrong thread, and where the next session would wait for the caller."""
-        if not self.manager.thread.is_current() or self.manager.thread.is_destroyed():
+        if not self.manager.thread.is_current() or self.manager.thread.is_over():
             raise self.not_connected("wait_connected belongs to the client's own thread")
         current = getcurrent()
         if self.session is not None and self.session._greenlet is current:
@@ -263,9 +267,11 @@ class Link:
         self._opened_at = monotonic()
         again = " again" if self.session is not None else ""
         if again or self._last_error is not None:  # the log has it that there is none
-            log_safely(logging.INFO, "%s: connected%s: %r", self._name, again, session)
+            text = "%s: connected%s: %r"
+            session._log(logging.INFO, text, self._name, again, session)
         self._last_error = None
         self.session = session
+        self._context = session._context
         if self.has_ended:  # it was stopped in the moment in which the peer answered
             session.close()
         self._tell()
@@ -279,28 +285,28 @@ class Link:
     def _attempt_failed(self, exc: Exception) -> None:
         is_first, has_cause = self._last_error is None, isinstance(exc, PsError)
         self._last_error = exc if isinstance(exc, PsError) else self._error(f"failed: {exc!r}")
-        log_safely(
-            logging.WARNING if is_first or not has_cause else logging.DEBUG,
-            "%s: attempt %d failed: %s",
-            self._name,
-            self._failures,
-            exc,
-            exc_info=None if has_cause else exc,
-        )
+        what = ("%s: attempt %d failed: %s", self._name, self._failures, exc)
+        if not has_cause:
+            log(logging.WARNING, *what, exc_info=exc)
+        elif is_first:
+            self.manager.peer_log.tell(self.manager.owner, "attempt failed", *what)
+        else:
+            log(logging.DEBUG, *what)
         cut_traceback(self._last_error)  # it is kept, and its frames hold this link
 
     def _session_ended(self) -> None:
         assert self.session is not None
         lasted = self._ended_at - self._opened_at
         self._opened_at = 0.0
-        if lasted >= self._policy.steady_after:
+        if lasted >= self._policy.steady_after or self.session.bytes_received:
             self._failures = 0
             self._tried_since = monotonic()
         else:
             self._failures += 1
         how = _how_it_ended(self.session)
-        identity = self.session.connection_id
-        log_safely(logging.INFO, "%s: session %s ended: %s", self._name, identity, how)
+        what = (self._name, self.session.connection_id, how)
+        log(logging.INFO, "%s: session %s ended: %s", *what, context=self._context)
+        self._context = None
         self._wait_or_give_up()
 
     def _wait_or_give_up(self) -> None:
@@ -310,7 +316,7 @@ class Link:
             return
         if why is not None:
             self._why_ended = f"gave up {why}"
-            log_safely(logging.WARNING, "%s", self.not_connected())
+            log(logging.WARNING, "%s", self.not_connected())
             self._end()
             return
         gevent.sleep(max(delay, SHORTEST_TIMER))
@@ -322,13 +328,13 @@ class Link:
         if policy.give_up_after is not None:
             tried = monotonic() - self._tried_since
             if tried + delay > policy.give_up_after:
-                return f"after {tried:.1f} s"
+                return f"after {policy.give_up_after:g} s"
         if policy.should_retry is not None:
             try:
                 if policy.should_retry(self._failures, self._last_error) is False:
                     return "as should_retry says"
             except (Exception, gevent.Timeout) as exc:
-                log_safely(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
+                log(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
                 return f"as should_retry failed: {exc!r}"
         return None
 

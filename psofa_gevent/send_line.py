@@ -16,8 +16,8 @@ exists while someone waits, and goes with the last one:
 - Nothing follows a message that broke off in its middle, whatever ended its sender: the peer would
   take it for the rest.
 
-What a sender sends is a `Source`: `Buffers` of bytes, or a file (`psofa_gevent.files`), which gives
-the session some of it whenever it is its turn.
+What a sender sends is a `Source` (`psofa_gevent.buffers`): `Buffers` of bytes, or a file
+(`psofa_gevent.files`), which gives the session some of it whenever it is its turn.
 
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
 is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
@@ -27,7 +27,6 @@ coroutine, `TaskParking` awaits a future, and a `Batch` is resumed by the hub.
 from __future__ import annotations
 
 import asyncio
-import enum
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gevent import get_hub, getcurrent
 
+from psofa_gevent.buffers import Buffers, Gave, Source
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.forking import release, unwatch, watch
@@ -46,12 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
-    "Buffers",
-    "Gave",
     "GreenletParking",
     "Parking",
     "SendLine",
-    "Source",
     "TaskParking",
     "run_in_greenlet",
 ]
@@ -64,8 +61,6 @@ LONGEST_SAMPLE = 1.0
 """Seconds between two looks at most, for a long timeout."""
 SHORTEST_SAMPLE = 0.001
 """Seconds between two looks at least: a timeout of zero must not spin."""
-JOIN_SIZE = 65_536
-"""Bytes up to which messages are put together for one system call."""
 
 
 class Parking(Protocol):
@@ -145,122 +140,6 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Gave(enum.Enum):
-    """How far a `Source` has come with a step."""
-
-    ALL = enum.auto()
-    """Nothing is left."""
-    SOME = enum.auto()
-    """More when the socket is writable again, and others had their turn."""
-    MORE = enum.auto()
-    """More at once, if the session lets it: others may have run."""
-
-
-class Source(Protocol):
-    """What a sender has to send."""
-
-    begun: bool
-    """Whether a part has left, so that the stream is broken if the rest does not follow."""
-    offered_at: float
-    """When it last had to wait for something else than the peer (monotonic clock); 0: never."""
-
-    def give(self, session: SendingHalf[Any]) -> Gave:
-        """Give the session's socket some of it, and nothing more after having switched.
-
-        Whatever it raises ends the message: the session closes with FAILED if a part has left.
-        """
-
-
-class Buffers:
-    """Bytes on their way, message by message."""
-
-    __slots__ = ("_begun", "_messages", "begun", "locked", "size")
-
-    offered_at = 0.0
-
-    def __init__(self, data: bytes | memoryview, *, begun: bool = False) -> None:
-        self._messages: deque[bytes | memoryview] = deque((data,))
-        self._begun = begun
-        """Whether a part of the first one has left."""
-        self.size = len(data)
-        """Bytes that have not left."""
-        self.locked = 0
-        """Bytes of these that are on their way already, encrypted: they must stay."""
-        self.begun = False
-
-    def give(self, session: SendingHalf[Any]) -> Gave:
-        """As much as the kernel takes now. Does not switch."""
-        while self.size:
-            data = self.first()
-            taken = session._send_now(data)
-            self.took(taken)
-            if taken < len(data):
-                self.locked = session._half_sent
-                self.begun = self.begun or taken + self.locked > 0
-                return Gave.SOME
-            self.begun = True
-        return Gave.ALL
-
-    def append(self, data: bytes | memoryview) -> None:
-        """One more message."""
-        self._messages.append(data)
-        self.size += len(data)
-
-    def first(self) -> bytes | memoryview:
-        """What to send next: small messages together. There must be something."""
-        messages = self._messages
-        if len(messages) == 1 or len(messages[0]) >= JOIN_SIZE:
-            return messages[0]
-        together = []
-        size = 0
-        for message in messages:
-            together.append(message)
-            size += len(message)
-            if size >= JOIN_SIZE:
-                break
-        return b"".join(together)
-
-    def took(self, count: int) -> None:
-        """The kernel took so many bytes."""
-        self.size -= count
-        self.locked = max(self.locked - count, 0)
-        while count:
-            first = self._messages[0]
-            if count < len(first):
-                self._messages[0] = memoryview(first)[count:]
-                self._begun = True
-                return
-            count -= len(first)
-            self._messages.popleft()
-            self._begun = False
-
-    def drop_oldest(self) -> int:
-        """Drop the first message of which nothing has left: its size, or 0 if there is none."""
-        kept = 0
-        for at, message in enumerate(self._messages):
-            if kept >= self.locked and not (at == 0 and self._begun):
-                del self._messages[at]
-                self.size -= len(message)
-                return len(message)
-            kept += len(message)
-        return 0
-
-    @property
-    def droppable_size(self) -> int:
-        """Bytes of the messages of which nothing has left."""
-        kept = 0
-        for at, message in enumerate(self._messages):
-            if kept >= self.locked and not (at == 0 and self._begun):
-                break
-            kept += len(message)
-        return self.size - kept
-
-    def clear(self) -> None:
-        """Drop all of them."""
-        self._messages.clear()
-        self.size = 0
-
-
 class Batch:
     """Messages that nobody waits for, in line together: their own parking, resumed by the hub."""
 
@@ -276,16 +155,10 @@ class Batch:
     )
 
     def __init__(
-        self,
-        loop: Any,
-        data: bytes | memoryview,
-        timeout: float | None,
-        *,
-        begun: bool,
-        droppable: bool,
+        self, loop: Any, buffers: Buffers, timeout: float | None, *, droppable: bool
     ) -> None:
         self._loop = loop
-        self.buffers = Buffers(data, begun=begun)
+        self.buffers = buffers
         self.timeout = timeout
         self.droppable = droppable
         self._coroutine: Coroutine[Any, None, None] | None = None
@@ -562,7 +435,7 @@ class SendLine:
 
         `parking` is woken when the session closes. What follows must not take this for nothing.
         """
-        holder = _Sender(Buffers(b""), parking, begun=True, in_callback=False)
+        holder = _Sender(Buffers(), parking, begun=True, in_callback=False)
         self._senders.appendleft(holder)
         self._giver = holder
 

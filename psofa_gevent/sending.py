@@ -18,21 +18,22 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
+from psofa_gevent.buffers import Block, Buffers, Source
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.files import REFUSALS, File, FileSource, Progress
 from psofa_gevent.forking import unwatch, watch
-from psofa_gevent.hub_thread import get_ident, log_from_hub
+from psofa_gevent.hub_thread import get_ident
+from psofa_gevent.logs import log
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
 from psofa_gevent.outbox import Outbox
 from psofa_gevent.send_line import (
-    Buffers,
     GreenletParking,
     Parking,
     SendLine,
-    Source,
     TaskParking,
     run_in_greenlet,
 )
@@ -51,12 +52,15 @@ PIECE_SIZE = 65_536
 """Bytes of a file that are read at a time, where the kernel can't send it by itself."""
 CORK_SIZE = 65_536
 """Bytes that are collected at most. More would fill buffers, and let the peer wait."""
+COLLECTED = 48
+"""Bytes that each message counts then beside its own: what a bytes object in a list takes."""
 
 
 class SendingHalf(Generic[M]):
     """What of a session sends. `PsSession` adds how it lives, and how it closes."""
 
     __slots__ = (
+        "_asked_reason",
         "_bytes_sent",
         "_cork",
         "_cork_has_posts",
@@ -86,6 +90,8 @@ class SendingHalf(Generic[M]):
         self._open = True
         self._released = False
         self._reason = PsCloseReason.NONE
+        self._asked_reason = PsCloseReason.NONE
+        """What another thread has asked for, whose request may be on its way."""
         self._eof_requested = False
         self._eof_sent = False
         self._shuts_later = False
@@ -97,6 +103,7 @@ class SendingHalf(Generic[M]):
         self._cork: list[bytes] | None = None
         """What was sent while corked; None: the session is not."""
         self._corked_size = 0
+        """Bytes that this takes."""
         self._cork_has_posts = False
         """Whether posts are among it: then it leaves without waiting."""
         self._outbox: Outbox | None = None
@@ -114,6 +121,20 @@ class SendingHalf(Generic[M]):
 
     def _wake(self) -> None:
         raise NotImplementedError
+
+    _context: Context | None
+    """The context variables of the session."""
+
+    def _log(
+        self, level: int, message: str, *args: object, exc_info: BaseException | None = None
+    ) -> None:
+        """Log about the session, in its context: `psofa_gevent.logs.log`."""
+        log(level, message, *args, exc_info=exc_info, context=self._context, stacklevel=2)
+
+    def _log_peer(self, kind: str, message: str, *args: object) -> None:
+        """Log what the peer did: `PeerLog.tell`."""
+        host = self._host
+        host.peer_log.tell(host.owner, kind, message, *args, context=self._context, stacklevel=2)
 
     def send(  # noqa: C901 - each call more would be felt
         self,
@@ -142,6 +163,7 @@ class SendingHalf(Generic[M]):
                 `timeout`, or the socket failed; or the call would have had to wait where it must
                 not (in a coroutine, in the hub).
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: `message` is text with a lone surrogate, which is no UTF-8.
             ValueError: `timeout` is negative.
         """
         if self._encode is not None and not raw:
@@ -159,7 +181,7 @@ class SendingHalf(Generic[M]):
             if self._line is None:
                 # As in `_collect`: a read may have thousands of messages.
                 self._cork.append(data if type(data) is bytes else bytes(data))
-                self._corked_size += len(data)
+                self._corked_size += len(data) + COLLECTED
                 if self._corked_size >= CORK_SIZE:
                     self._send_collected(self._take_collected(), timeout)
                 return
@@ -218,10 +240,14 @@ class SendingHalf(Generic[M]):
         """Send a message without ever waiting: what the kernel does not take now leaves later.
 
         At most ``high_water`` bytes wait for the peer, and a single message that is larger when
-        nothing else waits; the setting ``overflow`` says what happens beyond that. However long the
-        peer takes nothing, what waits stays, until it reads again or the session closes; then
-        ``linger_timeout`` is what it has. Sends and posts leave in the order of their calls.
-        Posts of other threads are counted when the hub comes to them.
+        nothing else waits; the setting ``overflow`` says what happens beyond that. Small messages
+        are put together, so in memory they take less than twice their bytes, whatever their sizes;
+        with ``DROP_OLDEST`` each counts one byte more. However long the peer takes nothing, what
+        waits stays, until it reads again or the session closes; then ``linger_timeout`` is what it
+        has. Sends and posts leave in the order of their calls.
+
+        What other threads post counts as well, from the call on: a thread that posts much at once,
+        faster than the hub comes to it, needs a ``high_water`` for it.
 
         From any greenlet, the hub and coroutines included, and any OS thread.
 
@@ -231,19 +257,40 @@ class SendingHalf(Generic[M]):
 
         Returns:
             Whether the message was taken: not so when the session is closed, or closes because of
-            this, or the message was dropped. In another OS thread: whether the session was open.
+            this, or the message was dropped. In another OS thread: whether the hub will try.
 
         Raises:
             PsFramingError: the session's framing can't carry the message.
             TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8.
         """
         encode: Any = self._encode
         data = as_bytes(message if raw or encode is None else encode(message))
         if get_ident() == self._thread_ident:
             return self._post_here(data)
-        if self._open:
-            self._host.thread.call_soon(self._post_here, data)
-        return self._open
+        return self._post_from_thread(data)
+
+    def _post_from_thread(self, data: bytes) -> bool:
+        """Post in another thread: have the hub come to it, unless it will already."""
+        if not self._open:
+            return False
+        outbox = self._get_outbox()
+        host = self._host
+        with host.thread.lock:
+            # The hub is called in here: another thread, which need not call it for what it posts
+            # now, may ask for a close next.
+            comes = outbox.inbox.buffers is not None or outbox.inbox.refused > 0
+            is_taken = outbox.inbox.put(data, host.settings, outbox.weight)
+            if not comes and (outbox.inbox.buffers is not None or outbox.inbox.refused):
+                host.thread.call_soon(outbox.take_inbox, self)
+        return is_taken
+
+    def _get_outbox(self) -> Outbox:
+        if self._outbox is None:
+            with self._host.thread.lock:  # others may just make one, too
+                if self._outbox is None:
+                    self._outbox = Outbox()
+        return self._outbox
 
     def _post_here(self, data: bytes) -> bool:
         """Post in the hub's thread what the framing has made of a message."""
@@ -255,7 +302,7 @@ class SendingHalf(Generic[M]):
         if self._cork is not None:
             if self._line is None and self._corked_size + len(data) < CORK_SIZE:
                 self._cork.append(data)
-                self._corked_size += len(data)
+                self._corked_size += len(data) + COLLECTED
                 self._cork_has_posts = True
                 return True
             self._keep_collected()
@@ -267,9 +314,13 @@ class SendingHalf(Generic[M]):
                 return False  # it has closed the session
         if sent == len(data):
             return True
-        if self._outbox is None:
-            self._outbox = Outbox()
-        return self._outbox.post(self, memoryview(data)[sent:] if sent else data, begun=sent > 0)
+        rest = memoryview(data)[sent:] if sent else data
+        return self._get_outbox().post(self, rest, begun=sent > 0)
+
+    def _refuses_posts(self) -> bool:
+        """Whether the session takes no posts any more; as `_post_here` has it."""
+        has_ended = self._reason is not PsCloseReason.NONE or self._abort_asked
+        return (has_ended or self._eof_requested) and self._is_refused()
 
     def _is_refused(self) -> bool:
         try:
@@ -411,7 +462,9 @@ class SendingHalf(Generic[M]):
     @property
     def pending_bytes(self) -> int:
         """Bytes that were posted, or collected, and that the kernel has not taken yet."""
-        return self._corked_size + (0 if self._outbox is None else self._outbox.size)
+        outbox = self._outbox
+        waiting = 0 if outbox is None else outbox.size + outbox.inbox.size
+        return sum(map(len, self._cork or ())) + waiting
 
     @property
     def messages_dropped(self) -> int:
@@ -455,7 +508,7 @@ class SendingHalf(Generic[M]):
         """Keep `data` for later; whether so much is kept now that it should leave."""
         assert self._cork is not None
         self._cork.append(data if type(data) is bytes else bytes(data))
-        self._corked_size += len(data)
+        self._corked_size += len(data) + COLLECTED
         return self._corked_size >= CORK_SIZE
 
     def _take_collected(self) -> bytes:
@@ -533,10 +586,8 @@ class SendingHalf(Generic[M]):
                 return  # it has closed the session
             if sent == len(data):
                 return
-        if self._outbox is None:
-            self._outbox = Outbox()
         limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
-        self._outbox.keep(self, memoryview(data)[sent:], limit, begun=sent > 0)
+        self._get_outbox().keep(self, memoryview(data)[sent:], limit, begun=sent > 0)
 
     def send_eof(self) -> None:
         """Send no more: the peer gets a FIN after the sends that have begun (half-close).
@@ -546,13 +597,15 @@ class SendingHalf(Generic[M]):
         """
         if get_ident() != self._thread_ident:
             # All of it, for it must not overtake a send that another thread has begun.
-            self._host.thread.call_soon(self.send_eof)
+            with self._host.thread.lock:
+                self._get_outbox().inbox.is_shut = True
+                self._host.thread.call_soon(self.send_eof)
         else:
             self._uncork_without_waiting()
             self._eof_requested = True
             self._shut_writing()
 
-    def _send_now(self, data: bytes | memoryview) -> int:
+    def _send_now(self, data: Block) -> int:
         """Give the kernel what it takes of `data` now; return how many bytes that were."""
         try:
             sent: int = self._sock.send(data)
@@ -640,7 +693,7 @@ class SendingHalf(Generic[M]):
         if begun:
             self._break_stream()
             self._request_close(PsCloseReason.FAILED, error)
-            log_from_hub(logging.ERROR, "%s; a part of the message had left", error)
+            self._log(logging.ERROR, "%s; a part of the message had left", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
 
     def _line_up(

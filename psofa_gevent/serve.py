@@ -8,17 +8,20 @@ inside the user's module is the user's: `ModuleFailedError` has it, and the modu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import ipaddress
 import logging
 import os
 import resource
+import signal
 import socket
 import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import Any, TextIO
 
 import gevent
 
@@ -27,16 +30,19 @@ from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsOverflow, PsSocketAddressFamily
 from psofa_gevent.framing import Framing, LengthPrefix, Line, Varint
+from psofa_gevent.logs import log
 from psofa_gevent.network import local_addresses
 from psofa_gevent.places import DEFAULT_HOST, DEFAULT_PORT, Given
 from psofa_gevent.server import PsServer
 from psofa_gevent.session import PsSession
+from psofa_gevent.settings import PsHeartbeat
 from psofa_gevent.unix_sockets import unix_path
 
-__all__ = ["ModuleFailedError", "UsageError", "run"]
+__all__ = ["DEFAULT_LOG_LEVEL", "ModuleFailedError", "UsageError", "run"]
 
 logger = logging.getLogger("psofa_gevent")
 
+DEFAULT_LOG_LEVEL = "info"
 OPEN_MAX = 10_240
 """What macOS grants where its hard limit says "unlimited", which it refuses (setrlimit(2))."""
 
@@ -122,9 +128,11 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
         frame_timeout=args.frame_timeout,
         high_water=args.high_water,
         overflow=OVERFLOWS[args.overflow],
+        send_buffer_size=args.send_buffer_size,
+        unsent_low_water=args.unsent_low_water,
         keep_alive=args.keep_alive,
         user_timeout=args.user_timeout,
-        heartbeat=args.heartbeat,
+        heartbeat=args.heartbeat or args.raw_heartbeat,
     )
 
 
@@ -142,6 +150,24 @@ def heartbeat(text: str) -> tuple[int, bytes]:
     # Escapes only: "unicode_escape" takes anything else for Latin-1.
     escaped = message.encode("ascii", "backslashreplace").decode("unicode_escape")
     return int(milliseconds), escaped.encode()
+
+
+def raw_heartbeat(text: str) -> PsHeartbeat:
+    """One that no framing touches, on the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    milliseconds, _, digits = text.partition(",")
+    try:
+        message = bytes.fromhex(digits)
+    except ValueError:
+        message = b""
+    if not message or not milliseconds.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"must be MILLISECONDS,HEX, such as 30000,fff1, not {text!r}"
+        )
+    return PsHeartbeat(int(milliseconds), message, raw=True)
 
 
 def listeners(texts: Sequence[str]) -> list[Given]:
@@ -221,33 +247,108 @@ def run(args: argparse.Namespace) -> int:
         ModuleFailedError: the served module raised when it was loaded.
         Exception: what the callback's ``on_start`` raises.
     """
-    logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
     try:
-        callback = load_callback(args.target) if args.target else EchoCallback()
+        with showing_records_until_set_up():
+            callback = load_callback(args.target) if args.target else EchoCallback()
     except UsageError:
         raise
     except Exception as exc:
         raise ModuleFailedError from exc.with_traceback(_of_the_module(exc.__traceback__))
+    set_up_logging(args.log_level)
     raise_descriptor_limit()  # before the server derives its cap from it
     try:
         server = make_server(callback, args)
     except (TypeError, ValueError) as exc:  # a PsCallbackError is a TypeError
         raise UsageError(_as_typed(str(exc), args)) from exc
-    server.start()
-    serving = args.target or "an echo"
-    text = where_to_reach(
-        *server.addresses,
-        serving=serving,
-        has_tls=args.certificate is not None,
-        has_header=args.proxy_protocol,
-    )
-    # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
-    # script may send a signal as soon as it has read the first line.
-    gevent.spawn(announce, text)
-    server.serve_forever(shutdown_timeout=args.shutdown_timeout, drain=args.drain)
+    with reloading_on_sighup(server, args.certificate, args.key):
+        server.start()
+        text = where_to_reach(
+            *server.addresses,
+            serving=args.target or "an echo",
+            has_tls=args.certificate is not None,
+            has_header=args.proxy_protocol,
+        )
+        # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
+        # script may send a signal as soon as it has read the first line.
+        gevent.spawn(announce, text)
+        server.serve_forever(shutdown_timeout=args.shutdown_timeout, drain=args.drain)
     return 0
+
+
+class UntilSetUp(logging.StreamHandler[TextIO]):
+    """Prints records as long as there is no other handler for them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (logging.getLogger().handlers or has_handlers_of_the_program()):
+            super().emit(record)
+
+
+@contextlib.contextmanager
+def showing_records_until_set_up() -> Iterator[None]:
+    """The time in which the application is imported, and may set up logging, or not yet.
+
+    Python itself shows warnings and errors of loggers that have no handler; ours has one, which
+    shows nothing.
+    """
+    handler = UntilSetUp()
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def has_handlers_of_the_program() -> bool:
+    """Whether somebody else has given our logger a handler."""
+    return any(not isinstance(each, (logging.NullHandler, UntilSetUp)) for each in logger.handlers)
+
+
+def set_up_logging(level: str | None) -> None:
+    """Log to the standard error, unless the application has set up logging.
+
+    Then its handlers, levels and formats stay as they are: `level`, if it was asked for, is that of
+    our own logger.
+    """
+    if not (logging.getLogger().handlers or has_handlers_of_the_program()):
+        logging.basicConfig(
+            level=(level or DEFAULT_LOG_LEVEL).upper(),
+            format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        )
+    elif level is not None:
+        logger.setLevel(level.upper())
+
+
+@contextlib.contextmanager
+def reloading_on_sighup(
+    server: PsServer, certificate: str | None, key: str | None
+) -> Iterator[None]:
+    """Read the certificate again whenever SIGHUP comes, also where that was ignored (nohup).
+
+    Where the application has set a handler for SIGHUP, that stays.
+    """
+    if signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN):
+        yield
+        return
+    handler: Any = gevent.signal_handler(signal.SIGHUP, reload_tls, server, certificate, key)
+    try:
+        yield
+    finally:
+        handler.cancel()
+
+
+def reload_tls(server: PsServer, certificate: str | None, key: str | None) -> None:
+    """Serve new connections with what the files have now. What is wrong with them is logged."""
+    try:
+        context = tls_context(certificate, key)
+    except UsageError as exc:
+        log(logging.ERROR, "%r: SIGHUP: the certificate stays as it was: %s", server, exc)
+        return
+    if context is None:
+        log(logging.INFO, "%r: SIGHUP: ignored: there is no --certificate to read again", server)
+        return
+    server.reload_tls(context)
+    log(logging.INFO, "%r: SIGHUP: read %s again, for new connections", server, certificate)
 
 
 def _of_the_module(trace: TracebackType | None) -> TracebackType | None:
@@ -373,11 +474,10 @@ def raise_descriptor_limit() -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         except (OSError, ValueError) as exc:
-            logger.info(
-                "The limit of open files stays at %d: %d was refused (%s)", soft, limit, exc
-            )
+            text = "The limit of open files stays at %d: %d was refused (%s)"
+            log(logging.INFO, text, soft, limit, exc)
         else:
-            logger.info("The limit of open files was raised from %d to %d", soft, limit)
+            log(logging.INFO, "The limit of open files was raised from %d to %d", soft, limit)
             return
 
 

@@ -9,7 +9,7 @@ import resource
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 import gevent
 from gevent import getcurrent
@@ -20,26 +20,27 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.hub_thread import log_safely
 from psofa_gevent.listener import Listeners, Listening
+from psofa_gevent.logs import log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
 from psofa_gevent.owner import SessionOwner
 from psofa_gevent.places import (
     DEFAULT_HOST,
     DEFAULT_PORT,
+    PATIENCE,
     BindOptions,
     Given,
     check_places,
     check_reuse_port,
-    open_again,
-    open_all,
+    open_when_free,
 )
 from psofa_gevent.prologue import Prologue
 from psofa_gevent.service import Service
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
+    SessionKeywords,
     SessionSettings,
     check_bool,
     check_int,
@@ -55,13 +56,34 @@ if TYPE_CHECKING:
 
 __all__ = ["PsServer"]
 
-logger = logging.getLogger("psofa_gevent")
-
 DESCRIPTORS_FOR_OTHERS = 64
 """File descriptors that the default cap leaves to others in the process, or a sixteenth of all."""
 CAP_WITHOUT_LIMIT = 1_000_000
 """The default cap where the process may open any number of files."""
 SHUTDOWN_TIMEOUT = 5.0
+
+
+class ServerKeywords(SessionKeywords, total=False):
+    """The parameters of `PsServer`, but for ``callback`` and ``framing``."""
+
+    host: str
+    port: int
+    listener: Given | Sequence[Given] | None
+    socket_address_family: PsSocketAddressFamily
+    backlog: int
+    receive_buffer_size: int | None
+    unix_mode: int | None
+    reuse_port: bool
+    max_sessions: int | None
+    ssl_context: ssl.SSLContext | None
+    handshake_timeout: float | None
+    proxy_protocol: bool
+    trusted_proxies: Collection[str]
+    allowed_networks: Collection[str] | None
+    denied_networks: Collection[str]
+    max_sessions_per_peer: int | None
+    refuse_when_full: bool
+    farewell: bytes | str | None
 
 
 class PsServer(SessionOwner[M]):
@@ -74,9 +96,25 @@ class PsServer(SessionOwner[M]):
     A process that is forked from the one in which it runs has a stopped one: see `start`.
     """
 
+    @overload
+    def __init__(
+        self: PsServer[bytes],
+        callback: PsCallback[bytes],
+        *,
+        framing: Framing[bytes] | None = None,
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         callback: PsCallback[M],
+        *,
+        framing: Framing[M],
+        **settings: Unpack[ServerKeywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        callback: PsCallback[Any],
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -104,10 +142,12 @@ class PsServer(SessionOwner[M]):
         linger_timeout: float = 1.0,
         no_delay: bool = True,
         allow_half_open: bool = False,
-        framing: Framing[M] | None = None,
+        framing: Framing[Any] | None = None,
         frame_timeout: float | None = None,
         high_water: int = 1_048_576,
         overflow: PsOverflow = PsOverflow.CLOSE,
+        send_buffer_size: int | None = None,
+        unsent_low_water: int | None = None,
         keep_alive: float | None = None,
         user_timeout: float | None = None,
         heartbeat: Heartbeat | None = None,
@@ -168,15 +208,21 @@ class PsServer(SessionOwner[M]):
                 ``on_message`` gets the bytes as they come.
             frame_timeout: seconds that a message may take from its first byte to its last, after
                 which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most.
+            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
+                than twice as many, whatever the sizes of messages.
             overflow: what happens to a post beyond that.
+            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+                too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
+            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
+                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
+                and 65,536 at least; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
                 (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
             user_timeout: seconds that what was sent may stay unacknowledged, after which the
                 session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
             heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
                 a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none.
+                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -198,6 +244,8 @@ class PsServer(SessionOwner[M]):
                 frame_timeout=frame_timeout,
                 high_water=high_water,
                 overflow=overflow,
+                send_buffer_size=send_buffer_size,
+                unsent_low_water=unsent_low_water,
                 keep_alive=keep_alive,
                 user_timeout=user_timeout,
                 heartbeat=heartbeat,
@@ -256,8 +304,10 @@ class PsServer(SessionOwner[M]):
     def start(self) -> None:
         """Listen and accept; returns when the server can be reached.
 
-        In a child process of one in which it ran at the fork: at the same addresses, when that has
-        ended, for which it has ten seconds.
+        While another process listens at the address, it tries again for ten seconds, as nginx and
+        gunicorn do: one that is being replaced may have a last request to answer. (On Linux, and
+        in greenlets, which may wait.) In a child process of one in which it ran at the fork: at the
+        same addresses, when that has ended, for which it has the same time.
 
         Raises:
             PsServerError: it is started already, or was shut down while it started; or the address
@@ -270,12 +320,15 @@ class PsServer(SessionOwner[M]):
         manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
         with self._starting(manager):
             opened = self._open(manager)
-            if manager.stop is not None:
+            try:
+                if manager.stop is not None:
+                    raise PsServerError(f"{self!r} was shut down while it started")
+                self._set_entrance(manager)
+                listeners = self._listeners = Listeners(opened, manager)
+            except BaseException:
                 for each in opened:
                     each.close()
-                raise PsServerError(f"{self!r} was shut down while it started")
-            self._set_entrance(manager)
-            listeners = self._listeners = Listeners(opened, manager)
+                raise
             self._bound_to = listeners.endpoints
             manager.dispatch.on_start(self)
             manager.has_started = True
@@ -285,7 +338,7 @@ class PsServer(SessionOwner[M]):
                 raise PsServerError(f"{self!r} was shut down while it started")
             listeners.start()
             self._left_in = None
-        logger.info("%r: listening, for %s sessions at most", self, manager.pool.size)
+        log(logging.INFO, "%r: listening, for %s sessions at most", self, manager.pool.size)
 
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
@@ -326,8 +379,10 @@ class PsServer(SessionOwner[M]):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         returns, so that the program can end with exit code 0. A second signal ends the process at
-        once. On any other way out (an exception) the server is shut down too. Afterwards the
-        program's own signal handlers work again.
+        once, also as process 1 of a container. One of the two that is ignored stays ignored, and
+        other signals are left alone: SIGHUP ends the process, unless the program handles it. On
+        any other way out (an exception) the server is shut down too. Afterwards the program's own
+        signal handlers work again.
 
         Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
         and feeds the unit's watchdog: see `psofa_gevent.systemd`.
@@ -345,7 +400,7 @@ class PsServer(SessionOwner[M]):
         signals: list[str] = []
 
         def shut_down() -> None:
-            logger.info("%r: %s: shutting down", self, signals[0])
+            log(logging.INFO, "%r: %s: shutting down", self, signals[0])
             self.shutdown(shutdown_timeout, drain=drain)
 
         def ask(name: str) -> None:
@@ -426,6 +481,10 @@ class PsServer(SessionOwner[M]):
         second call waits for the first, and may shorten either time. Without effect when not
         started; afterwards `start` works again.
 
+        In another OS thread it returns, too, when `drain` and `timeout` are over and the hub has
+        not run in the last second: its thread is blocked. The stop goes on when the hub runs again.
+        At once, when the hub was destroyed or its thread has ended: no callback is called then.
+
         Args:
             timeout: seconds that running callbacks have, after `drain`; then they are killed, and
                 have as long again, at least a second. ``None``: as long as they take.
@@ -477,14 +536,20 @@ class PsServer(SessionOwner[M]):
 
     def _open(self, manager: SessionManager) -> list[Listening]:
         """Listen; in a child of a process that did, at the same addresses, when that has ended."""
-        if self._left_in is None:
-            return open_all(self._places, self._bind_options)
-        return open_again(
-            self._places,
-            self.addresses,
+        places = self._places
+        if self._left_in is not None:
+            bound = zip(places, self.addresses, strict=True)
+            places = [place.where(endpoint) for place, endpoint in bound]
+
+        def tell(why: str) -> None:
+            log(logging.WARNING, "%r: %s: trying again for %g s", self, why, PATIENCE)
+
+        return open_when_free(
+            places,
             self._bind_options,
-            self._left_in,
-            lambda: manager.stop is None and manager.process == os.getpid(),
+            left_in=self._left_in,
+            is_wanted=lambda: manager.stop is None and manager.process == os.getpid(),
+            told=tell,
         )
 
     def _let_go(self, hub: Hub | None) -> None:
@@ -539,7 +604,7 @@ class PsServer(SessionOwner[M]):
                 listeners.close()
         self._admission.close()
         if has_started:
-            log_safely(logging.INFO, "%s: stopped", stopped)
+            log(logging.INFO, "%s: stopped", stopped)
 
 
 def _default_cap() -> int:

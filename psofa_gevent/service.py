@@ -18,7 +18,7 @@ from typing import Any
 
 from psofa_gevent import systemd
 from psofa_gevent.forking import in_child, track, unwatch, watch
-from psofa_gevent.hub_thread import log_safely
+from psofa_gevent.logs import log
 from psofa_gevent.times import SHORTEST_TIMER
 
 __all__ = ["Service"]
@@ -55,7 +55,7 @@ class Service:
         try:
             self._socket = systemd.new_socket()
         except OSError as exc:
-            log_safely(logging.WARNING, "The service manager is told nothing: %s", exc)
+            log(logging.WARNING, "The service manager is told nothing: %s", exc)
             return
         _serving.append(self)
         status = where.replace("\n", " ")  # a path may have one
@@ -63,7 +63,7 @@ class Service:
         try:
             timeout = systemd.watchdog_timeout()
         except ValueError as exc:
-            log_safely(logging.WARNING, "No watchdog: %s", exc)
+            log(logging.WARNING, "No watchdog: %s", exc)
             return
         if timeout is not None:
             period = max(timeout / 2, SHORTEST_TIMER)

@@ -1,24 +1,30 @@
 """A session: one connection, from the connected socket to the moment it is queued for ``on_close``.
 
 Rules, kept in this file, and by the parts of a session's life that are files of their own
-(`psofa_gevent.reading`, `psofa_gevent.lingering`):
+(`psofa_gevent.prologue`, `psofa_gevent.opening`, `psofa_gevent.reading`, `psofa_gevent.receiving`,
+`psofa_gevent.lingering`, `psofa_gevent.work`):
 
 - The session lives in its own greenlet (`_live`): ``on_open``, then wait, read, ``on_message``, …,
   then the end. That greenlet is the only one that ends it. It closes the socket too, unless that
   was done for it: by `abort`, or for a session that never began (`_drop`), never ends, or has lost
   its hub (`_end_with_hub`).
 - `_request_close` is the only way to a close reason. The first one wins. It sets the reason, wakes
-  the session where it waits on its own socket, and interrupts its senders. It never switches.
+  the session where it waits on its own socket, and interrupts its senders. It never switches. What
+  another thread asks for is decided there and then (`_ask_to_close`), and done when it comes here.
 - The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
   wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.ready`). A
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
-What may switch: whatever runs a callback, `read` (and `receive`), `linger`, a send that waits, and
-a log handler, so logging comes after what must not be interrupted. All else runs through without
-another greenlet in between. All attributes belong to the hub's thread, and callers in other OS
-threads are handed over (`HubThread`); only `close` and `abort` note there at once that they were
-asked (`_open`, `_abort_asked`).
+What may switch: whatever runs a callback, `read` (and `receive`), the prologue and a handshake,
+`linger`, a send that waits, and the end of a turn between two messages of one read. All else,
+logging too, runs through without another greenlet in between.
+
+All attributes belong to the hub's thread, and callers in other OS threads are handed over
+(`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
+they were asked (`_open`, `_asked_reason`, `_abort_asked`), `_join` and `_leave` change the
+memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
+more.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ import logging
 import ssl
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic, time
@@ -37,7 +44,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.addresses import format_address
-from psofa_gevent.connection_id import random_bytes, random_id
+from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
 from psofa_gevent.forking import keep, leave_behind, release, unwatch, watch
@@ -45,6 +52,7 @@ from psofa_gevent.framed import FramedReceiver
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub_thread import HubThread, get_ident
 from psofa_gevent.lingering import linger
+from psofa_gevent.logs import PeerLog
 from psofa_gevent.messages import M
 from psofa_gevent.opening import Handshake, begin_tls, begin_tls_async
 from psofa_gevent.proxy_protocol import PsProxyInfo
@@ -59,10 +67,10 @@ from psofa_gevent.settings import (
     check_instance,
     check_seconds,
 )
-from psofa_gevent.tcp import Endpoint, end, endpoint, reset
+from psofa_gevent.tcp import Endpoint, end, endpoint, keep_urgent_in_line, reset
 from psofa_gevent.times import NEVER
 from psofa_gevent.tls import PsTlsInfo, TlsSocket, TlsWatcher
-from psofa_gevent.work import Killer, kill_work, spawn_work
+from psofa_gevent.work import Killer, spawn_work
 from psofa_gevent.worker import LibraryGreenlet
 
 if TYPE_CHECKING:
@@ -77,8 +85,6 @@ if TYPE_CHECKING:
     Owner: TypeAlias = PsServer[Any] | PsClient[Any] | PsMultiClient[Any]
 
 __all__ = ["Host", "Membership", "PsSession", "SessionGreenlet"]
-
-logger = logging.getLogger("psofa_gevent")
 
 P = ParamSpec("P")
 
@@ -97,6 +103,7 @@ class Host(Protocol):
     ready: ReadySessions
     settings: SessionSettings
     dispatch: Dispatch
+    peer_log: PeerLog
     prologue: Callable[[PsSession[Any]], None] | None
     """What comes before ``on_open``, in the session's greenlet; it may close the session."""
 
@@ -122,6 +129,8 @@ class SessionGreenlet(LibraryGreenlet):
     def __init__(self, session: PsSession[Any]) -> None:
         # Past that of `LibraryGreenlet`: it is known by its manager's pool.
         super(LibraryGreenlet, self).__init__()
+        # Once, so a message costs nothing; and not by Context.run, which one greenlet could be in.
+        self.gr_context = session._context
         self.session: PsSession[Any] | None = session
         """None when the session has ended: whoever switched here last may hold this greenlet."""
 
@@ -129,13 +138,13 @@ class SessionGreenlet(LibraryGreenlet):
         """Called by gevent when the session's greenlet is about to wait."""
         if self.session is not None and self.session._cork is not None:
             self.session._uncork_without_waiting()
+            if self.session._framed is not None:
+                self.session._framed.others_had_turn()
 
     def _run(self) -> None:
-        try:
-            assert self.session is not None
-            self.session._live()
-        finally:
-            self.session = None
+        assert self.session is not None
+        self.session._live()
+        self.session = None
 
 
 class PsSession(SendingHalf[M]):
@@ -167,6 +176,7 @@ class PsSession(SendingHalf[M]):
         "_opened_at",
         "_proxy",
         "_ready",
+        "_received_at",
         "_remote_endpoint",
         "_slice",
         "_started",
@@ -185,21 +195,21 @@ class PsSession(SendingHalf[M]):
         sock: _socket.socket | TlsSocket,
         remote_endpoint: object,
         connection_id: uuid.UUID | None,
-        local_endpoint: Endpoint | None = None,
+        local_endpoint: Endpoint | None,
+        context: Context,
     ) -> None:
         super().__init__(host, sock)
         settings = host.settings
         sock.setblocking(False)
+        keep_urgent_in_line(sock)
         self._local_endpoint = local_endpoint or endpoint(sock.getsockname())
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None
-        self._watcher: Any = self._loop.io(sock.fileno(), READ)
         self._ready = host.ready
         self._keeps_watching = host.ready.keeps_watching
         self._is_opening = host.prologue is not None
         """Whether ``on_open`` has to wait for what comes before it."""
-        self._ready.register()
-        self._connection_id = connection_id or random_bytes()
+        self._connection_id: bytes | uuid.UUID = connection_id or random_bytes()
         self._opened_at = time()
         idle = settings.idle_milliseconds
         self._idle = NEVER if idle is None else idle / 1_000
@@ -213,8 +223,8 @@ class PsSession(SendingHalf[M]):
         self._close_cause: BaseException | None = None
         self._may_linger = True
         self._abort_asked = False
-        self._bytes_received = 0
-        self._messages_received = 0
+        self._bytes_received = self._messages_received = 0
+        self._received_at = 0.0
         self._framed = None if settings.framing is None else FramedReceiver(settings.framing)
         self._frame_deadline = NEVER
         self._values: dict[str, Any] | None = None
@@ -225,10 +235,20 @@ class PsSession(SendingHalf[M]):
         self._killer: Killer | None = None
         self._slice: IdleSlice | None = None
         self._tls: TlsSocket | None = None
-        if type(sock) is TlsSocket:
-            self._use_tls(sock)
-        self._context = host.dispatch.new_context()
-        self._greenlet: SessionGreenlet | None = SessionGreenlet(self)
+        self._context: Context | None = context
+        """Of all its callbacks and its work; None when ``on_close`` has returned, as what was set
+        there may well hold the session."""
+        self._greenlet: SessionGreenlet | None = None
+        self._watcher: Any = self._loop.io(sock.fileno(), READ)
+        try:  # what has to be undone where a later line fails, for want of memory, say
+            if type(sock) is TlsSocket:
+                self._use_tls(sock)
+            self._greenlet = SessionGreenlet(self)
+            self._ready.register()
+        except BaseException:
+            self._watcher.close()
+            self._greenlet = None
+            raise
 
     # What a callback asks
 
@@ -238,7 +258,7 @@ class PsSession(SendingHalf[M]):
         chosen = self._connection_id
         if isinstance(chosen, bytes):
             # Another thread that asks just now makes an equal one.
-            chosen = self._connection_id = random_id(chosen)
+            chosen = self._connection_id = uuid.UUID(bytes=chosen)
         return chosen
 
     @property
@@ -279,6 +299,18 @@ class PsSession(SendingHalf[M]):
         return self._open
 
     @property
+    def close_reason(self) -> PsCloseReason:
+        """Why the session closed: what ``on_close`` is told, or will be. NONE: it is open.
+
+        Changes once, together with `is_open`: in the moment in which a close is requested, by
+        whomever and in whichever thread; ``on_close`` comes later. From any thread.
+        """
+        if self._open:
+            return PsCloseReason.NONE
+        # The hub has yet to come to it, if another thread has asked.
+        return self._reason if self._reason is not PsCloseReason.NONE else self._asked_reason
+
+    @property
     def close_cause(self) -> BaseException | None:
         """The exception behind a `PsCloseReason.FAILED`; ``None`` for every other reason.
 
@@ -290,6 +322,17 @@ class PsSession(SendingHalf[M]):
     def opened_at(self) -> datetime:
         """When the connection was accepted or made, in UTC."""
         return datetime.fromtimestamp(self._opened_at, UTC)
+
+    @property
+    def last_received_at(self) -> datetime | None:
+        """When the session last read bytes, in UTC; ``None``: it has read none yet.
+
+        Bytes of a message that is not whole count, a FIN, a TLS handshake and the header of a load
+        balancer do not; nor do bytes that wait in the kernel while a callback runs. Of the sessions
+        that have become readable at the same time all have the moment in which the first of them
+        was read: it is early by what the callbacks of those before it took.
+        """
+        return datetime.fromtimestamp(self._received_at, UTC) if self._received_at else None
 
     @property
     def bytes_received(self) -> int:
@@ -310,7 +353,7 @@ class PsSession(SendingHalf[M]):
         return self._messages_received
 
     def __repr__(self) -> str:
-        state = "open" if self._open else self._reason.name
+        state = "open" if self._open else self.close_reason.name
         return (
             f"<PsSession {self.connection_id} {_format(self._local_endpoint)} - "
             f"{_format(self._remote_endpoint)} {state}>"
@@ -324,8 +367,8 @@ class PsSession(SendingHalf[M]):
     def _use_tls(self, sock: TlsSocket) -> None:
         """From now on all bytes go through `sock`."""
         self._stop_watching()
-        self._tls = self._sock = sock
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
+        self._tls = self._sock = sock
 
     # A user's values
 
@@ -390,7 +433,9 @@ class PsSession(SendingHalf[M]):
         When the session's callbacks are through it is killed (`gevent.GreenletExit` where it waits,
         which cancels a coroutine), again each second until it has ended, and then ``on_close``
         comes. What it raises is logged and closes the session with FAILED, as in a
-        callback. ``callback_timeout`` does not count it.
+        callback. ``callback_timeout`` does not count it. It runs in the session's own context: what
+        it sets there, the callbacks see. A context of its own is
+        ``session.spawn(contextvars.copy_context().run, function)``.
 
         In the hub's thread, in any greenlet or coroutine. Returns at once.
 
@@ -523,11 +568,24 @@ class PsSession(SendingHalf[M]):
         What was sent before still reaches the peer. A callback that runs is not interrupted; the
         session ends when it returns. From any greenlet and any OS thread; again without effect.
         """
+        self._ask_to_close(PsCloseReason.SELF_CLOSE)
+
+    def _ask_to_close(self, reason: PsCloseReason) -> None:
+        """Ask for the close, from any thread, and return at once."""
         if get_ident() != self._thread_ident:
-            self._open = False  # at once; the reason follows in the hub's thread
-            self._host.thread.call_soon(self._request_close, PsCloseReason.SELF_CLOSE)
+            self._note_asked(reason)
+            self._host.thread.call_soon(self._request_close, reason)
         else:
-            self._request_close(PsCloseReason.SELF_CLOSE)
+            self._request_close(reason)
+
+    def _note_asked(self, reason: PsCloseReason) -> None:
+        """In another thread: from now on the session is closed, for `reason` if it was open."""
+        # As in `_decide`: without a call in between, so that no other thread comes in between.
+        if self._open:
+            self._asked_reason = reason
+            self._open = False
+            if self._framed is not None:
+                self._framed.look_soon()
 
     def abort(self) -> None:
         """Reset the connection (RST) at once: nothing is drained, also while a close lingers.
@@ -537,7 +595,7 @@ class PsSession(SendingHalf[M]):
         """
         if get_ident() != self._thread_ident:
             self._abort_asked = True
-            self._open = False
+            self._note_asked(PsCloseReason.SELF_CLOSE)
             self._host.thread.call_soon(self._abort)
         else:
             self._abort()
@@ -553,30 +611,36 @@ class PsSession(SendingHalf[M]):
     ) -> None:
         """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
         self._may_linger = self._may_linger and linger
-        if self._host.thread.is_destroyed():
+        if self._host.thread.is_over():
             self._end_with_hub()
             return
-        if self._reason is not PsCloseReason.NONE:
+        if not self._decide(reason, cause):
             return
-        if not self._open:  # another thread asked before; its request is on its way
-            reason, cause = PsCloseReason.SELF_CLOSE, None
-        self._reason = reason
-        self._close_cause = cause
-        self._open = False
         self._wake()
         if self._line is not None:
             self._line.interrupt()
         if self._memberships:
             self._leave_all()
 
+    def _decide(self, reason: PsCloseReason, cause: BaseException | None = None) -> bool:
+        """Settle the reason; false if it was settled. Without what follows from it."""
+        if self._reason is not PsCloseReason.NONE:
+            return False
+        if not self._open:  # another thread asked before; its request is on its way
+            reason, cause = self._asked_reason, None
+        self._reason = reason
+        self._close_cause = cause
+        self._open = False
+        if self._framed is not None:
+            self._framed.look_soon()
+        return True
+
     def _end_with_hub(self) -> None:
         """Close the socket: nothing will run for this session any more, as its hub was destroyed.
 
         From any thread. No callback hears of it; watchers and timers went with the hub.
         """
-        if self._reason is PsCloseReason.NONE:
-            self._reason = PsCloseReason.SELF_CLOSE
-        self._open = False
+        self._decide(PsCloseReason.SELF_CLOSE)
         self._waiting_since = 0.0
         self._line = None
         self._leave_all()
@@ -621,6 +685,7 @@ class PsSession(SendingHalf[M]):
     def _resume(self) -> None:
         # Since the wake-up the greenlet may have gone on, and be in a callback now.
         if self._waiting_since and self._greenlet is not None:
+            self._ready.now = time()  # there may be bytes to read
             switch(self._greenlet)
 
     # The life of the session, in its own greenlet
@@ -633,7 +698,7 @@ class PsSession(SendingHalf[M]):
                     self._host.prologue(self)
                     self._is_opening = not self._open
                 if not self._is_opening:
-                    logger.debug("%r: opened", self)
+                    self._log(logging.DEBUG, "%r: opened", self)
                     self._host.dispatch.on_open(self)
                     if self._framed is not None:  # on_open may have received messages itself
                         self._framed.hand_over(self)
@@ -644,22 +709,35 @@ class PsSession(SendingHalf[M]):
             while self._reason is PsCloseReason.NONE and not self._open:
                 # Another thread's request is on its way, with what that thread has posted before.
                 self._wait_until_woken(REQUEST_LOOK)
-            if self._work:
-                self._killer = Killer(self)
+            self._kill_work()
             linger(self)
         except BaseException as exc:
-            # Killed while it lingered; the rest does not wait.
+            # Killed since the last callback; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._host.thread.raise_in_main(exc)
-            logger.debug("%r: did not linger to the end: %r", self, exc)
+            self._log(logging.DEBUG, "%r: did not linger to the end: %r", self, exc)
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Take the last steps: all of them, wherever something was thrown in on the way here."""
+        try:
             self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
             self._release(with_reset=self._abort_asked)
-            if self._killer is not None:
-                self._killer.wait()
-                self._killer = None
-            self._host.session_ended(self)
-            self._greenlet = None
+        finally:
+            try:
+                self._kill_work()
+                if self._killer is not None:
+                    self._killer.wait()
+                    self._killer = None
+            finally:
+                self._greenlet = None
+                self._host.session_ended(self)
+
+    def _kill_work(self) -> None:
+        """Begin to kill what works beside the callbacks, which are through; unless that is done."""
+        if self._work and self._killer is None:
+            self._killer = Killer(self, self._wake)
 
     def _wait_until_woken(self, seconds: float | None) -> None:
         """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
@@ -672,6 +750,15 @@ class PsSession(SendingHalf[M]):
         finally:
             self._waiting_since = 0.0
             unwatch(timer)
+
+    def _give_up_turn(self) -> None:
+        """Let all others go on that can, and the hub, and go on after them; or earlier, if woken.
+
+        In the session's own greenlet, between two messages. What was collected leaves before.
+        """
+        self._stop_watching()  # its socket is readable, as a rule
+        self._ready.resume_later(self)
+        self._wait_until_woken(None)
 
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.
@@ -723,14 +810,13 @@ class PsSession(SendingHalf[M]):
         self._request_close(PsCloseReason.FAILED, exc)
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._host.thread.raise_in_main(exc)
-        # Last, as a log handler may switch.
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
-            logger.debug("%r: a callback ended with its session", self, exc_info=exc)
+            self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
-            logger.warning("%r: a callback was ended", self, exc_info=exc)
+            self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
         else:
-            logger.error("%r: failed: %r", self, exc, exc_info=exc)
+            self._log(logging.ERROR, "%r: failed: %r", self, exc, exc_info=exc)
 
     def _release(self, *, with_reset: bool = False) -> None:
         """Let go of watcher and socket, in this order: descriptors are used again at once."""
@@ -754,15 +840,19 @@ class PsSession(SendingHalf[M]):
         else:
             end(self._sock)
 
-    def _drop(self) -> None:
-        """End a session whose greenlet has not started: no callback ever hears of it."""
-        self._open = False
+    def _drop(self, reason: PsCloseReason, cause: BaseException | None = None) -> None:
+        """End a session whose greenlet has not started: no callback ever hears of it.
+
+        Its work is the manager's affair. Again without effect.
+        """
+        self._decide(reason, cause)
+        self._context = None
         self._leave_all()
-        kill_work(self)
         self._release()
-        if self._greenlet is not None:
-            self._greenlet.kill(block=False)
-            self._greenlet = None
+        greenlet, self._greenlet = self._greenlet, None
+        if greenlet is not None:
+            greenlet.session = None
+            greenlet.kill(block=False)
 
 
 def _format(address: Endpoint | None) -> str:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import enum
 import ssl
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar
 
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.tcp import USER_TIMEOUT
+from psofa_gevent.tcp import UNSENT_LOW_WATER, USER_TIMEOUT
 
 __all__ = [
     "DEFAULT",
     "Default",
     "Heartbeat",
+    "PsHeartbeat",
+    "SessionKeywords",
     "SessionSettings",
     "check_bool",
     "check_framing",
@@ -34,8 +36,27 @@ __all__ = [
 
 T = TypeVar("T")
 
-Heartbeat = tuple[int, Any]
-"""Milliseconds, and a message or a function of the session that returns one, or ``None``."""
+
+class PsHeartbeat(NamedTuple):
+    """What a session sends when it has sent nothing for a while: the setting ``heartbeat``.
+
+    The tuple ``(milliseconds, message)`` is short for one that is not `raw`.
+
+    Attributes:
+        milliseconds: of sending nothing, 1 or more.
+        message: what is sent then, or a function of the session (also ``async``) that returns it,
+            or ``None`` for nothing.
+        raw: the session's framing leaves the message alone: bytes, or text as UTF-8. For protocols
+            whose sign of life is no message, such as a NUL between telegrams.
+    """
+
+    milliseconds: int
+    message: Any
+    raw: bool = False
+
+
+Heartbeat = PsHeartbeat | tuple[int, Any]
+"""What the setting may be."""
 
 MAX_PORT = 65_535
 LONGEST_TIME = 1e9
@@ -45,7 +66,7 @@ LONGEST_KEEP_ALIVE = 32_767
 LONGEST_IDLE = 2_000_000
 """Seconds: TCP_USER_TIMEOUT is a C int of milliseconds."""
 MAX_BUFFER = 2**31 - 1
-"""SO_RCVBUF and recv take a C int."""
+"""Options of sockets and recv take a C int."""
 
 
 class Default(enum.Enum):
@@ -59,6 +80,30 @@ class Default(enum.Enum):
 
 DEFAULT: Final[Literal[Default.DEFAULT]] = Default.DEFAULT
 """Stands for the owner's ``send_timeout``."""
+
+
+class SessionKeywords(TypedDict, total=False):
+    """The parameters that all owners have, but for ``framing``: for overloads of the constructors.
+
+    Without a framing messages are bytes, which no default can tell a type checker.
+    """
+
+    read_buffer_size: int
+    divide: int
+    idle_milliseconds: int | None
+    send_timeout: float | None
+    callback_timeout: float | None
+    linger_timeout: float
+    no_delay: bool
+    allow_half_open: bool
+    frame_timeout: float | None
+    high_water: int
+    overflow: PsOverflow
+    send_buffer_size: int | None
+    unsent_low_water: int | None
+    keep_alive: float | None
+    user_timeout: float | None
+    heartbeat: Heartbeat | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +125,9 @@ class SessionSettings:
             any time.
         high_water: bytes of posts that wait for the peer, at most.
         overflow: what happens to a post beyond that.
+        send_buffer_size: SO_SNDBUF; ``None``: the kernel's own tuning.
+        unsent_low_water: bytes that the kernel may keep unsent; ``None``: it goes by
+            `high_water` (`psofa_gevent.tcp.unsent_low_water`).
         keep_alive: seconds of silence after which the kernel probes the peer; ``None``: never.
         user_timeout: seconds that sent data may stay unacknowledged; ``None``: the kernel's own.
         heartbeat: milliseconds of sending nothing, and what is sent then; ``None``: nothing.
@@ -97,6 +145,8 @@ class SessionSettings:
     frame_timeout: float | None
     high_water: int
     overflow: PsOverflow
+    send_buffer_size: int | None
+    unsent_low_water: int | None
     keep_alive: float | None
     user_timeout: float | None
     heartbeat: Heartbeat | None
@@ -114,11 +164,23 @@ class SessionSettings:
         check_seconds("frame_timeout", self.frame_timeout, more_than_zero=True)
         check_int("high_water", self.high_water, 1, 2**53)
         check_instance("overflow", self.overflow, PsOverflow)
+        if self.send_buffer_size is not None:
+            check_int("send_buffer_size", self.send_buffer_size, 1, MAX_BUFFER)
+        if self.unsent_low_water is not None:
+            check_int("unsent_low_water", self.unsent_low_water, 1, MAX_BUFFER)
+            if UNSENT_LOW_WATER is None:
+                raise ValueError(
+                    f"unsent_low_water must be None, not {self.unsent_low_water!r}: this system "
+                    "has no TCP_NOTSENT_LOWAT"
+                )
         check_seconds("keep_alive", self.keep_alive, more_than_zero=True, most=LONGEST_KEEP_ALIVE)
         check_seconds("user_timeout", self.user_timeout, more_than_zero=True, most=LONGEST_IDLE)
         check_heartbeat(self.heartbeat, self.framing)
         if self.user_timeout is not None and USER_TIMEOUT is None:
-            raise ValueError("user_timeout must be None: this system has no TCP_USER_TIMEOUT")
+            raise ValueError(
+                f"user_timeout must be None, not {self.user_timeout!r}: this system has no "
+                "TCP_USER_TIMEOUT"
+            )
 
 
 def check_instance(name: str, value: object, kind: type[T]) -> T:
@@ -175,24 +237,29 @@ def check_heartbeat(value: object, framing: Framing[Any] | None) -> None:
         return
     error = (
         "heartbeat must be None, or milliseconds (1 or more) and a message or a function of the "
-        f"session, such as (30_000, b'ping'), not {value!r}"
+        "session, such as (30_000, b'ping') or PsHeartbeat(30_000, b'\\0', raw=True), "
+        f"not {value!r}"
     )
-    if not isinstance(value, tuple) or len(value) != 2 or type(value[0]) is not int:
+    if not isinstance(value, tuple) or len(value) not in (2, 3):
         raise TypeError(error)
-    milliseconds, what = value
-    if not 1 <= milliseconds <= 2**53:
+    heartbeat = PsHeartbeat(*value)
+    if type(heartbeat.milliseconds) is not int or type(heartbeat.raw) is not bool:
+        raise TypeError(error)
+    if not 1 <= heartbeat.milliseconds <= 2**53:
         raise ValueError(error)
-    if callable(what):
-        return
-    if framing is not None:
-        framing.encode(what)
+    if callable(heartbeat.message):
         return
     try:
-        is_empty = not as_bytes(what)
-    except TypeError:
-        raise TypeError(error) from None
-    if is_empty:
-        raise ValueError(error)
+        if framing is not None and not heartbeat.raw:
+            framing.encode(heartbeat.message)
+        elif not as_bytes(heartbeat.message):
+            raise ValueError(error)
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"heartbeat must have text that UTF-8 can encode, not {value!r}: {exc}"
+        ) from exc
+    except TypeError as exc:
+        raise TypeError(f"{error}: {exc}") from exc
 
 
 def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:

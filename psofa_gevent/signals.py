@@ -2,7 +2,13 @@
 
 The handlers are the process's, not a server's: the first server installs them, the last one
 restores what was there before, and a signal asks all of them. From then on the signals have their
-default action, so that a second one ends the process at once, whatever still runs.
+default action, so that a second one ends the process at once, whatever still runs. The kernel takes
+none of those from process 1, which a container's program often is (pid_namespaces(7)): there the
+second one ends it by a handler, with the exit code that a shell would report.
+
+A signal that was ignored stays ignored: a shell script's ``server &`` ignores SIGINT, so that a
+Ctrl-C that is for others does not end it (POSIX, Shell Command Language, 2.11). Other signals are
+the program's own: SIGHUP ends the process, unless it does something on it.
 
 What was there before may be a handler of `signal.signal`, or one of `gevent.signal_handler`, which
 Python does not know of: libev and libuv call sigaction(2) themselves, once, when a signal's first
@@ -19,6 +25,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -68,11 +75,12 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def _handlers() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
-        for each in SIGNALS:
+        taken = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        for each in taken:
             undo.enter_context(_restoring_the_c_handler(each))
             undo.callback(signal.signal, each, signal.getsignal(each) or signal.SIG_DFL)
         # Only now: the first one that comes changes the handlers of all.
-        for each in SIGNALS:
+        for each in taken:
             signal.signal(each, _handle)
         undo.enter_context(_waking_the_loop())
         yield
@@ -118,10 +126,16 @@ def _drain(watched: _socket.socket) -> None:
 
 def _handle(number: int, _frame: FrameType | None) -> None:
     if _asked:  # else the handlers of before are being restored just now
+        at_once = _end_at_once if os.getpid() == 1 else signal.SIG_DFL
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            if signal.getsignal(each) is _handle:
+                signal.signal(each, at_once)
     for ask in _asked:
         ask(signal.Signals(number).name)
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 _asked: list[Callable[[str], None]] = []

@@ -25,7 +25,8 @@ from typing import NamedTuple
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.hub_thread import CallerEvent, log_safely
+from psofa_gevent.hub_thread import CallerEvent
+from psofa_gevent.logs import flush, log
 from psofa_gevent.manager import SessionManager
 from psofa_gevent.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.worker import LibraryGreenlet, may_wait_for_callbacks
@@ -77,6 +78,7 @@ class Stop:
         self._asked_for: list[_Asked] = []
         self._closing_since: float | None = None
         self._stop_called = False
+        self._has_finished = False
         self._waiting_threads: list[CallerEvent] = []
         self._greenlets: list[LibraryGreenlet] = []
 
@@ -149,15 +151,13 @@ class Stop:
 
     def _run(self, manager: SessionManager) -> None:
         try:
-            self._stop_callbacks(manager)
+            if not self._has_finished:
+                self._stop_callbacks(manager)
         except GreenletExit:
             raise  # `_ended` starts another greenlet
-        except BaseException as exc:
-            # Nothing of ours raises here, but a log handler may: those who wait go on all the same.
-            self._end(manager)
-            log_safely(logging.ERROR, "%r: failed to stop", manager.owner, exc_info=exc)
-        else:
-            self._end(manager)
+        except BaseException as exc:  # nothing of ours raises here: those who wait go on
+            log(logging.ERROR, "%r: failed to stop", manager.owner, exc_info=exc)
+        self._end(manager)
 
     def _stop_callbacks(self, manager: SessionManager) -> None:
         self._wait(lambda: not manager.entering, self._start_deadline)
@@ -177,7 +177,7 @@ class Stop:
 
     def _force(self, manager: SessionManager) -> None:
         """Kill what runs until it has ended or the second bound is over."""
-        log_safely(
+        log(
             logging.WARNING,
             "%r: after %g s %d sessions and %d on_close calls have not ended: killing them",
             manager.owner,
@@ -189,14 +189,13 @@ class Stop:
         next_kill = since
         while not manager.is_quiet() and monotonic() < self._second_deadline(since):
             if monotonic() >= next_kill:
-                manager.kill_sessions()
+                manager.kill_sessions(again=next_kill > since)
                 next_kill = monotonic() + KILL_PERIOD
             self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
         if abandoned:
-            log_safely(
-                logging.ERROR, "%r: %d callbacks did not end: left behind", manager.owner, abandoned
-            )
+            text = "%r: %d callbacks did not end: left behind"
+            log(logging.ERROR, text, manager.owner, abandoned)
 
     def _call_on_stop(self, manager: SessionManager) -> None:
         if not self._stop_called and manager.has_started:
@@ -214,9 +213,12 @@ class Stop:
         self._wait(manager.is_quiet, lambda: until)
 
     def _end(self, manager: SessionManager) -> None:
-        manager.request_closes(self._reason)  # none is left, unless something failed
-        manager.release()
-        self._finished()
+        if not self._has_finished:
+            manager.request_closes(self._reason)  # none is left, unless something failed
+            manager.release()
+            self._finished()
+            self._has_finished = True  # what follows is no concern of the next start's
+        flush()
         # The threads first: one that is woken by `stopped` may join them natively at once.
         for event in self._waiting_threads:
             event.set()

@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ARE_INHERITED",
     "NAMELESS",
+    "UNSENT_LOW_WATER",
+    "USER_TIMEOUT",
     "Endpoint",
     "end",
     "endpoint",
+    "keep_urgent_in_line",
     "reset",
     "set_all_options",
     "set_options",
@@ -63,6 +66,22 @@ KEEP_IDLE: int = getattr(_socket, "TCP_KEEPIDLE", None) or _socket.TCP_KEEPALIVE
 KEEP_PROBES = 3
 USER_TIMEOUT: int | None = getattr(_socket, "TCP_USER_TIMEOUT", None)
 """None where there is no such option."""
+UNSENT_LOW_WATER: int | None = getattr(_socket, "TCP_NOTSENT_LOWAT", None)
+"""None where there is no such option."""
+if UNSENT_LOW_WATER is None and sys.platform == "darwin":
+    UNSENT_LOW_WATER = 0x201  # netinet/tcp.h
+UNSENT_PER_HIGH_WATER = 4
+"""How much of ``high_water`` the kernel may keep unsent, unless a setting says it. With so much,
+large sends are as fast as without a bound, and at the default of 1 MiB it is no less than Linux's
+own (tcp_wmem: 4 MiB)."""
+LEAST_UNSENT = 65_536
+"""Bytes that it may keep at least then. A segment of Linux's has as many, so with less the sender
+is woken for each of them, and gains little."""
+MOST_UNSENT = 4_194_304
+"""Bytes from which on that is left to the kernel."""
+_SO_BUF_LOCK = 72
+"""Linux since 5.15, asm-generic/socket.h: which sizes of buffers were set, and so do not grow."""
+_SOCK_SNDBUF_LOCK = 1
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _SO_NWRITE = 0x1024
 """macOS, sys/socket.h: bytes in the send buffer; Python has no name for it."""
@@ -103,6 +122,59 @@ def set_user_timeout(sock: _socket.socket, seconds: float) -> None:
         sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, max(1, round(seconds * 1_000)))
 
 
+def keep_urgent_in_line(sock: Any) -> None:
+    """Have urgent data come where it stands in the stream: SO_OOBINLINE, as RFC 6093 demands.
+
+    Otherwise the kernel takes the last urgent byte out of it: ftplib's ``abort`` sends such a line
+    end, and telnet clients an interrupt. `sock`: of any kind, TLS included.
+    """
+    with contextlib.suppress(OSError):  # macOS, for a connection that was reset
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
+
+
+def set_send_buffer(sock: _socket.socket, size: int) -> None:
+    """Fix the size of the kernel's send buffer (SO_SNDBUF, socket(7)), which grows no more then.
+
+    Linux takes twice that, for its own needs too, and no more than net.core.wmem_max.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, size)
+
+
+def release_send_buffer(sock: _socket.socket) -> None:
+    """Leave its size to the kernel again, if somebody has fixed it; where the system can."""
+    with contextlib.suppress(OSError):
+        locks = sock.getsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK)
+        if locks & _SOCK_SNDBUF_LOCK:
+            with contextlib.closing(_socket.socket(sock.family, sock.type)) as fresh:
+                size = fresh.getsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF)
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, size // 2)
+            sock.setsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK, locks & ~_SOCK_SNDBUF_LOCK)
+
+
+def unsent_low_water(settings: SessionSettings) -> int:
+    """Bytes that the kernel may keep unsent; 0: as many as it likes.
+
+    Without a setting that goes by how much may wait for the peer here: else one that does not read
+    is given megabytes before anything waits, however little that may be. Only on Linux, where the
+    kernel refuses what is more; elsewhere it only tells later that it takes more.
+    """
+    if settings.unsent_low_water is not None:
+        return settings.unsent_low_water
+    size = max(settings.high_water * UNSENT_PER_HIGH_WATER, LEAST_UNSENT)
+    return size if sys.platform == "linux" and size < MOST_UNSENT else 0
+
+
+def set_unsent_low_water(sock: _socket.socket, size: int) -> None:
+    """Let the kernel take no more while so much is unsent (TCP_NOTSENT_LOWAT, tcp(7)).
+
+    0: the system's own bound. Without effect on a socket that is not TCP.
+    """
+    if UNSENT_LOW_WATER is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(_socket.IPPROTO_TCP, UNSENT_LOW_WATER, size)
+
+
 def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
     """Set what the settings say of a session's connection."""
     if settings.no_delay:
@@ -111,6 +183,10 @@ def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
         set_keep_alive(sock, settings.keep_alive)
     if settings.user_timeout is not None:
         set_user_timeout(sock, settings.user_timeout)
+    if settings.send_buffer_size is not None:
+        set_send_buffer(sock, settings.send_buffer_size)
+    if size := unsent_low_water(settings):
+        set_unsent_low_water(sock, size)
 
 
 def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
@@ -121,6 +197,9 @@ def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 0)
         if settings.user_timeout is None and USER_TIMEOUT is not None:
             sock.setsockopt(_socket.IPPROTO_TCP, USER_TIMEOUT, 0)
+        if settings.send_buffer_size is None:
+            release_send_buffer(sock)
+        set_unsent_low_water(sock, unsent_low_water(settings))
         set_options(sock, settings)
 
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 import gevent
 import gevent.socket
 
+from psofa_gevent.addresses import UnixAddress, check_address, socket_family
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
 from psofa_gevent.multi_client import PsMultiClient
@@ -109,7 +110,7 @@ class ScriptedClient:
         socket: the gevent socket below, for whatever is missing here.
         timeout: seconds that each step may take.
         local_endpoint: this end's address, which is the session's `remote_endpoint`; `None` for a
-            Unix socket pair. Still known after `close`.
+            Unix socket. Still known after `close`.
     """
 
     def __init__(
@@ -123,7 +124,8 @@ class ScriptedClient:
 
         Args:
             address: host and port, and what else an IPv6 address has. A host with a colon in it is
-                taken as IPv6, any other as IPv4; a wildcard address as the loopback one.
+                taken as IPv6, any other as IPv4; a wildcard address as the loopback one. A Unix
+                socket is ``unix:`` and its path, with any port: as `PsServer.address` has it.
             timeout: seconds that each step may take, this one included.
             receive_buffer_size: SO_RCVBUF in bytes. A small one makes a peer's sends wait soon.
 
@@ -131,9 +133,7 @@ class ScriptedClient:
             TimeoutError: not connected within `timeout`.
             OSError: the connection was refused, or could not be made for another reason.
         """
-        host, *rest = address
-        host = WILDCARDS.get(host, host)
-        family = gevent.socket.AF_INET6 if ":" in host else gevent.socket.AF_INET
+        family, name = _socket_address(address)
         sock = gevent.socket.socket(family, gevent.socket.SOCK_STREAM)
         try:
             if receive_buffer_size is not None:
@@ -142,7 +142,7 @@ class ScriptedClient:
                     gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, receive_buffer_size
                 )
             sock.settimeout(timeout)
-            sock.connect((host, *rest))
+            sock.connect(name)
         except BaseException:
             sock.close()
             raise
@@ -203,7 +203,7 @@ class ScriptedClient:
         """
         if self.local_endpoint is None:
             raise ValueError(
-                "reset() needs a TCP connection, a Unix socket pair has no RST: use serving()"
+                "reset() needs a TCP connection, a Unix socket has no RST: use serving()"
             )
         reset(self.socket)
 
@@ -297,6 +297,18 @@ class ScriptedClient:
                 f"{wanted}, got {_shown(received)} and then nothing within {self.timeout} s"
             ) from error
         return chunk
+
+
+def _socket_address(address: tuple[Any, ...]) -> tuple[int, Any]:
+    """The family of a socket, and what it connects to. Switches while a name is looked up."""
+    host, port, *rest = address
+    host = WILDCARDS.get(host, host)
+    is_ipv6 = ":" in str(host)
+    family = PsSocketAddressFamily.IPV6 if is_ipv6 else PsSocketAddressFamily.IPV4
+    checked = check_address(host, port, family, least_port=0)
+    if isinstance(checked, UnixAddress):
+        return gevent.socket.AF_UNIX, checked.path
+    return socket_family(family), (host, port, *rest) if rest else checked.resolve()[0]
 
 
 def _to_bytes(data: str | bytes) -> bytes:

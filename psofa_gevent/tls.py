@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from psofa_gevent.addresses import without_zone
 from psofa_gevent.client_hello import LONGEST_HELLO, server_name
 from psofa_gevent.ready import ReadySessions
 
@@ -46,6 +47,11 @@ RECORD = 16_384
 """Bytes of a TLS record, at most (RFC 8446, section 5.1)."""
 OVERHEAD = 2_048
 """Bytes more that are read, so that what fills a buffer when decrypted comes in one system call."""
+CUTS_PASS_FOR_ENDS = bool(
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).options & getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+)
+"""Whether each context takes a FIN for close_notify: in Python 3.11.2 (Debian 12's) and before, on
+OpenSSL 3 (CPython's gh-95494). Elsewhere only where the application asks for it."""
 
 
 class TlsSocket:
@@ -78,6 +84,9 @@ class TlsSocket:
         server_side: bool,
         server_hostname: str | None = None,
     ) -> None:
+        if server_hostname is not None:
+            # A zone names an interface of this machine; no certificate can know of it.
+            server_hostname = without_zone(server_hostname)
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -186,6 +195,9 @@ class TlsSocket:
             raise
         # A read of less than was asked for has taken all of its record.
         if self._incoming.pending or self._outgoing.pending or not 0 < len(data) < size:
+            if CUTS_PASS_FOR_ENDS and not data and not encrypted:
+                # A close_notify would have been the end before the FIN came.
+                raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
             data = self._collect(size, data)
         return data
 

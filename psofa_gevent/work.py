@@ -2,7 +2,10 @@
 
 They end with their session: when its callbacks are through they are killed, and ``on_close`` comes
 when all of them have ended. The session's own greenlet waits for that (`Killer`), and passes on
-what is thrown into it meanwhile. All of it belongs to the hub's thread.
+what is thrown into it meanwhile. A session whose greenlet never began counts until its work has
+ended. Where a shutdown kills a callback that does not end, it kills the work beside that, too.
+
+All of it belongs to the hub's thread.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from gevent import GreenletExit
 
 from psofa_gevent.aio import run_task
 from psofa_gevent.forking import unwatch, watch
-from psofa_gevent.hub_thread import log_from_hub
 from psofa_gevent.worker import LibraryGreenlet, WorkGreenlet
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ LOUD_AFTER = 5
 def spawn_work(session: PsSession[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
     """Run `function` in a greenlet that belongs to `session`, soon. Does not switch."""
     greenlet = WorkGreenlet(partial(_run, session, function))
+    greenlet.gr_context = session._context
     work: set[LibraryGreenlet] | None = session._work
     if work is None:
         work = session._work = set()
@@ -57,9 +60,15 @@ class Killer:
     It may have swallowed the first kill.
     """
 
-    def __init__(self, session: PsSession[Any]) -> None:
-        """Begin. In the hub's thread; does not switch."""
+    def __init__(self, session: PsSession[Any], all_ended: Callable[[], object]) -> None:
+        """Begin. In the hub's thread; does not switch.
+
+        Args:
+            session: the one whose work it is. There is some.
+            all_ended: called in the hub when none is left.
+        """
         self._session = session
+        self.all_ended = all_ended
         self._kills = 0
         # A stuck one must not keep a program alive.
         self._timer = watch(session._loop.timer(KILL_PERIOD, KILL_PERIOD, ref=False))
@@ -76,7 +85,8 @@ class Killer:
         self._kills += 1
         if self._kills == LOUD_AFTER:
             left = len(session._work or ())
-            log_from_hub(logging.WARNING, "%r: %d greenlets of its own do not end", session, left)
+            text = "%r: %d greenlets of its own do not end"
+            session._log(logging.WARNING, text, session, left)
 
     def wait(self) -> None:
         """Wait until all has ended. In the session's own greenlet; raises nothing."""
@@ -95,7 +105,9 @@ class Killer:
 def _run(session: PsSession[Any], function: Callable[[], object]) -> Any:
     try:
         result = function()
-        return run_task(result) if asyncio.iscoroutine(result) else result
+        if asyncio.iscoroutine(result):
+            result = run_task(result, context=session._context)
+        return result
     except GreenletExit as exc:
         return exc.with_traceback(None)  # as gevent does, but it keeps no frame
     except BaseException as exc:
@@ -107,5 +119,5 @@ def _ended(session: PsSession[Any], greenlet: LibraryGreenlet) -> None:
     work = session._work
     if work is not None:
         work.discard(greenlet)
-        if not work and not session._open:
-            session._wake()
+        if not work and session._killer is not None:
+            session._killer.all_ended()

@@ -8,6 +8,7 @@ come to its end. A call that waits for that end must not wait in one of them, no
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from gevent import Greenlet, getcurrent
@@ -16,6 +17,7 @@ from greenlet import greenlet
 
 from psofa_gevent.aio import in_coroutine
 from psofa_gevent.forking import leave_behind, left_behind, not_woken, track
+from psofa_gevent.logs import LogGreenlet
 
 __all__ = [
     "LibraryGreenlet",
@@ -93,8 +95,13 @@ def may_wait() -> bool:
 
 
 def may_wait_for_callbacks() -> bool:
-    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all."""
-    return getcurrent() is not get_hub_if_exists() and not in_callback()
+    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all.
+
+    No log handler, as the end of a stop waits for those.
+    """
+    current = getcurrent()
+    is_hub = current is get_hub_if_exists()
+    return not (is_hub or isinstance(current, LogGreenlet) or in_callback())
 
 
 class Worker:
@@ -105,9 +112,22 @@ class Worker:
     owner, so an owner that is dropped goes, greenlet and all.
     """
 
-    def __init__(self, job: Callable[[], None], has_work: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        job: Callable[[], None],
+        has_work: Callable[[], bool],
+        context: Context | None = None,
+    ) -> None:
+        """Say what to do, in its first line and again where it was killed.
+
+        Args:
+            job: it never returns.
+            has_work: whether it has to go on.
+            context: that of the job; by default one of its own, which is empty.
+        """
         self._job = job
         self._has_work = has_work
+        self._context = context
         self._stopped = False
         self.greenlet: LibraryGreenlet | None = None
 
@@ -115,6 +135,7 @@ class Worker:
         """Start the greenlet unless it runs. Does not switch."""
         if self.greenlet is None and not self._stopped:
             greenlet = LibraryGreenlet(self._job)
+            greenlet.gr_context = self._context
             greenlet.rawlink(self._ended)
             self.greenlet = greenlet
             greenlet.start()

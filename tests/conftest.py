@@ -54,11 +54,12 @@ import gevent.subprocess
 import hypothesis
 import pytest
 
+from progress import keep_progress
 from psofa_gevent.testing import ps_client, ps_server
 
 __all__ = ["ps_client", "ps_server"]
 
-TEST_SECONDS = 60.0
+TEST_SECONDS = 120.0
 GRACE_SECONDS = 2.0
 """How long what a test leaves may take to go: a kill or a FIN may be on its way through the hub."""
 PATIENCE_WITH_GARBAGE = 0.1
@@ -95,6 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "deadline(seconds): the longest the test may take",
     ):
         config.addinivalue_line("markers", marker)
+    keep_progress(config)
 
 
 class SpawnedGreenlets:

@@ -18,6 +18,7 @@ from psofa_gevent import (
     PsClient,
     PsCloseReason,
     PsError,
+    PsHandler,
     PsMultiClient,
     PsServer,
     PsSession,
@@ -192,6 +193,76 @@ def test_anything_else_than_a_callback_is_refused(make: Make, value: object) -> 
 def test_use_async_callback_that_is_no_bool_is_refused(value: object) -> None:
     with pytest.raises(PsCallbackError, match="use_async_callback"):
         PsServer(overriding("use_async_callback", value))
+
+
+@for_all_owners
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("on_mesage", "on_message"),
+        ("on_messages", "on_message"),
+        ("on_opened", "on_open"),
+        ("on_clos", "on_close"),
+        ("on_message_asynk", "on_message_async"),
+        ("on_connect", "on_open"),
+        ("on_disconnect_async", "on_close_async"),
+        ("on_", "on_"),
+        ("on_whatever", "on_"),
+    ],
+)
+def test_a_method_with_the_name_of_no_callback_is_refused_with_the_nearest(
+    make: Make, name: str, nearest: str
+) -> None:
+    any_function: Any = plain_function
+    values: list[Any] = [plain_function, coroutine_function]
+    values += [staticmethod(any_function), classmethod(any_function)]
+    for value in values:
+        with pytest.raises(PsCallbackError) as caught:
+            make(overriding(name, value))
+        assert f"MyCallback.{name} is no callback" in str(caught.value)
+        assert f"did you mean {nearest}" in str(caught.value)
+
+
+def test_such_a_method_of_a_base_class_a_mixin_or_a_handler_is_refused_too() -> None:
+    class Mixin:
+        def on_mesage(self, session: PsSession, message: bytes) -> None:
+            raise AssertionError
+
+    class Mixed(Mixin, PsCallback):
+        pass
+
+    class Derived(Mixed):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            raise AssertionError
+
+    class Handler(Mixin, PsHandler[bytes]):
+        def handle(self, session: PsSession[bytes]) -> None:
+            raise AssertionError
+
+    for callback in (Mixed(), Derived(), Handler()):
+        with pytest.raises(PsCallbackError, match=r"on_mesage .* did you mean on_message\?"):
+            PsServer(callback)
+
+
+def test_what_is_no_method_may_have_any_name() -> None:
+    class Free(PsCallback):
+        on_duty = True
+
+        def __init__(self, on_result: Callable[..., None]) -> None:
+            self.on_result = on_result
+
+        @property
+        def on_call(self) -> object:
+            raise AssertionError("nobody asks")
+
+        def _on_reply(self) -> None:
+            raise AssertionError
+
+        def once(self) -> None:
+            raise AssertionError
+
+    PsServer(Free(plain_function))
+    PsServer(PsCallback())
 
 
 def test_callback_error_is_a_type_error_and_one_of_ours() -> None:

@@ -14,7 +14,7 @@ import signal
 import ssl
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,12 +22,22 @@ import gevent
 import gevent.socket
 import gevent.subprocess
 import pytest
+from gevent import monkey
 
 import helpers
 import psofa_gevent
 from marks import needs_ipv6
-from psofa_gevent import PsOverflow, PsServer, PsSocketAddressFamily, cli, demo, serve
-from psofa_gevent.testing import ScriptedClient, eventually
+from psofa_gevent import (
+    PsClient,
+    PsHeartbeat,
+    PsOverflow,
+    PsServer,
+    PsSocketAddressFamily,
+    cli,
+    demo,
+    serve,
+)
+from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)
 SECONDS = 30.0
@@ -485,6 +495,230 @@ def test_serve_raises_the_descriptor_limit_to_the_hard_one(tmp_path: Path) -> No
         assert "raised from 200 to" in "".join(started.log)
 
 
+# -- serve: SIGHUP
+
+
+@pytest.fixture
+def certificate_files(tmp_path: Path) -> Callable[[str], ssl.SSLContext]:
+    """Writes cert.pem and key.pem for a name, and returns a client's context that trusts them."""
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+
+    def write(name: str) -> ssl.SSLContext:
+        certificate = authority.issue_cert("127.0.0.1", common_name=name)
+        certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        return context
+
+    return write
+
+
+def name_in_certificate(address: tuple[str, int], context: ssl.SSLContext) -> object:
+    # In the thread of a pool: Python's own sockets block.
+    def ask() -> object:
+        native: Any = monkey.get_original("socket", "socket")()
+        with native, context.wrap_socket(native, server_hostname="127.0.0.1") as sock:
+            sock.connect(address)
+            certificate: Any = sock.getpeercert()
+            return dict(pair for (pair,) in certificate["subject"])["commonName"]
+
+    return gevent.get_hub().threadpool.apply(ask)
+
+
+TLS_FILES = ("--certificate", "cert.pem", "--key", "key.pem")
+
+
+def test_sighup_reads_the_certificate_again_and_the_sessions_go_on(
+    tmp_path: Path, certificate_files: Callable[[str], ssl.SSLContext]
+) -> None:
+    context = certificate_files("first")
+    with program(tmp_path, "serve", "--port", "0", *TLS_FILES) as started:
+        address = started.read_address()
+        assert name_in_certificate(address, context) == "first"
+        with PsClient(RecordingCallback(), *address, ssl_context=context) as client:
+            certificate_files("second")
+            started.process.send_signal(signal.SIGHUP)
+            started.read_log("SIGHUP: read cert.pem again")
+            assert name_in_certificate(address, context) == "second"
+            assert client.session is not None
+            client.session.send("still here")
+            eventually(lambda: client.session is not None and client.session.bytes_received)
+        assert started.stop() == 0
+
+
+@pytest.mark.parametrize("wrong", ["cert.pem", "key.pem"])
+@pytest.mark.parametrize("how", ["garbage", "missing"])
+def test_sighup_with_files_that_can_not_be_used_keeps_the_certificate(
+    wrong: str,
+    how: str,
+    tmp_path: Path,
+    certificate_files: Callable[[str], ssl.SSLContext],
+) -> None:
+    context = certificate_files("first")
+    with program(tmp_path, "serve", "--port", "0", *TLS_FILES) as started:
+        address = started.read_address()
+        if how == "missing":
+            (tmp_path / wrong).unlink()
+        else:
+            (tmp_path / wrong).write_text("no certificate")
+        started.process.send_signal(signal.SIGHUP)
+        started.read_log("SIGHUP: the certificate stays as it was: cannot serve TLS with cert.pem")
+        assert "ERROR" in started.log[-1]
+        assert name_in_certificate(address, context) == "first"
+        certificate_files("second")
+        started.process.send_signal(signal.SIGHUP)
+        started.read_log("SIGHUP: read cert.pem again")
+        assert name_in_certificate(address, context) == "second"
+        assert started.stop() == 0
+
+
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["by default", "under nohup"])
+def test_sighup_with_nothing_to_reload_is_told_and_ignored(
+    is_ignored: bool, tmp_path: Path
+) -> None:
+    whole_command = command("serve", "--port", "0")
+    if is_ignored:
+        whole_command = ["sh", "-c", """trap '' HUP; exec "$@" """, "sh", *whole_command]
+    with program_of(whole_command, tmp_path) as started:
+        address = started.read_address()
+        with ScriptedClient(address) as client:
+            started.process.send_signal(signal.SIGHUP)
+            started.read_log("SIGHUP: ignored")
+            client.send("still here")
+            client.expect("still here")
+            assert started.stop() == 0
+
+
+def test_sighup_is_left_to_the_application_where_that_has_a_handler(tmp_path: Path) -> None:
+    write_module(
+        tmp_path,
+        "app",
+        """
+        import signal
+        from psofa_gevent import PsCallback
+
+        class Callback(PsCallback):
+            pass
+
+        signal.signal(signal.SIGHUP, lambda number, frame: print("the application's", flush=True))
+        """,
+    )
+    with program(tmp_path, "serve", "app:Callback", "--port", "0") as started:
+        started.read_address()
+        for _ in range(3):
+            started.read_line()
+        started.process.send_signal(signal.SIGHUP)
+        assert started.read_line() == "the application's"
+        assert started.stop() == 0
+        assert "SIGHUP" not in "".join(started.log)
+
+
+# -- serve: logging
+
+
+SETS_UP_LOGGING = {
+    "basicConfig": "logging.basicConfig(level=logging.INFO, format='OURS %(message)s')",
+    "root": """
+handler = logging.StreamHandler()
+handler.setFormatter(logging.Formatter('OURS %(message)s'))
+logging.getLogger().addHandler(handler)
+logging.getLogger().setLevel(logging.INFO)
+""",
+    "dictConfig": """
+import logging.config
+logging.config.dictConfig({
+    "version": 1,
+    "formatters": {"ours": {"format": "OURS %(message)s"}},
+    "handlers": {"ours": {"class": "logging.StreamHandler", "formatter": "ours"}},
+    "loggers": {"psofa_gevent": {"handlers": ["ours"], "level": "INFO"}},
+})
+""",
+}
+APP_THAT_LOGS = """
+import logging
+from psofa_gevent import PsCallback
+
+def make():
+    {}
+    return PsCallback()
+"""
+
+
+@pytest.mark.parametrize("how", SETS_UP_LOGGING)
+@pytest.mark.parametrize("where", ["imported", "called"])
+def test_logging_that_the_application_has_set_up_is_left_alone(
+    how: str, where: str, tmp_path: Path
+) -> None:
+    set_up = SETS_UP_LOGGING[how].strip()
+    if where == "imported":
+        source = APP_THAT_LOGS.format("pass") + set_up
+    else:
+        source = APP_THAT_LOGS.format(textwrap.indent(set_up, "    ").strip())
+    (tmp_path / "app.py").write_text(source)
+    with program(tmp_path, "serve", "app:make", "--port", "0") as started:
+        started.read_address()
+        assert started.stop() == 0
+    ours = [line for line in started.log if line.startswith("OURS ")]
+    assert ours == started.log  # each record once, and in the application's way
+    assert "listening" in ours[-3]
+    assert "SIGTERM: shutting down" in ours[-2]
+    assert "stopped" in ours[-1]
+
+
+def test_the_log_level_is_that_of_our_logger_where_the_application_has_set_up_logging(
+    tmp_path: Path,
+) -> None:
+    set_up = SETS_UP_LOGGING["basicConfig"]
+    (tmp_path / "app.py").write_text(APP_THAT_LOGS.format("pass") + set_up)
+    options = ["--port", "0", "--log-level", "debug"]
+    with program(tmp_path, "serve", "app:make", *options) as started:
+        ScriptedClient(started.read_address()).close()
+        started.read_log(": closed")
+        assert started.stop() == 0
+    assert all(line.startswith("OURS ") for line in started.log)
+
+
+@pytest.mark.parametrize("level", [None, "debug", "warning"])
+def test_without_logging_of_the_application_serve_logs_at_its_level(
+    level: str | None, tmp_path: Path
+) -> None:
+    options = [] if level is None else ["--log-level", level]
+    with program(tmp_path, "serve", "--port", "0", *options) as started:
+        with ScriptedClient(started.read_address()) as client:
+            client.send("x")
+            client.expect("x")
+        assert started.stop() == 0
+    text = "".join(started.log)
+    assert (": opened" in text) == (level == "debug")
+    assert ("INFO    psofa_gevent: <PsServer" in text) == (level != "warning")
+
+
+def test_what_goes_wrong_while_the_application_is_imported_is_seen(tmp_path: Path) -> None:
+    write_module(
+        tmp_path,
+        "app",
+        """
+        import logging
+        from psofa_gevent import PsCallback, logs
+
+        logging.getLogger("app").error("of the application")
+        logs.log(logging.ERROR, "of the library")
+        logging.basicConfig(format="OURS %(message)s")
+        logs.log(logging.ERROR, "of the library, later")
+        """,
+    )
+    with program(tmp_path, "serve", "app:PsCallback", "--port", "0") as started:
+        started.read_address()
+        assert started.stop() == 0
+    assert started.log == [
+        "of the application\n",
+        "of the library\n",
+        "OURS of the library, later\n",
+    ]
+
+
 def test_serve_serves_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -654,6 +888,15 @@ BROKEN_APP = """
         (["serve", "--trusted-proxy", "10.0.0.1"], "--trusted-proxy needs --proxy-protocol"),
         (["serve", "--heartbeat", "30000"], "must be MILLISECONDS,TEXT, such as 30000,ping, not"),
         (["serve", "--heartbeat", "x,ping"], "must be MILLISECONDS,TEXT, such as 30000,ping, not"),
+        (
+            ["serve", "--raw-heartbeat", "30000"],
+            "must be MILLISECONDS,HEX, such as 30000,fff1, not",
+        ),
+        (
+            ["serve", "--raw-heartbeat", "5,ping"],
+            "must be MILLISECONDS,HEX, such as 30000,fff1, not",
+        ),
+        (["serve", "--heartbeat", "5,x", "--raw-heartbeat", "5,00"], "not allowed with argument"),
         (["serve", "--no-delay", "maybe"], "--no-delay"),
         (["serve", "app"], "'app' is not of the form module:attribute"),
         (["serve", "app.py:Upper"], "'app.py:Upper' is not of the form module:attribute"),
@@ -883,6 +1126,8 @@ def test_every_setting_of_the_server_has_an_option(
         "frame_timeout": 11.5,
         "high_water": 12,
         "overflow": PsOverflow.DROP_OLDEST,
+        "send_buffer_size": 17,
+        "unsent_low_water": 18,
         "handshake_timeout": 13.5,
         "keep_alive": 14.5,
         "user_timeout": 15.5,
@@ -916,6 +1161,8 @@ def test_every_setting_of_the_server_has_an_option(
     assert isinstance(settings["ssl_context"], ssl.SSLContext)
     assert {**settings, "ssl_context": None} == expected
     assert settings_from(monkeypatch, "--port", "1")["port"] == 1
+    raw = settings_from(monkeypatch, "--framing", "line", "--raw-heartbeat", "16,fff1")
+    assert raw["heartbeat"] == PsHeartbeat(16, b"\xff\xf1", raw=True)
 
 
 def test_listeners_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,15 @@ def test_unreachable_says_host_port_and_cause() -> None:
 def test_timed_out_says_host_port_and_cause(timeout: float) -> None:
     with black_hole() as address, takes(timeout * 0.9, most=timeout):
         error = failed_connect(address, timeout=timeout)
-    assert "timed out" in str(error)
+    assert str(error).endswith(f"timed out after {timeout:g} s")
+
+
+def test_of_several_endpoints_each_says_which_time_was_asked_for() -> None:
+    with black_hole() as address:
+        client = PsClient(PsCallback(), *address, endpoints=[address])
+        with pytest.raises(PsClientError) as caught:
+            client.connect(timeout=0.3)
+    assert str(caught.value).count("timed out after its share of 0.3 s") == 2
 
 
 def test_unknown_name_says_host_port_and_cause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,10 @@ ENDINGS: dict[str, tuple[Ending, PsCloseReason]] = {
     ),
     "peer's FIN": (lambda server, session, client: client.eof(), PsCloseReason.PEER_CLOSE),
     "peer's RST": (lambda server, session, client: client.reset(), PsCloseReason.FAILED),
+    "replaced": (  # what bind(replace=True) does with the session that had the key
+        lambda server, session, client: session._ask_to_close(PsCloseReason.REPLACED),
+        PsCloseReason.REPLACED,
+    ),
     "shutdown": (
         lambda server, session, client: gevent.spawn(server.shutdown),
         PsCloseReason.SHUTDOWN,

@@ -30,6 +30,7 @@ from example_process import (
     host_and_port,
     serving_example,
 )
+from gunicorn_process import get, http, reload_gunicorn, under_load
 from helpers import (
     PythonProcess,
     ScriptedServer,
@@ -383,15 +384,6 @@ def test_chat_drops_a_slow_member_and_the_others_do_not_wait() -> None:
 # Devices behind Flask
 
 
-def http(address: Address, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-    """Do one HTTP request; return the answer's status and body."""
-    head = f"{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
-    with ScriptedClient(address, timeout=10.0) as client:
-        client.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        answer_head, _, answer = client.receive_until_eof().partition(b"\r\n\r\n")
-    return int(answer_head.split()[1]), answer
-
-
 def ask(address: Address, name: str, question: str) -> gevent.Greenlet[..., tuple[int, bytes]]:
     """Ask a device in a greenlet of its own, whose value is the answer's status and body."""
     path = f"/devices/{name}/ask"
@@ -408,7 +400,7 @@ def list_devices(http_address: Address) -> list[str]:
 def connect_device(devices: Address, http_address: Address, name: str) -> ScriptedClient:
     device = ScriptedClient(devices)
     device.send(f"HELLO {name}\n")
-    eventually(lambda: name in list_devices(http_address))
+    eventually(lambda: name in list_devices(http_address), timeout=20)
     return device
 
 
@@ -423,14 +415,12 @@ def flask_under_pywsgi() -> Iterator[tuple[PythonProcess, Address, Address]]:
 
 
 @contextlib.contextmanager
-def flask_under_gunicorn(
-    device_port: int = 0,
-) -> Iterator[tuple[PythonProcess, Address, Address]]:
+def flask_under_gunicorn() -> Iterator[tuple[PythonProcess, Address, Address]]:
     pytest.importorskip("flask")
     pytest.importorskip("gunicorn")
-    settings = {"DEVICE_PORT": str(device_port), "ASK_TIMEOUT": ASK_TIMEOUT}
-    command = ("-m", "gunicorn", "-c", str(EXAMPLES / "gunicorn.conf.py"), "-b", "127.0.0.1:0")
-    with python_process(*command, environment=settings) as process:
+    ports = ("-b", "127.0.0.1:0", "-b", "127.0.0.1:0")
+    command = ("-m", "gunicorn", "-c", str(EXAMPLES / "gunicorn.conf.py"), *ports)
+    with python_process(*command, environment={"ASK_TIMEOUT": ASK_TIMEOUT}) as process:
         http_address = announced_address(process, "Listening at: ")
         yield process, announced_address(process, "devices on "), http_address
         end(process)
@@ -489,14 +479,23 @@ def test_wsgi_stack_closes_its_devices_when_it_ends(wsgi_stack: WsgiStack) -> No
         lamp.expect_eof()
 
 
-def test_gunicorn_reload_hands_the_devices_port_over() -> None:
-    port = free_port()
-    with flask_under_gunicorn(port) as (process, devices, http_address):
-        with connect_device(devices, http_address, "lamp") as lamp:
-            process.send_signal(signal.SIGHUP)
+def test_gunicorn_reload_refuses_neither_a_request_nor_a_device() -> None:
+    with flask_under_gunicorn() as (process, devices, http_address):
+
+        def ask_for_the_list() -> None:
+            assert get(http_address, "/devices")[0] == 200
+
+        def connect_one() -> None:
+            with ScriptedClient(devices) as device:
+                device.send("HELLO passer-by\n")
+
+        with (
+            connect_device(devices, http_address, "lamp") as lamp,
+            under_load(ask_for_the_list, connect_one),
+        ):
+            reload_gunicorn(process)
             lamp.expect_eof()
-        process.expect_line(f"devices on 127.0.0.1:{port}")
-        connect_device(devices, http_address, "lamp").close()
+            connect_device(devices, http_address, "lamp").close()
 
 
 # A client that stays connected

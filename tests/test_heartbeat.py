@@ -16,8 +16,16 @@ from gevent import monkey
 
 from acting import STALLING, wait_until_stalled
 from helpers import NativeThread, ScriptedServer, close_reasons, stalled_peer
-from psofa_gevent import PsCallback, PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
-from psofa_gevent.framing import Line
+from psofa_gevent import (
+    PsCallback,
+    PsClient,
+    PsCloseReason,
+    PsHeartbeat,
+    PsMultiClient,
+    PsServer,
+    PsSession,
+)
+from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -65,6 +73,40 @@ def test_a_client_sends_heartbeats_and_a_multi_client_too(framing: Line | None) 
                 bundle.connect(*scripted.address)
             for peer in [scripted.accept() for _ in range(3)]:
                 peer.expect(expected)
+
+
+def say_nop(_session: PsSession[Any]) -> bytes:
+    return b"\xff\xf1"
+
+
+async def say_nop_async(session: PsSession[Any]) -> bytes:
+    return say_nop(session)
+
+
+@pytest.mark.parametrize("message", [b"\xff\xf1", bytearray(b"\xff\xf1"), say_nop, say_nop_async])
+@pytest.mark.parametrize("framing", [None, Line(), LengthPrefix()])
+def test_a_raw_heartbeat_goes_past_the_framing(
+    framing: Any, message: object, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    heartbeat = PsHeartbeat(50, message, raw=True)
+    client = ps_client(ps_server(PsCallback(), framing=framing, heartbeat=heartbeat))
+    client.expect(b"\xff\xf1\xff\xf1")
+
+
+def test_a_raw_heartbeat_may_be_what_the_framing_refuses(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    with pytest.raises(ValueError, match="line"):
+        PsServer(PsCallback(), framing=Line(), heartbeat=(50, b"\n"))
+    callback = RecordingCallback(bytes)
+    heartbeat = PsHeartbeat(50, "\n", raw=True)
+    client = ps_client(ps_server(callback, framing=Line(), heartbeat=heartbeat))
+    client.expect("\n")
+    client.send("question\n")
+    received = b""
+    while not received.endswith(b"question\n\n"):  # whole, between others
+        received += client.receive(1)
+    assert received.lstrip(b"\n") == b"question\n\n"
 
 
 def test_none_is_sent_while_the_session_sends_other_things(

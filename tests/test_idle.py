@@ -20,7 +20,7 @@ import pytest
 from gevent import monkey
 from gevent.event import Event
 
-from helpers import ScriptedServer, stalled_peer
+from helpers import ScriptedServer, stalled_peer, takes, waited_for_a_core
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -59,6 +59,7 @@ class IdleCallback(RecordingCallback):
     def __init__(self) -> None:
         super().__init__()
         self.closed_at: dict[PsSession, float] = {}
+        self.had_waited_for_a_core = waited_for_a_core()
         self.opened: Callable[[PsSession], object] = lambda _session: None
         self.received_message: Callable[[PsSession], object] = lambda _session: None
 
@@ -107,7 +108,8 @@ def expect_timeout(callback: IdleCallback, session: PsSession, since: float) -> 
     assert callback.reasons(session) == [PsCloseReason.TIMEOUT]
     assert session.close_cause is None
     elapsed = callback.closed_at[session] - since
-    assert elapsed < SECOND_OR_SO
+    lost = waited_for_a_core() - callback.had_waited_for_a_core
+    assert elapsed - lost < SECOND_OR_SO
     return elapsed
 
 
@@ -304,12 +306,12 @@ def test_idle_change_while_waiting_restarts_the_clock(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     callback = IdleCallback()
-    server = ps_server(callback, idle_milliseconds=900)
+    server = ps_server(callback, idle_milliseconds=2_000)
     session = callback.session_of(ps_client(server))
-    gevent.sleep(0.6)  # most of the idle time must be over: there is no condition to wait for
+    gevent.sleep(1.2)  # most of the idle time must be over: there is no condition to wait for
     assert session.is_open
-    session.change_idle_milliseconds(900)
-    elapsed = expect_timeout(callback, session, time.monotonic() + 0.9)
+    session.change_idle_milliseconds(2_000)
+    elapsed = expect_timeout(callback, session, time.monotonic() + 2.0)
     assert elapsed > -0.05
 
 
@@ -378,16 +380,16 @@ def test_bytes_from_the_peer_restart_the_clock(
 ) -> None:
     """Whenever the scan, which comes to each session once a second, looks at it."""
     callback = IdleCallback()
-    server = ps_server(callback, idle_milliseconds=900, divide=10)
+    server = ps_server(callback, idle_milliseconds=2_000, divide=10)
     clients = [ps_client(server) for _ in range(10)]
     callback.wait_for("on_open", 10)
-    gevent.sleep(0.5)  # half of the idle time
+    gevent.sleep(1.0)  # half of the idle time
     for client in clients:
         client.send("x")
     last = time.monotonic()
     sessions = [callback.session_of(client) for client in clients]
     for session in sessions:
-        assert expect_timeout(callback, session, last + 0.9) > -0.05
+        assert expect_timeout(callback, session, last + 2.0) > -0.05
         assert session.messages_received == 1
 
 
@@ -537,13 +539,12 @@ def test_blocked_on_close_does_not_delay_the_timeouts_of_others(ps_server: Serve
             go_on.wait()
 
     server = ps_server(SlowClose(), idle_milliseconds=1)
-    began = time.monotonic()
-    with ScriptedClient(server.address) as first:
-        first.expect_eof()
-    with ScriptedClient(server.address) as second:
-        second.expect_eof()
-    eventually(lambda: server.get_session_count() == 0)
-    assert time.monotonic() - began < 2 * SECOND_OR_SO
+    with takes(most=2):
+        with ScriptedClient(server.address) as first:
+            first.expect_eof()
+        with ScriptedClient(server.address) as second:
+            second.expect_eof()
+        eventually(lambda: server.get_session_count() == 0)
     go_on.set()
 
 
@@ -584,10 +585,10 @@ def test_timeout_and_close_at_the_same_moment_close_once(
     ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
     callback = IdleCallback()
-    server = ps_server(callback, divide=1, idle_milliseconds=300)
+    server = ps_server(callback, divide=1, idle_milliseconds=1_500)
     clients = [ps_client(server) for _ in range(50)]
     sessions = [callback.session_of(client) for client in clients]
-    native_sleep(1.3)  # all deadlines have passed, and nobody has looked yet
+    native_sleep(2.5)  # all deadlines have passed, and nobody has looked yet
     for session in sessions[::2]:
         session.close()
     callback.wait_for("on_close", len(sessions))

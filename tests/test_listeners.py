@@ -44,8 +44,8 @@ from psofa_gevent import (
     PsServerError,
     PsSession,
     PsSocketAddressFamily,
-    addresses,
 )
+from psofa_gevent.addresses import TcpAddress
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
@@ -709,11 +709,13 @@ def test_a_server_that_is_shut_down_in_on_start_leaves_no_file(tmp_path: Path) -
 def test_a_server_that_is_shut_down_while_it_binds_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resolve(*arguments: Any) -> Any:
-        server.shutdown()
-        return addresses.resolve(*arguments)
+    resolve = TcpAddress.resolve
 
-    monkeypatch.setattr("psofa_gevent.places.resolve", resolve)
+    def resolve_late(address: TcpAddress) -> Any:
+        server.shutdown()
+        return resolve(address)
+
+    monkeypatch.setattr(TcpAddress, "resolve", resolve_late)
     server = PsServer(PsCallback(), listener=[f"unix:{tmp_path}/app.sock", (LOOPBACK, 0)])
     with pytest.raises(PsServerError, match="shut down while it started"):
         server.start()

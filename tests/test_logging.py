@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import linecache
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import gevent
 import pytest
 from gevent import GreenletExit
 from gevent.event import Event
 
-from helpers import echo, run_python, stalled_peer
+import psofa_gevent
+from helpers import Keeping, attached, echo, run_python, stalled_peer
 from psofa_gevent import PsCallback, PsClient, PsCloseReason, PsMultiClient, PsServer, PsSession
+from psofa_gevent.framing import FixedSize, Line
 from psofa_gevent.testing import (
     RecordingCallback,
     ScriptedClient,
@@ -25,31 +29,6 @@ from psofa_gevent.testing import (
 )
 
 NAME = "psofa_gevent"
-
-
-class Keeping(logging.Handler):
-    """Keeps the records."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-@contextlib.contextmanager
-def attached(handler: logging.Handler) -> Iterator[None]:
-    """The library's logger with one more handler, for all levels."""
-    logger = logging.getLogger(NAME)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -412,6 +391,46 @@ class SendTimesOut(Scenario):
             callback.wait_for("on_close")
 
 
+class MessageIsMalformed(Scenario):
+    settings = MappingProxyType({"framing": FixedSize(5).typed(int, str)})
+    level = logging.WARNING
+
+    def play(self, server: PsServer, callback: RecordingCallback) -> None:
+        with ScriptedClient(server.address) as client:
+            client.send("hello")
+            callback.wait_for("on_close")
+
+
+class MessageTrickles(MessageIsMalformed):
+    settings = MappingProxyType({"framing": Line(), "frame_timeout": 0.05, "divide": 1})
+
+
+class PeerLeavesWithinAMessage(MessageIsMalformed):
+    settings = MappingProxyType({"framing": Line()})
+
+    def play(self, server: PsServer, callback: RecordingCallback) -> None:
+        with ScriptedClient(server.address) as client:
+            client.send("hello")
+        callback.wait_for("on_close")
+
+
+class PostsOverflow(Scenario):
+    settings = MappingProxyType({"high_water": 1_000})
+    level = logging.WARNING
+
+    def callback(self) -> RecordingCallback:
+        return Misbehaving(on_open=post_until_it_closes)
+
+    def play(self, server: PsServer, callback: RecordingCallback) -> None:
+        with stalled_peer(server.address):
+            callback.wait_for("on_close")
+
+
+def post_until_it_closes(session: PsSession) -> None:
+    while session.post(bytes(100_000)):
+        pass
+
+
 class StrangerKillsIt(Scenario):
     level = logging.ERROR
 
@@ -478,12 +497,34 @@ SCENARIOS = [
     OnMessageTakesTooLong,
     OnCloseTakesTooLong,
     SendTimesOut,
+    MessageIsMalformed,
+    MessageTrickles,
+    PeerLeavesWithinAMessage,
+    PostsOverflow,
     StrangerKillsIt,
     IsKilledAtShutdown,
     OnCloseIsKilledAtShutdown,
     IsLeftBehindAtShutdown,
     OnCloseIsLeftBehindAtShutdown,
 ]
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("kind", SCENARIOS)
+def test_every_record_says_which_line_of_the_library_logged_it(
+    kind: type[Scenario], records: list[logging.LogRecord]
+) -> None:
+    scenario = kind()
+    callback = scenario.callback()
+    with serving(callback, **scenario.settings) as server:
+        scenario.play(server, callback)
+    assert len(records) >= 4
+    for record in records:
+        assert Path(record.pathname).parent == Path(psofa_gevent.__file__).parent
+        assert record.filename != "logs.py"
+        assert "log" in linecache.getline(record.pathname, record.lineno)
+        assert record.funcName not in ("_log", "_log_peer", "tell")
+    assert {"start", "_live"} <= {record.funcName for record in records}
 
 
 @pytest.mark.logs_errors
@@ -620,36 +661,55 @@ class Waiting(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
-        self.count = 0
+        self.begun: list[logging.LogRecord] = []
+        self.ended: list[logging.LogRecord] = []
+        self.problems: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.begun.append(record)
         if gevent.getcurrent() is gevent.get_hub():
-            raise AssertionError(f"logged in the hub, which must not wait: {record.getMessage()}")
-        self.count += 1
+            self.problems.append(f"in the hub, which must not wait: {record.getMessage()}")
+            return
+        for session in filter(is_a_session, record.args or ()):
+            if session._waiting_since:
+                self.problems.append(f"while the session waits: {record.getMessage()}")
         gevent.sleep(0.005)
+        self.ended.append(record)
+
+
+def is_a_session(value: object) -> TypeGuard[PsSession]:
+    return isinstance(value, PsSession)
 
 
 @pytest.mark.logs_errors
 @pytest.mark.parametrize("kind", SCENARIOS)
-def test_handler_that_waits_costs_no_session_a_callback(kind: type[Scenario]) -> None:
+def test_handler_that_waits_gets_every_record_in_order_and_costs_no_session_a_callback(
+    kind: type[Scenario],
+) -> None:
     scenario = kind()
     callback = scenario.callback()
-    handler = Waiting()
-    with attached(handler):
+    handler, keeping = Waiting(), Keeping()
+    with attached(keeping), attached(handler):
         with serving(callback, **scenario.settings) as server:
             scenario.play(server, callback)
-        assert handler.count
-        names = [event.name for event in callback.events if event.name != "on_message"]
-        left_behind = kind is IsLeftBehindAtShutdown
-        closes = [] if left_behind else ["on_close"]
-        assert names == ["on_start", "on_open", *closes, "on_stop"]
+        eventually(lambda: len(handler.ended) == len(handler.begun) == len(keeping.records))
+    assert handler.problems == []
+    assert handler.begun == handler.ended == keeping.records
+    created = [record.created for record in handler.ended]
+    assert created == sorted(created)
+    assert max(record.levelno for record in handler.ended) == max(scenario.level, logging.INFO)
+    names = [event.name for event in callback.events if event.name != "on_message"]
+    left_behind = kind is IsLeftBehindAtShutdown
+    closes = [] if left_behind else ["on_close"]
+    assert names == ["on_start", "on_open", *closes, "on_stop"]
 
 
 @pytest.mark.logs_errors
 def test_handler_that_waits_does_not_save_sessions_from_the_shutdown() -> None:
     callback = Misbehaving(on_message=hang)
+    handler = Waiting()
     with (
-        attached(Waiting()),
+        attached(handler),
         serving(callback) as server,
         contextlib.ExitStack() as stack,
     ):
@@ -659,6 +719,10 @@ def test_handler_that_waits_does_not_save_sessions_from_the_shutdown() -> None:
         server.shutdown(timeout=0)
         assert len(callback.named("on_close")) == 20
         assert callback.events[-1].name == "on_stop"
+        eventually(lambda: "stopped" in handler.ended[-1].getMessage())
+    endings = [record for record in handler.ended if "a callback was ended" in record.getMessage()]
+    assert len(endings) == 20
+    assert handler.problems == []
 
 
 def test_levels_that_are_off_cost_no_record(ps_server: ServerFactory) -> None:

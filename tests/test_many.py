@@ -13,6 +13,8 @@ from typing import Any
 import gevent
 import gevent.event
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers import NativeThread
 from psofa_gevent import (
@@ -26,7 +28,9 @@ from psofa_gevent import (
     PsServer,
     PsSession,
 )
+from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.framing import Framing, LengthPrefix, Line
+from psofa_gevent.registry import Registry
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -376,11 +380,58 @@ def test_of_sessions_with_the_same_chosen_id_the_last_is_found(ps_server: Server
         assert bundle.get_session(chosen) is first
         second = bundle.connect("127.0.0.1", port, connection_id=chosen).session
         assert bundle.get_session(chosen) is second
+        assert second is not None
         second.close()
         assert bundle.get_session(chosen) is first
         eventually(lambda: bundle.get_session_count() == 1)
         assert bundle.get_session(chosen) is first
         assert NativeThread(bundle.get_session, chosen).wait() is first
+
+
+def test_to_find_a_session_no_ids_are_made(room: MakeRoom) -> None:
+    here = room(3)
+    for look_for in (uuid.uuid4(), here.sessions[1].connection_id):
+        here.server.get_session(look_for)
+        NativeThread(here.server.get_session, look_for).join()
+    made = [isinstance(session._connection_id, uuid.UUID) for session in here.sessions]
+    assert made == [False, True, False]
+
+
+def test_random_ids_are_of_version_4() -> None:
+    ids = {uuid.UUID(bytes=random_bytes()) for _ in range(1_000)}
+    assert len(ids) == 1_000
+    assert all(each.version == 4 and each.variant == uuid.RFC_4122 for each in ids)
+    ones = [bin(each.int).count("1") for each in ids]
+    assert 60 < sum(ones) / len(ones) < 66  # of 122 random bits and two that are set
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9))))
+def test_the_last_of_those_with_an_id_is_found_in_whatever_order_they_come_and_go(
+    steps: list[tuple[int, int]],
+) -> None:
+    ids = [uuid.uuid4() for _ in range(4)]
+    registry, here = Registry(), list[Any]()
+    for which, leaves in steps:
+        if leaves < len(here):
+            gone = here.pop(leaves)
+            assert registry.discard(gone)
+            assert not registry.discard(gone)
+        session: Any = WithId(ids[which])
+        registry.add(session)
+        here.append(session)
+        assert list(registry) == here
+        assert len(registry) == len(here)
+        for each in ids:
+            assert list(registry.find(each)) == [
+                session for session in reversed(here) if session._connection_id == each
+            ]
+
+
+class WithId:
+    """What a registry needs of a session."""
+
+    def __init__(self, connection_id: uuid.UUID) -> None:
+        self._connection_id = connection_id
 
 
 def test_an_id_must_be_one() -> None:
@@ -432,9 +483,51 @@ def test_a_device_that_comes_back_replaces_its_old_session(room: MakeRoom) -> No
     assert here.server.find("other key") is None
     (closed,) = callback.wait_for("on_close")
     assert closed.session is old
-    assert closed.value is PsCloseReason.SELF_CLOSE
+    assert closed.value is old.close_reason is PsCloseReason.REPLACED
+    assert old.close_cause is None
     assert here.server.find("device") is new
     assert new.is_open
+
+
+def test_a_thread_that_replaces_a_session_is_its_reason_at_once(room: MakeRoom) -> None:
+    callback = RecordingCallback()
+    here = room(2, callback=callback)
+    old, new = here.sessions
+    here.server.bind(old, "device")
+    NativeThread(here.server.bind, new, "device", replace=True).join()
+    assert not old.is_open  # the hub has yet to hear of it
+    assert old.close_reason is PsCloseReason.REPLACED
+    old.change_idle_milliseconds(1)
+    old.close()
+    NativeThread(old.close).join()
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is old.close_reason is PsCloseReason.REPLACED
+
+
+def test_a_session_that_closes_already_is_not_replaced(room: MakeRoom) -> None:
+    callback = RecordingCallback()
+    here = room(2, callback=callback)
+    old, new = here.sessions
+    here.server.bind(old, "device")
+    old.close()
+    here.server.bind(new, "device", replace=True)
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is old.close_reason is PsCloseReason.SELF_CLOSE
+
+
+def test_a_key_leads_to_a_session_of_the_same_owner(room: MakeRoom) -> None:
+    here = room(1)
+    with PsMultiClient(PsCallback()) as bundle:
+        foreign = bundle.connect(*here.server.address).session
+        for owner, session in ((here.server, foreign), (bundle, here.sessions[0])):
+            for replace in (False, True):
+                with pytest.raises(ValueError, match="belongs to") as caught:
+                    owner.bind(session, "key", replace=replace)
+                for each in (session, session.owner, owner):
+                    assert repr(each) in str(caught.value)
+            assert owner.find("key") is None
+        bundle.bind(foreign, "key")
+        assert bundle.find("key") is foreign
 
 
 def test_threads_that_bind_one_key_leave_one_session_with_it(room: MakeRoom) -> None:

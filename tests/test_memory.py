@@ -763,7 +763,7 @@ def test_a_client_that_did_not_get_connected_goes_at_once(end: str) -> None:
         client = PsClient(PsCallback(), *scripted.address, ssl_context=CLIENT_CONTEXT)
         references.append(weakref.ref(client))
         with contextlib.suppress(PsClientError):
-            client.connect(timeout=0.05 if end == "timeout" else None)
+            client.connect(timeout=0.5 if end == "timeout" else None)
 
     references: list[weakref.ref[PsClient]] = []
     with ScriptedServer() as scripted:

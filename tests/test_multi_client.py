@@ -236,6 +236,26 @@ def test_disconnect_of_anything_else_is_a_type_error(value: Any) -> None:
         bundle.disconnect(value)
 
 
+def test_disconnect_refuses_what_belongs_to_another_owner(ps_server: ServerFactory) -> None:
+    server = ps_server(PsCallback())
+    with (
+        PsMultiClient(PsCallback()) as mine,
+        PsMultiClient(PsCallback()) as other,
+        PsMultiClient(PsCallback(), reconnect=True) as staying,
+    ):
+        connections = [other.connect(*server.address), staying.connect(*server.address)]
+        eventually(lambda: len(server.sessions) == 2)
+        sessions = [connection.session for connection in connections]
+        for foreign in list[Any]([*connections, *sessions, server.sessions[0]]):
+            with pytest.raises(ValueError, match="belongs to") as caught:
+                mine.disconnect(foreign)
+            assert repr(foreign) in str(caught.value)
+            assert repr(mine) in str(caught.value)
+        assert all(session.is_open for session in (*sessions, *server.sessions))
+        staying.disconnect(sessions[1])
+        eventually(lambda: len(server.sessions) == 1)
+
+
 def test_disconnect_takes_a_session_too(ps_server: ServerFactory) -> None:
     """As a callback has no more than that."""
     callback = RecordingCallback()
@@ -625,7 +645,7 @@ def test_destroy_bundle_in_another_thread_returns_after_on_stop(ps_server: Serve
 def test_idle_connections_time_out_and_busy_ones_do_not(ps_server: ServerFactory) -> None:
     address = ps_server(echo()).address
     callback = RecordingCallback()
-    with PsMultiClient(callback, idle_milliseconds=300) as bundle:
+    with PsMultiClient(callback, idle_milliseconds=1_000) as bundle:
         busy, idle = bundle.connect(*address).session, bundle.connect(*address).session
 
         def talk() -> None:

@@ -184,6 +184,7 @@ def test_is_open_is_false_in_on_close_whatever_the_reason(
         PsCloseReason.FAILED: lambda: client.send("x"),
         PsCloseReason.TIMEOUT: lambda: session.change_idle_milliseconds(1),
         PsCloseReason.SHUTDOWN: server.shutdown,
+        PsCloseReason.REPLACED: lambda: session._ask_to_close(PsCloseReason.REPLACED),
     }
     endings[reason]()
     assert callback.closed(session) is reason

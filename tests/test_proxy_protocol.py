@@ -45,7 +45,8 @@ from psofa_gevent.testing import (
 CLIENT6 = ("2001:db8::7", 50_123, 0, 0)
 SERVER6 = ("2001:db8::1", 443, 0, 0)
 UNKNOWN = b"PROXY UNKNOWN\r\n"
-
+AWS_HEALTH_CHECK = bytes.fromhex("0d0a0d0a000d0a515549540a20110054030004bce5951f04004a") + bytes(74)
+"""As users have dumped it: LOCAL, TCP over IPv4, and TLVs where the addresses would be."""
 GOOD_HEADERS = {
     "v1 TCP4": v1(),
     "v1 TCP6": v1(CLIENT6, SERVER6),
@@ -56,6 +57,7 @@ GOOD_HEADERS = {
     "v2 TCP6": v2(CLIENT6, SERVER6),
     "v2 Unix": v2(b"/run/client", b"/run/server"),
     "v2 LOCAL": LOCAL,
+    "v2 of AWS": AWS_HEALTH_CHECK,
     "v2 TLVs": with_crc(tlvs=[tlv(2, b"example.org"), tlv(4, bytes(5_000)), tlv(5, b"id")]),
     "v2 largest": v2(tlvs=[tlv(4, bytes(65_535 - 12 - 3))]),
 }
@@ -117,6 +119,69 @@ def test_v2_tells_source_and_destination() -> None:
 def test_v2_local_and_unspecified_tell_of_no_client(header: bytes) -> None:
     info = header_of(header)
     assert (info.is_local, info.source, info.destination) == (True, None, None)
+
+
+FAMILIES = {"UNSPEC": (0x00, 0), "INET": (0x11, 12), "INET6": (0x21, 36), "UNIX": (0x31, 216)}
+"""Each with the size of its addresses."""
+
+
+def local_header(family: int, block: bytes, *, crc: bool = False) -> bytes:
+    """LOCAL, with its checksum behind the block if it shall have one."""
+    if not crc:
+        return V2_SIGNATURE + bytes([0x20, family]) + len(block).to_bytes(2, "big") + block
+    blank = local_header(family, block + tlv(3, bytes(4)))
+    return blank[:-4] + crc32c(blank).to_bytes(4, "big")
+
+
+def test_the_health_check_of_aws_is_read() -> None:
+    info = header_of(AWS_HEALTH_CHECK)
+    assert info == PsProxyInfo(
+        2, True, None, None, tlvs=((3, bytes.fromhex("bce5951f")), (4, bytes(74)))
+    )
+
+
+@pytest.mark.parametrize("has_addresses", [True, False])
+@pytest.mark.parametrize("crc", [True, False])
+@pytest.mark.parametrize(("family", "size"), FAMILIES.values(), ids=FAMILIES)
+def test_tlvs_of_a_local_header_are_found_with_addresses_and_without(
+    family: int, size: int, crc: bool, has_addresses: bool
+) -> None:
+    for addresses in (bytes(size), b"\x01\0\x02" * (size // 3)):
+        block = addresses if has_addresses else b""
+        block += tlv(2, b"example.org") + tlv(4, bytes(300)) + tlv(5, b"id")
+        info = header_of(local_header(family, block, crc=crc))
+        assert info.is_local
+        assert [kind for kind, _ in info.tlvs] == [2, 4, 5] + [3] * crc
+        assert (info.authority, info.unique_id) == ("example.org", b"id")
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES.values(), ids=FAMILIES)
+def test_a_local_header_is_taken_whatever_it_has(family: int, size: int) -> None:
+    for length in {0, 1, 2, 3, size - 1, size, size + 1, size + 3, 300, 65_535} - {-1}:
+        for fill in (b"\0", b"\x03", b"\x20", b"\xff"):
+            header = local_header(family, fill * length)
+            info = header_of(header)
+            assert (info.is_local, info.source, info.destination) == (True, None, None)
+    for odd in (tlv(3, b""), tlv(3, b"12345"), tlv(3, bytes(4)) * 2, tlv(0x20, b"")):
+        assert header_of(local_header(family, odd)).tlvs == ()
+        assert header_of(local_header(family, bytes(size) + odd)).is_local
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES.values(), ids=FAMILIES)
+def test_a_local_header_whose_only_tlvs_have_a_wrong_checksum_is_refused(
+    family: int, size: int
+) -> None:
+    header = local_header(family, b"\xff" * size + tlv(2, b"example.org"), crc=True)
+    with pytest.raises(ValueError, match="wrong checksum"):
+        parse(header[:-1] + bytes([header[-1] ^ 1]))
+
+
+@given(
+    st.sampled_from([0x00, 0x10, 0x11, 0x21, 0x31, 0xF5]),
+    st.binary(max_size=400).filter(lambda block: 3 not in block),
+)
+def test_no_local_header_without_a_checksum_is_refused(family: int, block: bytes) -> None:
+    assert header_of(local_header(family, block)).is_local
 
 
 def test_a_balancer_s_own_endpoint_is_kept() -> None:
@@ -422,7 +487,7 @@ def test_the_largest_header_is_taken_and_the_first_message_after_it(
         assert len(server.sessions[0].proxy.tlvs[0][1]) == 65_520
 
 
-@pytest.mark.parametrize("header", [UNKNOWN, LOCAL, v2(None, family=0)], ids=len)
+@pytest.mark.parametrize("header", [UNKNOWN, LOCAL, v2(None, family=0), AWS_HEALTH_CHECK], ids=len)
 def test_the_balancer_s_own_connection_keeps_its_own_endpoint(
     ps_server: ServerFactory, header: bytes
 ) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from example_process import ended_well
+from gunicorn_process import get, reload_gunicorn, under_load
 from helpers import REPOSITORY, free_port, python_process, wait_until_accepting
-from psofa_gevent import PsCallback, PsServer
+from psofa_gevent.testing import ScriptedClient
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROGRAMS: list[str] = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -69,11 +71,54 @@ def test_the_fixtures_of_the_readme_work(tmp_path: Path) -> None:
     assert code == 0, "\n".join(process.lines)
 
 
-def test_the_gunicorn_settings_of_the_readme_start_and_stop_the_server() -> None:
-    server = PsServer(PsCallback(), host="127.0.0.1", port=0)
-    settings: dict[str, Any] = {"my_server": server}
-    exec(block_with("post_worker_init"), settings)
-    settings["post_worker_init"](None)
-    assert server.started
-    settings["worker_exit"](None, None)
-    assert not server.started
+GUNICORN_APP = """\
+import time
+
+from psofa_gevent import PsCallback
+
+
+class MyCallback(PsCallback):
+    def on_message(self, session, message):
+        session.send(message)
+
+
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/slow":
+        time.sleep(0.3)
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+"""
+
+
+def test_the_gunicorn_settings_of_the_readme_lose_nothing_at_a_reload(tmp_path: Path) -> None:
+    pytest.importorskip("gunicorn")
+    (tmp_path / "my_app.py").write_text(GUNICORN_APP, encoding="utf-8")
+    settings = tmp_path / "gunicorn.conf.py"
+    # The second line leaves nothing in the home directory; older gunicorns ignore it.
+    more = f"chdir = {str(tmp_path)!r}\ncontrol_socket_disable = True\n"
+    settings.write_text(block_with("post_worker_init") + more, encoding="utf-8")
+    ports = ("-b", "127.0.0.1:0", "-b", "127.0.0.1:0")
+    command = ("-m", "gunicorn", "-c", str(settings), *ports, "my_app:app")
+    with python_process(*command) as process:
+        line = process.expect_line("Listening at: ")
+        http_address, tcp_address = (
+            ("127.0.0.1", int(port)) for port in re.findall(r":(\d{4,5})", line)
+        )
+
+        def request(path: str) -> Callable[[], None]:
+            def request_it() -> None:
+                assert get(http_address, path) == (200, b"ok")
+
+            return request_it
+
+        def exchange() -> None:
+            with ScriptedClient(tcp_address, timeout=20.0) as client:
+                client.send("hello")
+                client.expect("hello")
+
+        with under_load(request("/"), request("/slow"), exchange):
+            reload_gunicorn(process)
+            process.send_signal(signal.SIGTTIN)
+            process.expect_line("Booting worker")
+        process.send_signal(signal.SIGTERM)
+        ended_well(process)

@@ -455,9 +455,9 @@ def test_callback_timeout_does_not_count_the_wait_for_messages(
             session.send(message)
 
     handler = Handler(handle)
-    client = ps_client(ps_server(handler, callback_timeout=0.5))
+    client = ps_client(ps_server(handler, callback_timeout=1.0))
     for _ in range(3):
-        gevent.sleep(0.3)
+        gevent.sleep(0.9)
         client.send("x")
         client.expect("x")
     assert not handler.closed
@@ -472,8 +472,8 @@ def test_callback_timeout_ends_a_handler_that_takes_too_long_for_a_message(
             gevent.sleep(600)
 
     handler = Handler(handle)
-    client = ps_client(ps_server(handler, callback_timeout=0.1))
-    gevent.sleep(0.3)
+    client = ps_client(ps_server(handler, callback_timeout=0.5))
+    gevent.sleep(0.8)
     assert not handler.closed
     client.send("x")
     assert handler.reason() is PsCloseReason.FAILED
@@ -486,11 +486,11 @@ def test_callback_timeout_begins_anew_with_each_message_of_one_read(
 ) -> None:
     def handle(session: PsSession[Any]) -> None:
         for message in session:
-            gevent.sleep(0.1)
+            gevent.sleep(0.2)
             session.send(message)
 
     handler = Handler(handle)
-    client = ps_client(ps_server(handler, framing=Line(), callback_timeout=0.5))
+    client = ps_client(ps_server(handler, framing=Line(), callback_timeout=1.0))
     client.send("x\n" * 10)
     client.expect("x\n" * 10)
     assert not handler.closed
@@ -507,11 +507,11 @@ def test_frame_timeout_does_not_count_what_a_handler_takes(
         gate.wait()
         session.send(session.receive())
 
-    client = ps_client(ps_server(PsHandler(handle), framing=Line(), frame_timeout=0.4))
+    client = ps_client(ps_server(PsHandler(handle), framing=Line(), frame_timeout=1.0))
     client.send("half ")
     gevent.sleep(0.2)
     client.send("and half\n")
-    gevent.sleep(0.5)
+    gevent.sleep(1.0)
     gate.set()
     client.expect("half and half\n")
 

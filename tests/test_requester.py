@@ -14,6 +14,7 @@ import gevent
 import gevent.event
 import gevent.pool
 import pytest
+from gevent import monkey
 
 from helpers import NativeThread, close_reasons
 from psofa_gevent import (
@@ -137,6 +138,216 @@ def test_a_late_reply_is_not_taken_for_that_to_the_next_request(device: MakeDevi
     assert asked.get(timeout=5) == b"to quick"
     here.callback.wait_for("on_message")
     assert [event.value for event in here.callback.named("on_message")] == [b"unasked"]
+
+
+def test_replies_that_are_all_late_reach_nobody(device: MakeDevice) -> None:
+    here = device()
+    for request in ("1", "2"):
+        with pytest.raises(PsRequestTimeoutError):
+            here.ask(request, timeout=0.05)
+    asked = gevent.spawn(here.ask, "3")
+    here.client.expect("1\n2\n3\n")
+    here.client.send("to 1\n")
+    here.client.send("to 2\n")
+    here.client.send("to 3\nunasked\n")
+    assert asked.get(timeout=5) == b"to 3"
+    here.callback.wait_for("on_message")
+    assert [event.value for event in here.callback.named("on_message")] == [b"unasked"]
+
+
+# In order, where a request is never answered
+
+
+class Instrument(PsCallback):
+    """Says nothing to what is wrong."""
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        if message != b"wrong":
+            session.send(b"to " + message)
+
+
+class Slow(PsCallback):
+    """Answers each request, in order, so many seconds after it has come."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def on_message(self, session: PsSession, message: bytes) -> None:
+        gevent.spawn_later(self._seconds, session.post, b"to " + message)
+
+
+def ask_all(
+    callback: PsCallback,
+    requests: list[str],
+    timeout: float,
+    pause: float,
+    requester: PsRequester[bytes] | None = None,
+) -> list[bytes | None]:
+    """The replies of a server to one request after the other; ``None``: there was none."""
+    asking = Asking(requester or PsRequester())
+    replies: list[bytes | None] = []
+    with (
+        PsServer(callback, host="127.0.0.1", port=0, framing=Line()) as server,
+        PsClient(asking, *server.address[:2], framing=Line()) as client,
+    ):
+        assert client.session is not None
+        for request in requests:
+            try:
+                replies.append(asking.requester.request(client.session, request, timeout))
+            except PsRequestTimeoutError:
+                replies.append(None)
+            gevent.sleep(pause)
+    return replies
+
+
+def test_requests_after_one_that_is_never_answered_get_their_replies() -> None:
+    requests = ["1", "wrong", "wrong", "2", "3", "4"]
+    replies = ask_all(Instrument(), requests, 1.0, 0.02)
+    # The one after them fails, as its reply may be a late one.
+    assert replies == [b"to 1", None, None, None, b"to 3", b"to 4"]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+def test_a_peer_that_is_too_slow_never_gets_a_wrong_reply_through(pause: float) -> None:
+    """Also where it is as slow as the requests are apart, so that replies come when they leave."""
+    timeout = 0.8
+    requests = [str(number) for number in range(5)]
+    latenesses = [0.02, 0.1, 0.3, 0.5, 0.7, 0.82, 1.3, 1.62]
+    asking = [
+        gevent.spawn(ask_all, Slow(timeout + pause + late), requests, timeout, pause)
+        for late in latenesses
+    ]
+    for each in asking:
+        for request, reply in zip(requests, each.get(timeout=30), strict=True):
+            assert reply in (None, f"to {request}".encode())
+
+
+def lose_one(here: Device) -> None:
+    """A request without a reply, and one that times out as its reply may be that of the first."""
+    with pytest.raises(PsRequestTimeoutError):
+        here.ask("lost", timeout=0.05)
+    asking = gevent.spawn(pytest.raises, PsRequestTimeoutError, here.ask, "doubtful", 1.0)
+    here.client.expect("lost\ndoubtful\n")
+    here.client.send("to doubtful\n")
+    asking.get(timeout=5)
+
+
+def test_a_late_reply_in_the_pause_is_dropped_and_ends_it(device: MakeDevice) -> None:
+    here = device()
+    lose_one(here)
+    asked = gevent.spawn(here.ask, "next", 60.0)
+    eventually(lambda: here.waiting == 1)
+    here.client.expect_nothing()
+    here.client.send("late\n")
+    here.client.expect("next\n")
+    here.client.send("to next\n")
+    assert asked.get(timeout=5) == b"to next"
+
+
+def test_a_second_reply_shows_that_the_first_was_late(device: MakeDevice) -> None:
+    here = device()
+    lose_one(here)
+    asked = gevent.spawn(here.ask, "next", 2.0)
+    here.client.expect("next\n")
+    here.client.send("late\n")
+    gevent.sleep(0.05)
+    assert not asked.ready()
+    here.client.send("to next\n")
+    assert asked.get(timeout=5) == b"to next"
+    assert here.waiting == 0
+
+
+def test_requests_wait_for_one_that_tells_whether_the_peer_is_late(device: MakeDevice) -> None:
+    here = device()
+    lose_one(here)
+    first = gevent.spawn(here.ask, "first", 1.0)
+    eventually(lambda: here.waiting == 1)
+    others = [asker(kind, here, 20.0) for kind in ("greenlet", "coroutine", "thread")]
+    killed = gevent.spawn(here.ask, "killed", 20.0)
+    eventually(lambda: here.waiting == 5)
+    killed.kill()
+    with pytest.raises(PsRequestTimeoutError):
+        here.ask("never sent", 0.01)
+    here.client.expect("first\n")
+    here.client.send("to first\n")
+    assert first.get(timeout=5) == b"to first"
+    here.client.expect("?\n" * 3)
+    here.client.send("a\nb\nc\n")
+    assert {outcome() for outcome in others} == {b"a", b"b", b"c"}
+    assert here.waiting == 0
+
+
+@pytest.mark.hub_errors
+@pytest.mark.parametrize("kind", ["greenlet", "coroutine", "thread", "loop"])
+def test_a_request_that_is_held_back_ends_with_its_session(kind: str, device: MakeDevice) -> None:
+    here = device()
+    lose_one(here)
+    outcomes = [asker(kind, here, 60.0) for _ in range(2)]
+    eventually(lambda: here.waiting == 2)
+    here.session.close()
+    for outcome in outcomes:
+        with pytest.raises(PsRequestClosedError):
+            outcome()
+    assert here.waiting == 0
+
+
+def test_a_session_without_a_reply_closes_after_late_timeout(device: MakeDevice) -> None:
+    here = device(PsRequester(late_timeout=0.2))
+    waiting = gevent.spawn(pytest.raises, PsRequestClosedError, here.ask, "waits", None)
+    here.client.expect("waits\n")
+    with pytest.raises(PsRequestTimeoutError):
+        here.ask("?", timeout=0.05)
+    assert here.session.is_open
+    waiting.get(timeout=5)
+    here.callback.wait_for("on_close")
+    assert close_reasons(here.callback) == [PsCloseReason.FAILED]
+    assert isinstance(here.session.close_cause, PsRequestTimeoutError)
+    assert "late_timeout=0.2 s" in str(here.session.close_cause)
+
+
+def test_a_late_reply_within_late_timeout_keeps_the_session_open(device: MakeDevice) -> None:
+    here = device(PsRequester(late_timeout=0.3))
+    with pytest.raises(PsRequestTimeoutError):
+        here.ask("?", timeout=0.05)
+    here.client.expect("?\n")
+    here.client.send("late\n")
+    gevent.sleep(0.5)
+    assert here.session.is_open
+    assert here.callback.named("on_message") == []
+
+
+def test_with_skip_the_place_of_an_unanswered_request_is_given_up(device: MakeDevice) -> None:
+    here = device(PsRequester(late_timeout=0.1, unanswered="skip"))
+    for _ in range(2):
+        with pytest.raises(PsRequestTimeoutError):
+            here.ask("lost", timeout=0.05)
+    asked = gevent.spawn(here.ask, "next")  # it waits for that
+    here.client.expect("lost\nlost\nnext\n")
+    here.client.send("to next\n")
+    assert asked.get(timeout=5) == b"to next"
+    assert here.session.is_open
+
+
+def test_with_skip_a_late_reply_is_dropped_until_then(device: MakeDevice) -> None:
+    here = device(PsRequester(late_timeout=30.0, unanswered="skip"))
+    with pytest.raises(PsRequestTimeoutError):
+        here.ask("slow", timeout=0.05)
+    asked = gevent.spawn(here.ask, "quick", 40.0)  # less than the place has
+    here.client.expect("slow\nquick\n")
+    here.client.send("to slow\nto quick\n")
+    assert asked.get(timeout=5) == b"to quick"
+
+
+def test_a_silent_peer_lets_no_places_pile_up(device: MakeDevice) -> None:
+    here = device(PsRequester(late_timeout=0.05, unanswered="skip"))
+    pool = gevent.pool.Pool(100)
+    for _ in range(1_000):
+        pool.spawn(pytest.raises, PsRequestTimeoutError, here.ask, "?", 0.01)
+    assert pool.join(timeout=20, raise_error=True)
+    memberships = here.session._memberships
+    assert memberships is not None
+    line = memberships[here.requester]._line
+    eventually(lambda: not line)
 
 
 # By a key
@@ -562,6 +773,21 @@ def test_a_request_that_timed_out_keeps_nothing(in_thread: bool, device: MakeDev
         gc.enable()
 
 
+@pytest.mark.hub_errors
+@pytest.mark.parametrize("has_key", [False, True], ids=["in order", "by key"])
+@pytest.mark.parametrize("kind", ["greenlet", "coroutine", "thread", "loop"])
+def test_a_reply_that_came_while_the_hub_stood_still_is_the_reply(
+    kind: str, has_key: bool, device: MakeDevice
+) -> None:
+    here = device(PsRequester(lambda _message: "one at a time") if has_key else None)
+    outcome = asker(kind, here, 0.2)
+    here.client.expect("?\n")
+    here.client.send("fine\n")  # without a switch
+    monkey.get_original("time", "sleep")(0.4)
+    assert outcome() == b"fine"
+    assert here.waiting == 0
+
+
 def test_many_sessions_share_a_requester(ps_server: ServerFactory) -> None:
     requester: PsRequester[bytes] = PsRequester()
     callback = Asking(requester)
@@ -604,6 +830,12 @@ def test_what_makes_no_sense_is_refused(device: MakeDevice) -> None:
         PsRequester(len, request_key=_find_key)  # type: ignore[arg-type]  # the point
     with pytest.raises(ValueError, match="request_key needs a key"):
         PsRequester(request_key=len)
+    with pytest.raises(ValueError, match="unanswered must be 'close' or 'skip', not 'drop'"):
+        PsRequester(unanswered="drop")  # type: ignore[arg-type]  # the point
+    with pytest.raises(ValueError, match="late_timeout must be"):
+        PsRequester(late_timeout=-1)
+    with pytest.raises(TypeError, match="late_timeout must be"):
+        PsRequester(late_timeout=None)  # type: ignore[arg-type]  # the point
     here = device()
     with pytest.raises(TypeError, match="session must be a PsSession"):
         here.requester.request("x", "?")  # type: ignore[arg-type]  # the point

@@ -21,7 +21,7 @@ import pytest
 from gevent.event import Event
 
 from acting import wait_until_stalled
-from helpers import NativeThread, run_python, stalled_peer
+from helpers import NativeThread, Stopwatch, run_python, stalled_peer, takes
 from psofa_gevent import (
     PsCloseReason,
     PsSendError,
@@ -92,12 +92,11 @@ def line(ps_server: ServerFactory) -> Iterator[LineFactory]:
 
         def make(callback: RecordingCallback | None = None, **settings: Any) -> Line:
             callback = callback or RecordingCallback()
-            server = ps_server(callback, **{"linger_timeout": 0.0, **settings})
+            own = {"linger_timeout": 0.0, "send_buffer_size": SMALL_BUFFER}
+            server = ps_server(callback, **{**own, **settings})
             peer = peers.enter_context(stalled_peer(server.address))
             session = callback.wait_for("on_open")[-1].session
             assert session is not None
-            # There is no setting for it: the kernel's own tuning serves users better.
-            session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
             return Line(server, session, peer, callback)
 
         yield make
@@ -114,9 +113,9 @@ def full_line() -> Iterator[FullLineFactory]:
 
         def make(callback: RecordingCallback | None = None) -> FullLine:
             callback = callback or RecordingCallback()
-            pair = pairs.enter_context(connected_session(callback, linger_timeout=0.0))
+            own: dict[str, Any] = {"linger_timeout": 0.0, "send_buffer_size": SMALL_BUFFER}
+            pair = pairs.enter_context(connected_session(callback, **own))
             callback.wait_for("on_open")
-            pair.session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
             return FullLine(pair.session, pair.peer, callback, fill(pair.session))
 
         yield make
@@ -299,11 +298,10 @@ def test_stalled_session_does_not_hold_up_sends_to_others(
 # The timeout
 
 
-def expect_timed_out(line: Line, sender: Outcome, timeout: float, began: float) -> None:
+def expect_timed_out(line: Line, sender: Outcome, timeout: float, stopwatch: Stopwatch) -> None:
     error = result(sender)
-    elapsed = time.monotonic() - began
+    stopwatch.check(timeout, most=timeout * 1.25)
     assert isinstance(error, PsSendError)
-    assert timeout * 0.99 <= elapsed < timeout * 1.25 + 0.5
     assert not line.session.is_open
     assert line.close_reason() is PsCloseReason.FAILED
     assert isinstance(line.session.close_cause, PsSendError)
@@ -311,14 +309,14 @@ def expect_timed_out(line: Line, sender: Outcome, timeout: float, began: float) 
 
 def test_send_fails_when_the_peer_takes_nothing_for_the_timeout(line: LineFactory) -> None:
     stalled = line(send_timeout=None)
-    began = time.monotonic()
-    expect_timed_out(stalled, attempt(stalled.session.send, bytes(BIG), SHORT), SHORT, began)
+    stopwatch = Stopwatch()
+    expect_timed_out(stalled, attempt(stalled.session.send, bytes(BIG), SHORT), SHORT, stopwatch)
 
 
 def test_send_without_a_timeout_of_its_own_has_that_of_its_owner(line: LineFactory) -> None:
     stalled = line(send_timeout=SHORT)
-    began = time.monotonic()
-    expect_timed_out(stalled, attempt(stalled.session.send, bytes(BIG)), SHORT, began)
+    stopwatch = Stopwatch()
+    expect_timed_out(stalled, attempt(stalled.session.send, bytes(BIG)), SHORT, stopwatch)
 
 
 def test_send_timeout_in_a_callback_closes_the_session_with_the_error_as_its_cause(
@@ -335,8 +333,8 @@ def test_send_with_timeout_zero_fails_at_once_where_it_would_wait(line: LineFact
     stalled = line()
     stalled.session.send("room enough", timeout=0)
     stalled.peer.expect("room enough")
-    began = time.monotonic()
-    expect_timed_out(stalled, attempt(stalled.session.send, bytes(BIG), 0), 0, began)
+    stopwatch = Stopwatch()
+    expect_timed_out(stalled, attempt(stalled.session.send, bytes(BIG), 0), 0, stopwatch)
 
 
 def test_send_with_timeout_none_waits_for_a_peer_that_takes_its_time(line: LineFactory) -> None:
@@ -360,8 +358,8 @@ def read_slowly(peer: ScriptedClient, size: int, pause: float, until: Callable[[
 
 def test_peer_that_takes_a_little_now_and_then_never_times_a_send_out(line: LineFactory) -> None:
     _server, session, peer, _callback = line()
-    sender = attempt(session.send, bytes(BIG), 0.5)
-    until = time.monotonic() + 3 * 0.5
+    sender = attempt(session.send, bytes(BIG), 1.0)
+    until = time.monotonic() + 2 * 1.0
     received = read_slowly(peer, 1_000, 0.02, lambda: sender.ready() or time.monotonic() > until)
     assert not sender.ready()
     peer.expect(bytes(BIG - received))
@@ -387,8 +385,8 @@ def test_progress_too_small_to_make_the_socket_writable_counts(line: LineFactory
 def test_sender_in_line_counts_the_progress_of_the_first(line: LineFactory) -> None:
     _server, session, peer, _callback = line()
     first = start_waiting_send(session, timeout=None)
-    second = line_up(session, b"second", timeout=0.4)
-    until = time.monotonic() + 3 * 0.4
+    second = line_up(session, b"second", timeout=1.0)
+    until = time.monotonic() + 2 * 1.0
     received = read_slowly(peer, 1_000, 0.02, lambda: first.ready() or time.monotonic() > until)
     assert not first.ready()
     peer.expect((b"a" * BIG + b"second")[received:])
@@ -399,20 +397,20 @@ def test_sender_in_line_counts_the_progress_of_the_first(line: LineFactory) -> N
 def test_sender_in_line_times_out_when_the_first_makes_no_progress(line: LineFactory) -> None:
     stalled = line()
     first = start_waiting_send(stalled.session, timeout=None)
-    began = time.monotonic()
+    stopwatch = Stopwatch()
     second = line_up(stalled.session, "second", timeout=SHORT)
-    expect_timed_out(stalled, second, SHORT, began)
+    expect_timed_out(stalled, second, SHORT, stopwatch)
     assert isinstance(result(first), PsSendError)
 
 
 def test_senders_with_different_timeouts_fail_together_at_the_shortest(line: LineFactory) -> None:
     stalled = line()
-    began = time.monotonic()
+    stopwatch = Stopwatch()
     senders = [start_waiting_send(stalled.session, timeout=5.0)]
     senders += [line_up(stalled.session, "x", timeout) for timeout in (10.0, SHORT, None)]
     for sender in senders:
         assert isinstance(result(sender), PsSendError)
-    assert time.monotonic() - began < 2.0
+    stopwatch.check(SHORT, most=SHORT)
     assert stalled.close_reason() is PsCloseReason.FAILED
 
 
@@ -454,16 +452,15 @@ def test_send_on_a_closed_session_raises_at_once(line: LineFactory) -> None:
     stalled = line()
     stalled.session.close()
     for _ in range(2):
-        began = time.monotonic()
-        with pytest.raises(PsSendError):
-            stalled.session.send("x", timeout=None)
-        with pytest.raises(PsSendError):
-            stalled.session.send(bytes(BIG), timeout=None)
-        with pytest.raises(PsSendError):
-            run_coroutine(stalled.session.send_async("x", timeout=None))
-        with pytest.raises(PsSendError):
-            NativeThread(stalled.session.send, "x", timeout=None).join()
-        assert time.monotonic() - began < 1.0
+        with takes(most=0):
+            with pytest.raises(PsSendError):
+                stalled.session.send("x", timeout=None)
+            with pytest.raises(PsSendError):
+                stalled.session.send(bytes(BIG), timeout=None)
+            with pytest.raises(PsSendError):
+                run_coroutine(stalled.session.send_async("x", timeout=None))
+            with pytest.raises(PsSendError):
+                NativeThread(stalled.session.send, "x", timeout=None).join()
         assert stalled.close_reason() is PsCloseReason.SELF_CLOSE
     assert stalled.session.bytes_sent == 0
 
@@ -506,14 +503,14 @@ def test_close_wakes_every_sender_whoever_called_it(line: LineFactory) -> None:
     in_thread = NativeThread(stalled.session.send, "x", timeout=None)
     stalled.peer.send("x")
     stalled.callback.wait_for("on_message")
-    began = time.monotonic()
+    stopwatch = Stopwatch()
     stalled.session.close()
     for sender in [first, *in_line, in_coroutine]:
         assert isinstance(result(sender), PsSendError)
     with pytest.raises(PsSendError):
         in_thread.wait()
     assert stalled.close_reason() is PsCloseReason.SELF_CLOSE
-    assert time.monotonic() - began < 1.0
+    stopwatch.check(most=0)
     assert len(errors) == 1
 
 
@@ -803,9 +800,9 @@ def test_send_async_waits_without_holding_up_the_loop(line: LineFactory) -> None
 
 def test_send_async_times_out_as_send_does(line: LineFactory) -> None:
     stalled = line(send_timeout=SHORT)
-    began = time.monotonic()
+    stopwatch = Stopwatch()
     sender = attempt(run_coroutine, stalled.session.send_async(bytes(BIG)))
-    expect_timed_out(stalled, sender, SHORT, began)
+    expect_timed_out(stalled, sender, SHORT, stopwatch)
 
 
 def test_send_async_cancelled_in_line_leaves_the_stream_whole(line: LineFactory) -> None:

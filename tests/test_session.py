@@ -10,22 +10,29 @@ import socket
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import gevent
 import gevent.event
 import gevent.socket
 import pytest
+from gevent import monkey
 
 from acting import STALLING, ActingCallback, sending, wait_until_stalled
 from helpers import NativeThread, run_python, stalled_peer
 from psofa_gevent import (
     PsClient,
     PsCloseReason,
+    PsGroup,
+    PsHandler,
     PsMultiClient,
+    PsRequester,
     PsSendError,
     PsSession,
     PsSocketAddressFamily,
+    run_coroutine,
 )
+from psofa_gevent.framing import Line
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -133,14 +140,32 @@ def sending_in_thread(session: PsSession, message: object) -> None:
     NativeThread(session.send, message).wait()  # type: ignore[arg-type]  # that is the point
 
 
+@pytest.mark.parametrize("framing", [None, Line()], ids=["raw", "framed"])
+@pytest.mark.parametrize(
+    "way", ["send", "send_async", "post", "broadcast", "group", "request", "in a thread"]
+)
 def test_text_that_is_no_utf_8_is_refused_and_the_session_stays_open(
-    callback: ActingCallback,
+    callback: ActingCallback, way: str, framing: Line | None
 ) -> None:
-    with connected_session(callback) as connected:
-        with pytest.raises(UnicodeEncodeError):
-            connected.session.send("half a pair: \ud800")
-        connected.session.send("fine")
-        connected.peer.expect("fine")
+    text = "half a pair: \ud800"
+    with connected_session(callback, framing=framing) as connected:
+        session = connected.session
+        eventually(lambda: session._waiting_since)
+        group: PsGroup[bytes] = PsGroup()
+        group.join(session)
+        ways: dict[str, Callable[[], object]] = {
+            "send": lambda: session.send(text),
+            "send_async": lambda: run_coroutine(session.send_async(text)),
+            "post": lambda: session.post(text),
+            "broadcast": lambda: session.owner.broadcast(text),
+            "group": lambda: group.post(text),
+            "request": lambda: PsRequester[bytes]().request(session, text),
+            "in a thread": lambda: sending_in_thread(session, text),
+        }
+        with pytest.raises(UnicodeEncodeError, match="position 13: surrogates not allowed"):
+            ways[way]()
+        session.send("fine")
+        connected.peer.expect("fine" if framing is None else "fine\n")
 
 
 @pytest.mark.parametrize(
@@ -727,3 +752,141 @@ def test_both_ends_ours_half_close_both_ways_and_nothing_is_lost(
         for number, session in enumerate(sessions):
             assert asking.received(session) == b"%d" % number * 200_000
     assert {event.value for event in serving.wait_for("on_close", 5)} == {PsCloseReason.PEER_CLOSE}
+
+
+# Why it closed, and when it received last
+
+
+def test_the_close_reason_is_none_while_the_session_is_open(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    seen: list[object] = []
+
+    class Looking(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            seen.append(session.close_reason)
+            session.close()
+            seen.append(session.close_reason)
+
+        def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
+            seen.append(session.close_reason)
+            super().on_close(session, close_reason)
+
+    callback = Looking()
+    ps_client(ps_server(callback)).send("x")
+    callback.wait_for("on_close")
+    assert seen == [PsCloseReason.NONE, PsCloseReason.SELF_CLOSE, PsCloseReason.SELF_CLOSE]
+
+
+@pytest.mark.parametrize("ask", [PsSession.close, PsSession.abort])
+def test_the_close_reason_changes_with_is_open_also_where_another_thread_asks(
+    ask: Callable[[PsSession], None], ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    ps_client(ps_server(callback))
+    (opened,) = callback.wait_for("on_open")
+    session = opened.session
+    assert session is not None
+    NativeThread(ask, session).join()  # and the hub has had no turn since
+    assert not session.is_open
+    assert session.close_reason is PsCloseReason.SELF_CLOSE
+    assert "SELF_CLOSE" in repr(session)
+    session._request_close(PsCloseReason.TIMEOUT)  # whatever comes up then
+    (closed,) = callback.wait_for("on_close")
+    assert closed.value is session.close_reason is PsCloseReason.SELF_CLOSE
+
+
+def test_a_session_that_never_began_has_a_close_reason_too(ps_server: ServerFactory) -> None:
+    with PsMultiClient(RecordingCallback()) as bundle:
+        session = bundle.connect(*ps_server(RecordingCallback()).address).session
+        greenlet: Any = session._greenlet
+        greenlet.kill()
+        eventually(lambda: not session.is_open)
+    assert session.close_reason is PsCloseReason.FAILED
+    assert isinstance(session.close_cause, gevent.GreenletExit)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def test_last_received_at_is_when_the_last_bytes_were_read(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    seen: list[datetime | None] = []
+
+    class Slow(RecordingCallback):
+        def on_open(self, session: PsSession) -> None:
+            seen.append(session.last_received_at)
+            super().on_open(session)
+
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            seen.append(session.last_received_at)
+            gevent.sleep(0.05)
+            seen.append(session.last_received_at)
+            super().on_message(session, message)
+
+    callback = Slow()
+    client = ps_client(ps_server(callback))
+    (opened,) = callback.wait_for("on_open")
+    session = opened.session
+    assert session is not None
+    for count in (1, 2):
+        before = now()
+        client.send("x")
+        eventually(lambda count=count: session.messages_received == count)  # type: ignore[misc]  # its default
+        after = now()
+        callback.wait_for("on_message", count)
+        last = session.last_received_at
+        assert last is not None
+        assert before <= last <= after
+        assert last.tzinfo is UTC
+        assert seen[-2:] == [last, last]  # however long the callback took
+    assert seen[0] is None
+    session.change_idle_milliseconds(None)  # which restarts another clock
+    client.eof()
+    callback.wait_for("on_close")
+    assert session.last_received_at == last
+
+
+def test_last_received_at_counts_what_is_received_by_asking_and_what_is_not_whole(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    seen: list[datetime] = []
+
+    class Asking(PsHandler[bytes]):
+        def handle(self, session: PsSession[bytes]) -> None:
+            seen.extend(session.last_received_at or now() for _ in session)
+
+    server = ps_server(Asking(), framing=Line())
+    client = ps_client(server)
+    session = eventually(lambda: server.sessions)[0]
+    before = now()
+    client.send("begun")
+    begun = eventually(lambda: session.last_received_at)
+    assert begun is not None
+    assert before <= begun <= now()
+    client.send(", ended\n")
+    eventually(lambda: seen)
+    assert begun < seen[0] == session.last_received_at
+
+
+def test_last_received_at_is_not_old_where_the_hub_stood_still(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    # The idle timer is first to wake the session, which finds bytes.
+    callback = RecordingCallback()
+    client = ps_client(ps_server(callback, divide=100))
+    (opened,) = callback.wait_for("on_open")
+    session = opened.session
+    assert session is not None
+    for count in (1, 2):
+        session.change_idle_milliseconds(50)
+        before = now()
+        client.send("x")
+        monkey.get_original("time", "sleep")(0.1)
+        callback.wait_for("on_message", count)
+        session.change_idle_milliseconds(None)
+        last = session.last_received_at
+        assert last is not None
+        assert last >= before

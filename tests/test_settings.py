@@ -16,13 +16,20 @@ import pytest
 from psofa_gevent import (
     PsCallback,
     PsClient,
+    PsHeartbeat,
     PsMultiClient,
     PsOverflow,
     PsServer,
     PsSession,
     PsSocketAddressFamily,
+    settings,
+    tcp,
 )
+from psofa_gevent.client import ClientKeywords
 from psofa_gevent.framing import Line
+from psofa_gevent.multi_client import MultiClientKeywords
+from psofa_gevent.server import ServerKeywords
+from psofa_gevent.settings import SessionKeywords
 from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session
 
 Make = Callable[..., Any]
@@ -59,6 +66,8 @@ SESSION_SETTINGS = {
     "frame_timeout": None,
     "high_water": 1_048_576,
     "overflow": PsOverflow.CLOSE,
+    "send_buffer_size": None,
+    "unsent_low_water": None,
     "keep_alive": None,
     "user_timeout": None,
     "heartbeat": None,
@@ -91,9 +100,15 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "frame_timeout": NOT_SECONDS,
     "high_water": [*NOT_WHOLE_NUMBERS, None],
     "overflow": ["CLOSE", 1, None, PsOverflow],
+    "send_buffer_size": NOT_WHOLE_NUMBERS,
+    "unsent_low_water": NOT_WHOLE_NUMBERS,
     "keep_alive": NOT_SECONDS,
     "user_timeout": NOT_SECONDS,
-    "heartbeat": [b"ping", 1000, [1, b"x"], (1,), (1, b"x", 2), (1.5, b"x"), (1, None), (1, 2)],
+    "heartbeat": [
+        *(b"ping", 1000, [1, b"x"], (1,), (1, b"x", 2), (1.5, b"x"), (1, None), (1, 2)),
+        *((1, b"x", True, 0), PsHeartbeat(1, b"x", raw=None)),  # type: ignore[arg-type]  # what is tested
+        *(PsHeartbeat(1, None, raw=True), PsHeartbeat(1, {}, raw=True)),
+    ],
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "read_buffer_size": [0, -1, 2**31, 2**63, TOO_LARGE_FOR_A_FLOAT],
@@ -104,9 +119,14 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "linger_timeout": SECONDS_OUT_OF_RANGE,
     "frame_timeout": [*SECONDS_OUT_OF_RANGE, 0, 0.0],
     "high_water": [0, -1, 2**63, TOO_LARGE_FOR_A_FLOAT],
+    "send_buffer_size": [0, -1, 2**31, TOO_LARGE_FOR_A_FLOAT],
+    "unsent_low_water": [0, -1, 2**31, TOO_LARGE_FOR_A_FLOAT],
     "keep_alive": [*SECONDS_OUT_OF_RANGE, 0, 32_768],
     "user_timeout": [*SECONDS_OUT_OF_RANGE, 0, 2_000_001],
-    "heartbeat": [(0, b"x"), (-1, b"x"), (1, b""), (1, "")],
+    "heartbeat": [
+        *((0, b"x"), (-1, b"x"), (1, b""), (1, ""), PsHeartbeat(1, b"", raw=True)),
+        (1, "\ud800"),
+    ],
 }
 WRONG_TYPES_OF_SERVERS: dict[str, list[Any]] = {
     "unix_mode": ["660", 0.5, True, object],
@@ -140,7 +160,7 @@ OUT_OF_RANGE_OF_SERVERS: dict[str, list[Any]] = {
     "allowed_networks": NO_NETWORKS,
     "denied_networks": NO_NETWORKS,
     "max_sessions_per_peer": [0, -1, 2**31],
-    "farewell": ["", b"", b"x" * 4_097],
+    "farewell": ["\ud800", "", b"", b"x" * 4_097],
 }
 
 
@@ -277,6 +297,19 @@ def test_drain_must_be_a_number_of_seconds(call: Make) -> None:
         refuse(call, ValueError, "drain", value)
 
 
+@pytest.mark.parametrize("make", OWNERS)
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [("USER_TIMEOUT", "user_timeout", 5.0), ("UNSENT_LOW_WATER", "unsent_low_water", 4_096)],
+)
+def test_an_option_that_the_system_has_not_is_a_value_error(
+    make: Make, option: str, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, option, None)
+    refuse(make, ValueError, name, value)
+    make(**{name: None})
+
+
 def test_wait_for_refuses_what_is_no_timeout(ps_server: ServerFactory) -> None:
     for server in (make_server(), ps_server(PsCallback())):
         for value in NOT_SECONDS:
@@ -321,9 +354,14 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "framing": [Line(), None],
     "frame_timeout": [0.001, 3, 1e6, None],
     "high_water": [1, 2**40],
+    "send_buffer_size": [1, 2**31 - 1, None],
+    "unsent_low_water": [1, 2**31 - 1, None] if tcp.UNSENT_LOW_WATER is not None else [None],
     "overflow": list(PsOverflow),
     "keep_alive": [0.1, 60, 32_767, None],
-    "heartbeat": [(1, b"x"), (60_000, "text"), (5, lambda _session: b"x"), None],
+    "heartbeat": [
+        *((1, b"x"), (60_000, "text"), (5, lambda _session: b"x"), None),
+        *(PsHeartbeat(1, b"x"), PsHeartbeat(1, "\n", raw=True), (1, b"x", True)),
+    ],
     "user_timeout": [0.1, 30, None] if hasattr(socket, "TCP_USER_TIMEOUT") else [None],
 }
 
@@ -406,3 +444,21 @@ def test_constructors_open_nothing() -> None:
     assert not first.started
     assert not second.started
     assert first.address == second.address == ("0.0.0.0", 8710)
+
+
+@pytest.mark.parametrize(
+    ("owner", "keywords"),
+    [
+        (PsServer, ServerKeywords),
+        (PsClient, ClientKeywords),
+        (PsMultiClient, MultiClientKeywords),
+    ],
+)
+def test_type_checkers_know_every_parameter_that_a_constructor_takes_by_name(
+    owner: type, keywords: type
+) -> None:
+    parameters = inspect.signature(owner).parameters.values()
+    by_name = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert set(keywords.__annotations__) | set(SessionKeywords.__annotations__) == (
+        by_name - {"framing"}
+    )

@@ -577,8 +577,8 @@ def test_async_on_close_that_waits_in_the_way_of_gevent_is_ended_too() -> None:
 
     callback = Callback(use_async_callback=True)
     with serving_clients(callback, 20) as (server, _clients):
-        with takes(0.2, most=0.2 + SECOND_BOUND):
-            server.shutdown(timeout=0.2)
+        with takes(2.0, most=2 * 2.0):  # enough for a slow machine to end one after the other
+            server.shutdown(timeout=2.0)
         assert_all_closed(callback, PsCloseReason.SHUTDOWN, 20)
         with takes(most=0.5):
             run_coroutine(asyncio.sleep(0))
@@ -608,8 +608,8 @@ def test_on_close_that_never_ends_costs_the_others_nothing(
 ) -> None:
     class Callback(RecordingCallback):
         def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
-            end = time.monotonic() + busy
-            while time.monotonic() < end:
+            end = time.thread_time() + busy
+            while time.thread_time() < end:
                 pass
             super().on_close(session, close_reason)
             swallow_kills(go_on)
@@ -1088,18 +1088,18 @@ def test_those_that_close_while_the_shutdown_begins_get_one_on_close() -> None:
 
 
 class CallsShutdown(RecordingCallback):
-    """Calls shutdown in one of its methods, and notes how long that took."""
+    """Calls shutdown in one of its methods, which must return at once, and notes that it did."""
 
     def __init__(self, method: str) -> None:
         super().__init__()
         self._method = method
-        self.seconds: list[float] = []
+        self.returned = False
 
     def _call(self, method: str, owner: Any) -> None:
         if method == self._method:
-            began = time.monotonic()
-            owner.shutdown(timeout=20)
-            self.seconds.append(time.monotonic() - began)
+            with takes(most=0):
+                owner.shutdown(timeout=20)
+            self.returned = True
 
     def on_open(self, session: PsSession) -> None:
         super().on_open(session)
@@ -1135,8 +1135,7 @@ def test_shutdown_in_a_callback_returns_at_once_and_works(method: str) -> None:
             assert server.wait_for(5) is True
             if method != "on_close":
                 client.expect_eof()
-        assert all(seconds < 1 for seconds in callback.seconds)
-        assert callback.seconds
+        assert callback.returned
         assert len(close_reasons(callback)) == len(callback.named("on_open"))
         assert callback.events[-1].name == "on_stop"
 

@@ -12,16 +12,29 @@ import contextlib
 import inspect
 import logging
 import os
+import shlex
+import shutil
 import signal
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import gevent
+import gevent.subprocess
 import pytest
 
-from helpers import NativeThread, PythonProcess, ScriptedServer, python_process, run_python
-from marks import sync_and_async
+from helpers import (
+    NativeThread,
+    PythonProcess,
+    ScriptedServer,
+    attached,
+    child_environment,
+    python_process,
+    run_python,
+)
+from marks import needs_tracing, sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -373,29 +386,55 @@ def test_shutdown_in_a_signal_handler_that_hits_a_callback_returns_at_once(
     expect_one_life_each(callback, 1)
 
 
-class SignalsWhenLogged(logging.Handler):
-    """Raises the signal wherever the library logs: in its own greenlets, between two steps."""
+class SignalsWhenLogged:
+    """Makes records, and raises the signal then: in the library's own greenlets, between two steps.
+
+    (Handlers and filters run in greenlets of the log.)
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.armed = False
         self.greenlets: set[object] = set()
+        self._make = logging.getLogRecordFactory()
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         if self.armed:
             self.greenlets.add(gevent.getcurrent())
             signal.raise_signal(SIGNAL)
+        return self._make(*args, **kwargs)
 
 
 @pytest.fixture
 def signals_when_logged() -> Iterator[SignalsWhenLogged]:
-    logger = logging.getLogger("psofa_gevent")
-    handler, level = SignalsWhenLogged(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield handler
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    factory, before = SignalsWhenLogged(), logging.getLogRecordFactory()
+    logging.setLogRecordFactory(factory)
+    with attached(logging.NullHandler()):
+        yield factory
+    logging.setLogRecordFactory(before)
+
+
+class SignalsInHandlers(logging.Handler):
+    """Raises the signal wherever a record is handed over."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+        signal.raise_signal(SIGNAL)
+
+
+def test_shutdown_in_a_signal_handler_that_hits_a_log_handler(
+    on_signal: OnSignal, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    handler = SignalsInHandlers()
+    on_signal(server.shutdown)
+    with attached(handler):
+        ps_client(server)
+        assert server.wait_for(SOON)
+    assert handler.count > 1
+    expect_one_life_each(callback, 1)
 
 
 @pytest.mark.logs_errors
@@ -545,6 +584,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN = """
 """
 
 
+@needs_tracing
 @pytest.mark.parametrize("caller", ["main", "hub"])
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_a_shutdown(caller: str) -> None:
     done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN, caller, timeout=60.0)
@@ -610,6 +650,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING = """
 """
 
 
+@needs_tracing
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_accepting() -> None:
     done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING, timeout=60.0)
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
@@ -678,6 +719,8 @@ SERVE = """
     server = PsServer(Callback(), host="127.0.0.1", port=0)
     server.start()
     signal.signal(signal.SIGTERM, own_handler)
+    if "ignore" in sys.argv:
+        signal.signal(signal.Signals[sys.argv[-1]], signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     say("port", server.address[1])
     try:
@@ -762,6 +805,133 @@ def test_second_signal_ends_serve_forever_at_once_while_a_callback_blocks_the_th
         # One that comes just before the sleep begins is handled after that, or with the next one.
         process.send_signals_until_the_end(signal.SIGINT, every=0.5)
         assert process.wait(timeout=3.0) == -signal.SIGINT
+
+
+@both_signals
+def test_signal_that_was_ignored_stays_ignored(number: signal.Signals) -> None:
+    """As SIGINT is by a shell script's ``server &``."""
+    other = {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGINT}[number]
+    with serving_process("ignore", number.name) as (process, client):
+        for _ in range(2):
+            process.send_signal(number)
+            client.send("still served")
+            client.expect("still served")
+        # It does not become one that ends the process, either.
+        client.send("hang")
+        client.expect("hang")
+        process.send_signal(other)
+        eventually(lambda: not can_connect(client))
+        process.send_signal(number)
+        client.expect_nothing(0.1)
+        process.send_signal(other)
+        assert process.wait(timeout=3.0) == -other
+
+
+def test_sigint_that_a_shell_script_has_ignored_stays_ignored() -> None:
+    program = """
+        import gevent
+        import os
+        import signal
+        import sys
+        from psofa_gevent import PsCallback, PsServer
+
+        server = PsServer(PsCallback(), host="127.0.0.1", port=0)
+        server.start()
+
+        def interrupt_and_stop():
+            os.kill(os.getpid(), signal.SIGINT)
+            gevent.sleep(0.1)
+            print("still serving", server.started)
+            server.shutdown()
+
+        gevent.spawn(interrupt_and_stop)
+        server.serve_forever()
+        print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+    """
+    script = f"{shlex.join([sys.executable, '-c', textwrap.dedent(program)])} & wait $!"
+    done = gevent.subprocess.run(
+        ["sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=child_environment(),
+    )
+    assert (done.stdout, done.stderr) == ("still serving True\nTrue\n", "")
+
+
+def can_be_process_1() -> bool:
+    """Whether we may have a process that is the first one of its own namespace."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return False
+    return gevent.subprocess.run([*AS_PROCESS_1, "true"], capture_output=True).returncode == 0
+
+
+AS_PROCESS_1 = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+PROCESS_1 = """
+    import os
+    import gevent
+    from psofa_gevent import PsCallback, PsServer
+
+    class Hangs(PsCallback):
+        def on_message(self, session, message):
+            session.send(message)
+            print("message", os.getpid(), flush=True)
+            if message == b"block":
+                while True:
+                    pass
+            gevent.sleep(600)
+
+    server = PsServer(Hangs(), host="127.0.0.1", port=0)
+    server.start()
+    # Printed when the main greenlet waits, its handlers set.
+    gevent.spawn(print, "port", server.address[1], flush=True)
+    server.serve_forever(shutdown_timeout=None)
+"""
+
+
+@pytest.mark.skipif(not can_be_process_1(), reason="unshare(1) is not there, or not allowed")
+@both_signals
+@pytest.mark.parametrize("message", ["hang", "block"])
+def test_second_signal_ends_process_1_at_once(number: signal.Signals, message: str) -> None:
+    """The kernel takes no signal's default action from it, and containers stop it by SIGTERM."""
+    with program_as_process_1() as (process, client, pid):
+        client.send(message)
+        client.expect(message)
+        os.kill(pid, number)
+        if message == "hang":  # else it comes to shutting down when the second one has ended it
+            eventually(lambda: not can_connect(client))
+        else:
+            client.expect_nothing(0.2)
+        os.kill(pid, number)
+        # So `unshare` ends with the exit code of its child, which a signal has not ended.
+        assert process.wait(timeout=5) == 128 + number
+
+
+@contextlib.contextmanager
+def program_as_process_1() -> Iterator[tuple[Any, ScriptedClient, int]]:
+    process: Any = gevent.subprocess.Popen(
+        [*AS_PROCESS_1, sys.executable, "-c", textwrap.dedent(PROCESS_1)],
+        stdout=gevent.subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+    )
+    try:
+        with gevent.Timeout(20):
+            port = int(process.stdout.readline().split()[1])
+        pid = child_of(process.pid)
+        with ScriptedClient(("127.0.0.1", port)) as client:
+            yield process, client, pid
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def child_of(pid: int) -> int:
+    """The only child of a process."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
 
 
 def test_signal_gives_the_sessions_the_drain_of_serve_forever() -> None:
@@ -864,6 +1034,7 @@ A_SIGNAL_AT_EVERY_LINE = """
 """
 
 
+@needs_tracing
 @both_signals
 def test_signal_at_any_moment_of_serve_forever_ends_it_gracefully(number: signal.Signals) -> None:
     """Before there is a manager too: from the moment in which the handlers are set."""

@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from acting import sending
-from helpers import NativeThread, close_reasons, python_process, takes
-from marks import sync_and_async
+from helpers import TINY_BUFFER, NativeThread, close_reasons, python_process, takes
+from marks import needs_ipv6, sync_and_async
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -44,6 +44,7 @@ from psofa_gevent import (
     PsServer,
     PsServerError,
     PsSession,
+    PsSocketAddressFamily,
     PsTlsError,
     PsTlsInfo,
     await_greenlet,
@@ -73,6 +74,8 @@ def server_context(certificate: Any = CERTIFICATE) -> ssl.SSLContext:
 def client_context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     CA.configure_trust(context)
+    # Early 3.11s set it, and let a stream that was cut off pass for one that ended.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if version is not None:
         context.minimum_version = context.maximum_version = version
     return context
@@ -330,8 +333,9 @@ def test_one_who_waits_behind_a_half_sent_message_has_not_begun(
 ) -> None:
     much = BIG // 8
     server = ps_server(PsCallback(), ssl_context=server_context(), send_timeout=None)
-    # Both buffers together are smaller than what is encrypted at a time, so that is half sent.
-    client = peer(server, receive_buffer_size=20_000, timeout=30.0)
+    # Both buffers together take half of what is encrypted at a time, so that is half sent. (Larger
+    # ones may take just all of it, and then have no room for more.)
+    client = peer(server, receive_buffer_size=TINY_BUFFER, timeout=30.0)
     (session,) = eventually(lambda: server.sessions)
     session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
     in_front = gevent.spawn(session.send, bytes(much))
@@ -435,8 +439,8 @@ def test_a_slow_peer_that_takes_something_all_the_time_is_not_failed(
     server = ps_server(PsCallback(), ssl_context=server_context(), linger_timeout=0.0)
     client = peer(server, receive_buffer_size=32_768)
     (session,) = eventually(lambda: server.sessions)
-    sender = gevent.spawn(session.send, bytes(BIG), 0.5)
-    for _ in range(40):
+    sender = gevent.spawn(session.send, bytes(BIG), 1.5)
+    for _ in range(50):
         client.hear(7_500)
         gevent.sleep(0.05)
         assert session.is_open
@@ -492,7 +496,9 @@ def test_a_message_that_broke_off_is_no_clean_end(ps_server: ServerFactory, peer
     session.close()
     with pytest.raises(PsSendError):
         sender.get(timeout=5)
-    assert isinstance(reading.get(timeout=5), ssl.SSLEOFError)
+    error = reading.get(timeout=5)
+    assert isinstance(error, ssl.SSLError)  # in early 3.11s no SSLEOFError
+    assert "eof" in str(error).lower()
 
 
 def read_all(client: TlsPeer) -> BaseException | None:
@@ -565,9 +571,9 @@ def test_the_idle_time_is_no_longer_than_on_plain_connections(
 ) -> None:
     callback = RecordingCallback()
     client = peer(ps_server(callback, ssl_context=server_context(), idle_milliseconds=3_000))
-    client.say(b"hello")
-    callback.wait_for("on_message")
     with takes(3.0, most=3.9):
+        client.say(b"hello")
+        callback.wait_for("on_message")
         (closed,) = callback.wait_for("on_close", timeout=10)
     assert closed.value is PsCloseReason.TIMEOUT
 
@@ -762,7 +768,7 @@ def test_a_silent_client_holds_up_nobody_and_is_closed_in_time(
     ps_server: ServerFactory, peer: MakePeer, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = Echo()
-    server = ps_server(callback, ssl_context=server_context(), handshake_timeout=0.5)
+    server = ps_server(callback, ssl_context=server_context(), handshake_timeout=1.5)
     with ScriptedClient(server.address) as silent:
         client = peer(server)
         client.say(b"x")
@@ -841,6 +847,34 @@ def test_the_client_verifies_the_server(ps_server: ServerFactory) -> None:
         bundle.connect(host, port, server_hostname="localhost")
         with pytest.raises(PsMultiClientError, match="Hostname mismatch"):
             bundle.connect(host, port, server_hostname="example.org")
+
+
+@needs_ipv6
+def test_an_address_with_a_zone_is_verified_without_it(ps_server: ServerFactory) -> None:
+    """A certificate is for an address, whatever its interface is called here (RFC 4007)."""
+    loopback = next(number for number, name in socket.if_nameindex() if name.startswith("lo"))
+    host = f"::1%{loopback}"
+    family = PsSocketAddressFamily.IPV6
+    callback = RecordingCallback()
+    for certificate, verifies in ((CA.issue_cert("::1"), True), (CERTIFICATE, False)):
+        context = server_context(certificate)
+        server = ps_server(callback, ssl_context=context, socket_address_family=family)
+        client = PsClient(
+            PsCallback(),
+            host,
+            server.address[1],
+            socket_address_family=family,
+            ssl_context=client_context(),
+        )
+        if verifies:
+            with client:
+                (opened,) = callback.wait_for("on_open")
+                assert opened.session is not None
+                assert opened.session.tls is not None
+                assert opened.session.tls.server_name is None
+        else:
+            with pytest.raises(PsClientError, match="IP address mismatch"):
+                client.connect()
 
 
 def test_a_client_tells_when_the_server_speaks_no_tls(ps_server: ServerFactory) -> None:
@@ -1414,7 +1448,7 @@ def test_a_context_for_the_other_side_is_refused() -> None:
     with pytest.raises(ValueError, match="ssl_context must be made with"):
         PsClient(PsCallback(), "localhost", 1, ssl_context=server_context())
     with pytest.raises(TypeError, match="ssl_context must be an"):
-        PsServer(PsCallback(), ssl_context=True)  # type: ignore[arg-type]  # the point
+        PsServer(PsCallback(), ssl_context=True)  # type: ignore[call-overload]  # the point
     with pytest.raises(TypeError, match="ssl_context must be an"):
         PsMultiClient(PsCallback(), ssl_context=False)
     with pytest.raises(ValueError, match="server_hostname='x' is for TLS"):

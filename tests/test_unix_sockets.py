@@ -64,6 +64,19 @@ def test_a_server_listens_on_a_path_and_removes_it(path: Path) -> None:
     assert close_reasons(callback) == [PsCloseReason.PEER_CLOSE]
 
 
+def test_a_scripted_client_reaches_a_path(path: Path) -> None:
+    with PsServer(echo(), host=f"unix:{path}") as server:
+        assert server.address == (f"unix:{path}", 0)
+        with ScriptedClient(server.address) as client:
+            assert client.local_endpoint is None
+            client.send("hello")
+            client.expect("hello")
+            with pytest.raises(ValueError, match="a Unix socket has no RST"):
+                client.reset()
+            client.eof()
+            client.expect_eof()
+
+
 def test_clients_connect_to_a_path(path: Path) -> None:
     with PsServer(echo(), host=f"unix:{path}") as server:
         callback = RecordingCallback()

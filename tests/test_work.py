@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from psofa_gevent import (
     PsClosedError,
     PsCloseReason,
     PsHandler,
+    PsMultiClient,
     PsRequester,
     PsServer,
     PsSession,
@@ -502,3 +504,133 @@ def test_work_of_a_session_that_never_began_ends(ps_server: ServerFactory) -> No
         begun(server)
         server.shutdown()
     assert log == ["ended"]
+
+
+# However the session ends
+
+
+class Ticking(Spawning):
+    """Its work notes that it goes on, for as long as it does."""
+
+    def on_message(self, session: PsSession[Any], message: bytes) -> None:
+        session.spawn(self.tick)
+        gevent.sleep(0)  # it has begun
+        self.act_on_message(session)
+
+    def act_on_message(self, session: PsSession[Any]) -> None:
+        raise NotImplementedError
+
+    def tick(self) -> None:
+        while True:
+            self.log.append("tick")
+            gevent.sleep(0.001)
+
+    def check(self, server: PsServer[Any]) -> None:
+        """Check that ``on_close`` came last, and that a shutdown leaves no work behind."""
+        (closed,) = self.wait_for("on_close")
+        server.shutdown()
+        assert closed.session is not None
+        assert not closed.session._work
+        assert self.log[-1] == "on_close"
+
+
+def kill_me() -> None:
+    greenlet: Any = gevent.getcurrent()
+    greenlet.kill(block=False)
+
+
+def test_work_ends_when_a_kill_comes_between_the_close_of_another_thread_and_its_arrival(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Closed(Ticking):
+        def act_on_message(self, session: PsSession[Any]) -> None:
+            NativeThread(session.close).join()
+            kill_me()
+
+    callback = Closed(lambda _: None)
+    server = ps_server(callback)
+    ps_client(server).send("x")
+    callback.check(server)
+    assert close_reasons(callback) == [PsCloseReason.SELF_CLOSE]
+
+
+@pytest.mark.logs_errors
+def test_work_ends_when_a_kill_hits_a_log_handler_that_tells_of_the_failure(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Failing(Ticking):
+        def act_on_message(self, session: PsSession[Any]) -> None:
+            raise LookupError("callback")
+
+    class Waiting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "LookupError" in record.getMessage():
+                kill_me()
+                gevent.sleep(5)
+
+    logger = logging.getLogger("psofa_gevent")
+    handler = Waiting()
+    logger.addHandler(handler)
+    try:
+        callback = Failing(lambda _: None)
+        server = ps_server(callback)
+        ps_client(server).send("x")
+        callback.check(server)
+    finally:
+        logger.removeHandler(handler)
+    assert close_reasons(callback) == [PsCloseReason.FAILED]
+
+
+def test_a_session_that_is_killed_before_it_began_counts_until_its_work_has_ended(
+    ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "KILL_PERIOD", 0.02)
+    callback = Spawning(lambda _: None)
+    with PsMultiClient(callback) as client:
+        session = client.connect(*ps_server(PsCallback()).address).session
+        greenlet: Any = session._greenlet
+        spawned = session.spawn(swallow_some, 5)
+        greenlet.kill(block=False)
+        eventually(lambda: not session.is_open)
+        assert client.get_session_count() == 1
+        eventually(lambda: client.get_session_count() == 0)
+        assert spawned.dead
+    assert [event.name for event in callback.events] == ["on_start", "on_stop"]
+
+
+@pytest.mark.logs_errors
+def test_a_shutdown_leaves_no_work_of_a_callback_that_never_ends(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    gate = gevent.event.Event()
+
+    class Stuck(Ticking):
+        def act_on_message(self, session: PsSession[Any]) -> None:
+            while not gate.is_set():
+                with contextlib.suppress(GreenletExit):
+                    gate.wait()
+
+    callback = Stuck(lambda _: None)
+    server = ps_server(callback)
+    ps_client(server).send("x")
+    session = begun(server)
+    server.shutdown(timeout=0.1)
+    assert not session._work
+    gate.set()
+
+
+@pytest.mark.hub_errors
+def test_a_session_whose_socket_a_stranger_closed_ends_with_its_work(
+    ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    class Robbed(Ticking):
+        def act_on_message(self, session: PsSession[Any]) -> None:
+            session.close()
+            os.close(session._sock.fileno())
+
+    callback = Robbed(lambda _: None)
+    server = ps_server(callback)
+    client = ps_client(server)
+    client.send("x")
+    callback.check(server)
+    assert server.get_session_count() == 0

@@ -9,19 +9,29 @@ its `Decoder`. A framing of your own is a small class: see `Framing`.
 """
 
 from psofa_gevent.errors import PsFramingError
-from psofa_gevent.framing.base import DEFAULT_MAX_SIZE, Decoder, Framing
+from psofa_gevent.framing.base import (
+    DEFAULT_MAX_SIZE,
+    SKIP,
+    Decoded,
+    Decoder,
+    Framing,
+    Need,
+)
 from psofa_gevent.framing.counted import FixedSize, LengthPrefix, Raw, Varint
 from psofa_gevent.framing.delimited import Between, Delimiter, Line
 
 __all__ = [
     "DEFAULT_MAX_SIZE",
+    "SKIP",
     "Between",
+    "Decoded",
     "Decoder",
     "Delimiter",
     "FixedSize",
     "Framing",
     "LengthPrefix",
     "Line",
+    "Need",
     "PsFramingError",
     "Raw",
     "Varint",

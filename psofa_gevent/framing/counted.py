@@ -241,6 +241,8 @@ class _CountedDecoder(Decoder[bytes]):
         self._framing = framing
         self._max_size = framing.max_size
         self._tail = bytearray()
+        self._header = 1
+        """Bytes that there must be, to look for the length again."""
         self._need = 0
         """Bytes of the whole message with its length; 0: that has not come."""
         self._data = b""
@@ -249,8 +251,11 @@ class _CountedDecoder(Decoder[bytes]):
     def feed(self, data: bytes) -> Iterator[bytes]:
         if self._need:
             return self._finish(data)
-        if self._tail:  # of the length, a few bytes
-            data = bytes(self._tail) + data
+        if self._tail:
+            self._tail += data
+            if len(self._tail) < self._header:
+                return iter(())
+            data = bytes(self._tail)
             self._tail.clear()
         return self._cut(data, 0)
 
@@ -320,7 +325,7 @@ class _LengthDecoder(_CountedDecoder):
 
     def _strip(self, framed: bytearray) -> bytes:
         with memoryview(framed) as view:
-            return bytes(view[: self._offset]) + view[self._header :]
+            return b"".join((view[: self._offset], view[self._header :]))
 
 
 class _VarintDecoder(_CountedDecoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from psofa_gevent.errors import PsFramingError
@@ -9,6 +10,7 @@ from psofa_gevent.framing.base import (
     DEFAULT_MAX_SIZE,
     Decoder,
     Framing,
+    LineEnds,
     check_size,
     too_large,
 )
@@ -20,18 +22,27 @@ CARRIAGE_RETURN = 13
 
 
 class Delimiter(Framing[bytes]):
-    """Each message ends with the same bytes, which it does not contain.
+    r"""Each message ends with the same bytes, which it does not contain.
 
-    ``on_message`` gets it without them, and ``send`` adds them.
+    ``on_message`` gets it without them, and ``send`` adds them. STOMP, with its heart-beats, is
+    ``Delimiter(b"\0", ignore=b"\r\n")``.
     """
 
     _drops_carriage_return = False
+    ignore = b""
 
-    def __init__(self, delimiter: bytes, *, max_size: int = DEFAULT_MAX_SIZE) -> None:
-        """Check the settings.
+    def __init__(
+        self, delimiter: bytes, *, ignore: bytes = b"", max_size: int = DEFAULT_MAX_SIZE
+    ) -> None:
+        r"""Check the settings.
 
         Args:
             delimiter: what ends a message: one byte or more.
+            ignore: bytes that are dropped in front of a message, however many come: what a peer
+                keeps the connection alive with. They count neither for ``frame_timeout`` nor for
+                `max_size`. If `delimiter` begins with one of them there are no empty messages.
+                Without it line ends in front of a message are its first bytes; they don't count for
+                ``frame_timeout`` as long as nothing else has come.
             max_size: bytes of a message, without its delimiter.
 
         Raises:
@@ -39,10 +50,15 @@ class Delimiter(Framing[bytes]):
             ValueError: a setting is out of range.
         """
         self.delimiter = _check_marker("delimiter", delimiter)
+        if not isinstance(ignore, bytes):
+            raise TypeError(f"ignore must be bytes, not {ignore!r}")
+        if ignore:
+            self.ignore = ignore
         self.max_size = check_size("max_size", max_size)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.delimiter!r}, max_size={self.max_size})"
+        ignore = f"ignore={self.ignore!r}, " if self.ignore else ""
+        return f"{type(self).__name__}({self.delimiter!r}, {ignore}max_size={self.max_size})"
 
     def encode(self, message: Message) -> bytes:
         """`message` and the delimiter."""
@@ -53,11 +69,15 @@ class Delimiter(Framing[bytes]):
         # A delimiter of several bytes may begin in the message.
         if framed.find(self.delimiter) != len(data):
             raise PsFramingError(f"{self!r}: the message contains the delimiter")
+        if self.ignore and framed[0] in self.ignore:
+            raise PsFramingError(f"{self!r}: the message begins with a byte that is ignored")
         return framed
 
     def decoder(self) -> Decoder[bytes]:
         """A decoder for one connection."""
-        return _DelimiterDecoder(self, self.delimiter, drops_cr=self._drops_carriage_return)
+        return _DelimiterDecoder(
+            self, self.delimiter, ignore=self.ignore, drops_cr=self._drops_carriage_return
+        )
 
 
 class Line(Delimiter):
@@ -104,6 +124,11 @@ class Between(Framing[bytes]):
     r"""Each message stands between two markers, as in ``b"\x02…\x03"`` (STX, ETX) or in MLLP.
 
     ``on_message`` gets it without them, and ``send`` adds them.
+
+    Both may be the same, a flag: ``b"~"`` in HDLC, PPP (RFC 1662, section 3.1) and JT/T 808. One
+    flag may end a message and begin the next; nothing between two flags is no message, so flags may
+    fill the time. (The bytes between them come as they are: flags in them are escaped by rules of
+    those protocols.)
     """
 
     def __init__(
@@ -121,7 +146,8 @@ class Between(Framing[bytes]):
             end: what it ends with, and does not contain. MLLP: ``b"\x1c\r"``.
             resynchronise: whether bytes between messages are skipped, as are those of a message
                 that has not ended when the next one starts; a message can't contain `start` then.
-                Otherwise anything but `start` after a message is an error.
+                Otherwise anything but `start` after a message is an error. Where both markers are
+                the same, what comes before the first one is skipped, or is an error.
             max_size: bytes of a message, without its markers.
 
         Raises:
@@ -150,13 +176,16 @@ class Between(Framing[bytes]):
         # Markers may share bytes with the message, and with each other.
         if framed.find(self.end, len(self.start)) != len(framed) - len(self.end):
             raise PsFramingError(f"{self!r}: the message contains the end marker")
-        if self.resynchronise and framed.rfind(self.start, 0, -len(self.end)) != 0:
+        if self.start == self.end:
+            if not data:
+                raise PsFramingError(f"{self!r}: nothing between two flags is no message")
+        elif self.resynchronise and framed.rfind(self.start, 0, -len(self.end)) != 0:
             raise PsFramingError(f"{self!r}: the message contains the start marker")
         return framed
 
     def decoder(self) -> Decoder[bytes]:
         """A decoder for one connection."""
-        return _BetweenDecoder(self)
+        return _FlagDecoder(self) if self.start == self.end else _BetweenDecoder(self)
 
 
 class _SearchingDecoder(Decoder[bytes]):
@@ -199,14 +228,21 @@ class _SearchingDecoder(Decoder[bytes]):
 
 
 class _DelimiterDecoder(_SearchingDecoder):
-    def __init__(self, framing: Framing[bytes], end: bytes, *, drops_cr: bool) -> None:
+    def __init__(
+        self, framing: Framing[bytes], end: bytes, *, ignore: bytes, drops_cr: bool
+    ) -> None:
         most = framing.max_size + drops_cr + len(end) - 1
         super().__init__(framing, end, offset=0, most=most)
         self._drops_cr = drops_cr
+        self._ignored = re.compile(b"[%b]*" % re.escape(ignore)).match if ignore else None
+        """Finds those in front of a message."""
+        self._line_ends = LineEnds()
+        """Of the tail."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         # Each attribute would be felt: a read may have thousands of messages.
         end, drops_cr, max_size = self._end, self._drops_cr, self._max_size
+        ignored = self._ignored
         size = len(end)
         at = 0
         if self._tail:
@@ -218,6 +254,7 @@ class _DelimiterDecoder(_SearchingDecoder):
             with memoryview(self._tail) as view:
                 message = bytes(view[:stop])
             self._tail.clear()
+            self._line_ends.restart()
             at = stop + size - before
             self._data, self._at = data, at
             if drops_cr and message.endswith(b"\r"):
@@ -227,6 +264,8 @@ class _DelimiterDecoder(_SearchingDecoder):
             yield message
         self._data = data
         find = data.find
+        if ignored is not None:
+            at = _end_of(ignored(data, at))
         while (stop := find(end, at)) >= 0:
             begin, at = at, stop + size
             if drops_cr and stop > begin and data[stop - 1] == CARRIAGE_RETURN:
@@ -235,8 +274,97 @@ class _DelimiterDecoder(_SearchingDecoder):
                 raise too_large(self._framing, stop - begin)
             self._at = at
             yield data[begin:stop]
+            if ignored is not None:
+                at = _end_of(ignored(data, at))
         self._keep(data, at)
         self._check_tail()
+
+    @property
+    def has_begun(self) -> bool:
+        return self._line_ends.look(self._tail, 0) < len(self._tail)
+
+
+class _FlagDecoder(_SearchingDecoder):
+    """Of a framing whose messages begin and end with the same flag."""
+
+    def __init__(self, framing: Between) -> None:
+        most = framing.max_size + len(framing.end) - 1
+        super().__init__(framing, framing.end, offset=0, most=most)
+        self._resynchronise = framing.resynchronise
+        self._flags = re.compile(b"(?:%b)*" % re.escape(framing.end)).match
+        self._is_inside = False
+        """Whether a flag has come: what comes up to the next one is a message."""
+        self._start = b""
+        """That flag, unless it was the end of a message that was given out."""
+
+    def unread(self) -> bytes:
+        return self._start + super().unread()
+
+    @property
+    def kept(self) -> int:
+        return len(self._start) + len(self._tail)
+
+    @property
+    def has_begun(self) -> bool:
+        return len(self._tail) > 0  # flags alone fill the time
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        flag = self._end
+        at = 0
+        if self._tail:
+            before = len(self._tail)
+            stop = self._join(data)
+            if stop < 0:
+                self._check_tail()
+                return
+            with memoryview(self._tail) as view:
+                message = bytes(view[:stop])
+            self._tail.clear()
+            at = stop + len(flag) - before
+            self._data, self._at = data, at
+            if self._is_message(message):
+                yield message
+        self._data = data
+        while (stop := data.find(flag, at)) >= 0:
+            message, at = data[at:stop], stop + len(flag)
+            if self._is_message(message):
+                self._at = at
+                yield message
+            elif data.startswith(flag, at):  # there may be a whole read of them
+                at = _end_of(self._flags(data, at))
+        self._keep(data, at)
+        self._check_tail()
+
+    def _is_message(self, found: bytes) -> bool:
+        """Whether these bytes, up to a flag, are a message."""
+        if self._is_inside and found:
+            if len(found) > self._max_size:
+                raise too_large(self._framing, len(found))
+            self._start = b""
+            return True
+        if found and not self._resynchronise:
+            raise self._noise(found)
+        self._is_inside = True
+        self._start = self._end
+        self.skips += 1
+        return False
+
+    def _check_tail(self) -> None:
+        if self._is_inside:
+            super()._check_tail()
+        elif not self._resynchronise:
+            if not self._end.startswith(self._tail):
+                raise self._noise(self._tail)
+        else:
+            # Noise, but for what may be the beginning of the first flag.
+            noise = len(self._tail) - _size_of_cut(self._end, self._tail)
+            if noise:
+                del self._tail[:noise]
+                self.skips += 1
+
+    def _noise(self, found: bytes | bytearray) -> PsFramingError:
+        begins = bytes(found[: len(self._end)])
+        return PsFramingError(f"{self._framing!r}: a message starts with {begins!r}")
 
 
 class _BetweenDecoder(_SearchingDecoder):
@@ -302,12 +430,11 @@ class _BetweenDecoder(_SearchingDecoder):
                 f"{self._framing!r}: a message starts with {data[at : at + len(start)]!r}"
             )
         found = data.find(start, at)
-        if found >= 0:
-            return found
-        for cut in range(min(len(start) - 1, len(data) - at), 0, -1):
-            if data.endswith(start[:cut]):
-                return len(data) - cut
-        return len(data)
+        if found < 0:
+            found = len(data) - _size_of_cut(start, data[at:])
+        if found > at:
+            self.skips += 1
+        return found
 
     def _trim_tail(self, searched: int) -> None:
         """Forget what a later start makes noise of. So many bytes were looked at before."""
@@ -315,6 +442,20 @@ class _BetweenDecoder(_SearchingDecoder):
             again = self._tail.rfind(self._start, max(searched - len(self._start) + 1, 0))
             if again > 0:
                 del self._tail[:again]
+                self.skips += 1
+
+
+def _size_of_cut(marker: bytes, data: bytes | bytearray) -> int:
+    """How many bytes at the end of `data`, which has no `marker`, may be the first ones of it."""
+    for size in range(min(len(marker) - 1, len(data)), 0, -1):
+        if data.endswith(marker[:size]):
+            return size
+    return 0
+
+
+def _end_of(match: re.Match[bytes] | None) -> int:
+    assert match is not None  # of any number of bytes, none included
+    return match.end()
 
 
 def _check_marker(name: str, value: object) -> bytes:

@@ -1,0 +1,32 @@
+"""What is about OS threads in a patched process too, where ``threading`` is about greenlets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from gevent import monkey
+
+__all__ = ["AtThreadEnd", "get_ident", "new_local", "new_lock"]
+
+get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+"""The number of the calling OS thread."""
+new_lock: Callable[[], Any] = monkey.get_original("_thread", "RLock")
+"""A lock between OS threads, for a few lines that do not switch."""
+new_local: Callable[[], Any] = monkey.get_original("threading", "local")
+"""An object whose attributes each OS thread has for itself."""
+
+
+class AtThreadEnd:
+    """Calls a function in the thread that ends: to be kept in an attribute of a `new_local`.
+
+    It is called, too, when something else takes the place of this object there.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._function()
