@@ -23,6 +23,7 @@ from typing import Any, Generic
 
 from gevent import get_hub
 
+from psofa_gevent.forking import keep, track, unwatch, watch
 from psofa_gevent.hub_thread import HubThread
 from psofa_gevent.messages import M, Message, as_bytes
 from psofa_gevent.native import new_local
@@ -171,6 +172,12 @@ class _LatePosts:
     def __init__(self) -> None:
         self.hub = get_hub()
         self._sessions: deque[PsSession[Any]] = deque()
+        track(self)
+
+    def _let_go(self, _hub: object) -> None:
+        """It is the parent's to send (`psofa_gevent.forking`)."""
+        keep(*self._sessions)
+        self._sessions.clear()
 
     @property
     def is_pending(self) -> bool:
@@ -193,11 +200,11 @@ class _LatePosts:
     def _wait_for_turn(self) -> None:
         # A timer's turn comes after the hub has looked at the sockets; that of run_callback may
         # come dozens of times before.
-        timer = self.hub.loop.timer(SHORTEST_TIMER)
+        timer = watch(self.hub.loop.timer(SHORTEST_TIMER))
         timer.start(self._send_some, timer)
 
     def _send_some(self, timer: Any) -> None:
-        timer.close()
+        unwatch(timer)
         end = monotonic() + TURN
         sessions = self._sessions
         try:
