@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from asyncio.log import logger
+from asyncio.log import logger as asyncio_logger
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,8 @@ def _wait(pid: int) -> int:
     try:
         _, status = os.waitpid(pid, 0)
     except ChildProcessError:
-        logger.warning("the exit status of child process %d was read elsewhere: 255 instead", pid)
+        asyncio_logger.warning(
+            "the exit status of child process %d was read elsewhere: 255 instead", pid
+        )
         return UNKNOWN
     return os.waitstatus_to_exitcode(status)

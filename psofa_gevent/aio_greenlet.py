@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import AbstractEventLoop, CancelledError, Task
-from asyncio.log import logger
+from asyncio.log import logger as asyncio_logger
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -211,7 +211,7 @@ class LoopGreenlet(greenlet):
     def _report_if_slow(self, run: Run[Any], seconds: float) -> None:
         """Say, as asyncio does of the other steps in its debug mode, that a first step blocked."""
         if seconds >= self.aio_loop.slow_callback_duration:
-            logger.warning("Executing %.900r took %.3f seconds", run, seconds)
+            asyncio_logger.warning("Executing %.900r took %.3f seconds", run, seconds)
 
     def _add_ended(self) -> None:
         self.run_queue.add(self._ended)
