@@ -273,7 +273,7 @@ def test_each_small_message_is_dropped_whole_and_counted(overflow: PsOverflow) -
         fill(session)
         posted = 3_000
         taken = [session.post(numbered(number)) for number in range(posted)]
-        assert session.pending_bytes <= 3 * PIECE
+        eventually(lambda: session.pending_bytes <= 3 * PIECE)  # when the hub has come to all of it
         dropped = session.messages_dropped
         numbers = numbers_in(peer.receive(session.bytes_sent + session.pending_bytes))
         assert len(numbers) == posted - dropped < posted
@@ -344,7 +344,7 @@ def test_what_threads_post_makes_the_outbox_drop_its_oldest() -> None:
                 NativeThread(session.post, numbered(number)).join()
             ours += 100
             gevent.sleep(0)
-        assert session.pending_bytes <= 3 * PIECE
+        eventually(lambda: session.pending_bytes <= 3 * PIECE)  # when the hub has come to all of it
         numbers = numbers_in(peer.receive(session.bytes_sent + session.pending_bytes))
         assert numbers == list(range(session.messages_dropped, ours))
 
