@@ -151,7 +151,9 @@ class HubSelector(selectors.BaseSelector):
             self._ref = True
 
     def close(self) -> None:
-        """Stop watching. Closes no descriptor."""
+        """Stop watching. Closes no descriptor. May be called again: a child's child does."""
+        if self._is_closed:
+            return
         self._is_closed = True
         for watcher in self._watchers.values():
             self._close(watcher)

@@ -200,7 +200,8 @@ def _let_go() -> None:
 def _let_go_of_watchers(hub: Hub | None) -> None:
     watchers: set[Any] = getattr(_of_thread, "watchers", set())
     for watcher in watchers:
-        if hub is not None and watcher.loop is hub.loop:  # and not of one that was destroyed
+        # Not that of a hub that was destroyed. On libuv those of descriptors do not tell.
+        if hub is not None and getattr(watcher, "loop", hub.loop) is hub.loop:
             release(watcher)
     keep(*watchers)
     watchers.clear()
