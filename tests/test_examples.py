@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from example_process import (
 )
 from gunicorn_process import get, http, reload_gunicorn, under_load
 from helpers import (
+    LOOPBACK,
     PythonProcess,
     ScriptedServer,
     free_port,
@@ -121,8 +123,10 @@ def test_port_that_there_is_not_is_told_in_one_line(command: list[str]) -> None:
 
 @pytest.mark.parametrize("command", SERVERS_TO_PORT, ids=" ".join)
 def test_port_in_use_is_told_in_one_line(command: list[str]) -> None:
-    with ScriptedServer() as taken, example(*command, str(taken.port)) as process:
-        assert process.wait() == 1
+    with socket.socket() as taken:  # and nobody listens, for whose end a server would wait
+        taken.bind((LOOPBACK, 0))
+        with example(*command, str(taken.getsockname()[1])) as process:
+            assert process.wait() == 1
     assert re.fullmatch(r".*Address (already )?in use.*", "\n".join(process.lines))
 
 
