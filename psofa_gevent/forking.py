@@ -33,6 +33,7 @@ switch.
 
 from __future__ import annotations
 
+import asyncio.events  # noqa: F401 - its own hook must come before the one that is registered here
 import gc
 import os
 from collections.abc import Callable
