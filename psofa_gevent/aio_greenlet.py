@@ -154,10 +154,6 @@ class LoopGreenlet(greenlet):
         if has_hub:
             release(self._keep_alive)
         leave_behind(self)
-        if self not in left_behind:
-            # asyncio has just forgotten it (`asyncio.events.on_fork`), and since Python 3.14 a step
-            # whose loop is not the running one fails at its end.
-            asyncio._set_running_loop(self.aio_loop)
         keep(list(self._beginning), list(self._ended))
         self._beginning.clear()
         self._ended.clear()

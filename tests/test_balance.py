@@ -36,9 +36,7 @@ needs_locks = pytest.mark.skipif(
 FAR = 10 * LEAST_LEAD
 
 # The children need none of the threads that there are.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*is multi-threaded, use of fork:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 @pytest.fixture

@@ -665,7 +665,9 @@ def test_a_child_that_is_forked_in_a_callback_goes_on_there(
         assert closed == [f"on_close {parent}"] * 6
         for peer in peers:
             peer.close()
-        if then != "raises":
+        # asyncio's own report: see the docstring of `psofa_gevent.forking`.
+        is_reported = where == "on_message, async" and sys.version_info >= (3, 14)
+        if then != "raises" and not is_reported:
             assert "Traceback" not in "\n".join(process.lines)
 
 
