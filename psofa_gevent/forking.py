@@ -17,8 +17,8 @@ returns there (`os.register_at_fork`; for ``os.fork``, ``gevent.os.fork`` and ``
 
 The greenlet in which the fork was called goes on. If that is a session's, in a callback, the
 callback goes on in the child to its end, on a session that is closed, and nothing comes after it. A
-coroutine goes on up to its next ``await``. (Since Python 3.14 asyncio, whose current loop and task a
-fork resets, reports a `RuntimeError` at the end of that step, also without this library.)
+coroutine goes on up to its next ``await``. (Since Python 3.14 asyncio, whose current loop and task
+a fork resets, reports a `RuntimeError` at the end of that step, also without this library.)
 
 What other greenlets of the program waited in does not return in the child: a ``wait_for``, or the
 child would go on to what the parent does when it has served; a send, a request, a ``connect``, but
