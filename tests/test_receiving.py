@@ -24,6 +24,7 @@ from psofa_gevent import (
     PsHandler,
     PsMultiClient,
     PsSession,
+    framed,
     run_coroutine,
 )
 from psofa_gevent.framing import FixedSize, LengthPrefix, Line, Raw
@@ -586,6 +587,7 @@ def test_the_replies_to_the_messages_of_one_read_leave_together(
         return send_now(self, data)
 
     monkeypatch.setattr(SendingHalf, "_send_now", counting)
+    monkeypatch.setattr(framed, "TURN", 1_000.0)  # at whose end it leaves, too
     client = ps_client(ps_server(PsHandler(echo), framing=Line()))
     lines = b"".join(b"%d\n" % number for number in range(1_000))
     client.send(lines)
