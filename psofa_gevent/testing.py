@@ -131,7 +131,8 @@ class ScriptedClient:
 
         Raises:
             TimeoutError: not connected within `timeout`.
-            OSError: the connection was refused, or could not be made for another reason.
+            OSError: the connection was refused, or could not be made for another reason. A peer
+                that accepts and resets at once is no error here: `expect_reset` sees it.
         """
         family, name = _socket_address(address)
         sock = gevent.socket.socket(family, gevent.socket.SOCK_STREAM)
@@ -142,11 +143,12 @@ class ScriptedClient:
                     gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, receive_buffer_size
                 )
             sock.settimeout(timeout)
-            sock.connect(name)
+            is_reset = _connect(sock, name)
         except BaseException:
             sock.close()
             raise
         self._take_over(sock, timeout)
+        self._reset_seen = is_reset
 
     @classmethod
     def from_socket(cls, sock: gevent.socket.socket, *, timeout: float = 5.0) -> Self:
@@ -160,7 +162,7 @@ class ScriptedClient:
         self.timeout = timeout
         name = sock.getsockname()
         self.local_endpoint: tuple[Any, ...] | None = name if isinstance(name, tuple) else None
-        # A send that fails takes the reset off the socket, and the next read says EOF.
+        # A call that fails takes the reset off the socket, and the next read says EOF.
         self._reset_seen = False
 
     def __enter__(self) -> Self:
@@ -257,7 +259,8 @@ class ScriptedClient:
             return
         except ConnectionResetError as error:
             raise AssertionError(f"{wanted}, got a reset") from error
-        raise AssertionError(f"{wanted}, got {_shown(chunk) if chunk else 'EOF'}")
+        end = "a reset" if self._reset_seen else "EOF"
+        raise AssertionError(f"{wanted}, got {_shown(chunk) if chunk else end}")
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout
@@ -297,6 +300,19 @@ class ScriptedClient:
                 f"{wanted}, got {_shown(received)} and then nothing within {self.timeout} s"
             ) from error
         return chunk
+
+
+def _connect(sock: gevent.socket.socket, name: Any) -> bool:
+    """Connect, and whether the peer has reset the connection since.
+
+    One that accepts and resets at once may do both before connect(2) has returned, which tells of
+    the reset then. A connection that nobody accepts is refused: ECONNREFUSED.
+    """
+    try:
+        sock.connect(name)
+    except (ConnectionResetError, BrokenPipeError):  # the latter after a FIN
+        return True
+    return False
 
 
 def _socket_address(address: tuple[Any, ...]) -> tuple[int, Any]:

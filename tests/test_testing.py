@@ -32,6 +32,7 @@ from helpers import (
     wait_until_accepting,
 )
 from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsSocketAddressFamily
+from psofa_gevent.tcp import reset
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -42,6 +43,7 @@ from psofa_gevent.testing import (
     serving,
 )
 
+_SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 SHORT = 0.05
 """Seconds: long enough for a step that must fail by its timeout."""
 
@@ -246,6 +248,38 @@ def test_endpoints_are_those_of_the_connection_also_after_the_close(pair: Pair) 
 def test_a_refused_connection_raises_and_leaves_no_socket() -> None:
     with pytest.raises(ConnectionRefusedError):
         ScriptedClient(("127.0.0.1", free_port()))
+
+
+@pytest.mark.parametrize("sends_eof", [False, True])
+def test_a_peer_that_resets_before_connect_has_returned_has_been_connected(
+    *, sends_eof: bool
+) -> None:
+    with _SystemSocket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def accept_and_reset() -> None:
+            # Blocks the hub, so connect(2) has been called when this goes on, and has not returned.
+            accepted, _ = listening.accept()
+            if sends_eof:
+                accepted.shutdown(socket.SHUT_WR)
+            reset(accepted)
+
+        for step in (ScriptedClient.expect_reset, _expect_eof_fails, _expect_nothing_fails):
+            resetting = gevent.spawn(accept_and_reset)
+            with ScriptedClient(listening.getsockname()) as client:
+                step(client)
+            resetting.get()
+
+
+def _expect_eof_fails(client: ScriptedClient) -> None:
+    with pytest.raises(AssertionError, match="and then a reset"):
+        client.expect_eof()
+
+
+def _expect_nothing_fails(client: ScriptedClient) -> None:
+    with pytest.raises(AssertionError, match="got a reset"):
+        client.expect_nothing(SHORT)
 
 
 def test_a_server_on_a_wildcard_address_is_reached_at_loopback() -> None:
