@@ -33,17 +33,20 @@ __all__ = ["SharedLoad"]
 IS_SUPPORTED = sys.platform == "linux" and struct.calcsize("P") == 8
 FLOCK = struct.Struct("hhqqi4x")
 """l_type, l_whence, l_start, l_len, l_pid."""
-LEAST_LEAD = 6
-"""Sessions that a process may have more than another before it waits: each wait costs a wake-up."""
+TO_THE_END = 0
+"""As a length in ``struct flock``."""
+LEAST_LEAD = 10
+"""Sessions that a process may have more than another before it waits. With 6 there were so many
+waits that seldom more than one process accepted, and a third of the rate was lost."""
 SESSIONS_PER_LEAD = 32
 """Sessions of its own that allow it one more: 3 percent."""
 STEPS_PER_LEAD = 2
 """How often it tells its number, and asks for those of others, while that changes by so much."""
 LOOK_PERIOD = 0.02
 """Seconds after which it does so in any case, and sets its lock anew."""
-FIRST_WAIT = 0.002
+FIRST_WAIT = 0.001
 """Seconds for which it leaves connections to others: long enough for them to wake up, and to accept
-forty. So much longer a client waits, at most, if they do not."""
+twenty; and the least that libev waits. So much longer a client waits, at most, if they do not."""
 LONGEST_WAIT = 0.008
 """Seconds that such a wait may become, doubled each time, while nothing changes: all are busy."""
 PATIENCE = 0.1
@@ -53,7 +56,11 @@ FORGIVENESS = 1.0
 
 
 class SharedLoad:
-    """What a process tells the others that share a listening socket, and learns from them."""
+    """What a process tells the others that share a listening socket, and learns from them.
+
+    Attributes:
+        has_others: whether another process accepts from the socket, as it was some 20 ms ago.
+    """
 
     __slots__ = (
         "_descriptor",
@@ -67,9 +74,11 @@ class SharedLoad:
         "_told",
         "_wait",
         "_waited_until",
+        "has_others",
     )
 
     def __init__(self, descriptor: int) -> None:
+        self.has_others = False
         self._descriptor = descriptor
         self._is_supported = IS_SUPPORTED
         self._told: int | None = None
@@ -106,14 +115,17 @@ class SharedLoad:
             # No connection was left after the wait, so others have accepted it.
             self._slow, self._has_waited = None, False
         lead = LEAST_LEAD + count // SESSIONS_PER_LEAD
-        is_near = self._told is not None and abs(count - self._told) * STEPS_PER_LEAD < lead
-        if is_near and self._slow is None and now < self._look_at:
-            return 0.0
+        if now < self._look_at:
+            if not self.has_others:
+                return 0.0
+            is_near = self._told is not None and abs(count - self._told) * STEPS_PER_LEAD < lead
+            if is_near and self._slow is None:
+                return 0.0
         try:
             if now >= self._look_at:
-                self._look_at = now + LOOK_PERIOD
-                self.withdraw()
-            self._tell(count)
+                self._look(count, now)
+            else:
+                self._tell(count)
             slow = self._one_below(count - lead, now)
         except OSError:  # of a kernel, or a security module, that has no locks for sockets
             self._is_supported = False
@@ -130,7 +142,7 @@ class SharedLoad:
         """This process accepts from now on, and has so many sessions."""
         if self._is_supported:
             try:
-                self._tell(count)
+                self._look(count, monotonic())
             except OSError:
                 self._is_supported = False
 
@@ -142,6 +154,13 @@ class SharedLoad:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
             except OSError:
                 self._is_supported = False
+
+    def _look(self, count: int, now: float) -> None:
+        """Set the lock anew, and see who else has one."""
+        self._look_at = now + LOOK_PERIOD
+        self.withdraw()
+        self._tell(count)
+        self.has_others = self._first_within(0, TO_THE_END) is not None
 
     def _tell(self, count: int) -> None:
         told = self._told
@@ -173,9 +192,14 @@ class SharedLoad:
         begin = 0
         for end in (*sorted(number for number in self._stuck if number < limit), limit):
             if begin < end:
-                asked = FLOCK.pack(fcntl.F_WRLCK, 0, begin, end - begin, 0)
-                found = FLOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
-                if found[0] != fcntl.F_UNLCK:
-                    return int(found[2])
+                found = self._first_within(begin, end - begin)
+                if found is not None:
+                    return found
             begin = end + 1
         return None
+
+    def _first_within(self, begin: int, length: int) -> int | None:
+        """The number of another process, if one is among `length` numbers from `begin` on."""
+        asked = FLOCK.pack(fcntl.F_WRLCK, 0, begin, length, 0)
+        found = FLOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
+        return None if found[0] == fcntl.F_UNLCK else int(found[2])

@@ -70,11 +70,10 @@ EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
 """Hosts that are no address of an accepted socket."""
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 ACCEPTS_OF_SHARED = 8
-"""Accepts in one turn of the hub from a socket that other processes may share: a burst of clients
-is for all of them. One would be fairest, and took some 15 % more time for each connection; with
-eight there was no more difference to gevent's 100 than from run to run."""
-TURNS_AT_ONCE = 100
-"""Places that are given away in one turn of the hub; as gevent's ``max_accept``."""
+"""Accepts in one turn of the hub from a socket that other processes accept from, too: a burst of
+clients is for all of them. One would be fairest, and took 15 % more time for each connection."""
+ACCEPTS = 100
+"""The same from any other socket, and places of a full pool that are given away; as gevent's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -228,7 +227,7 @@ class Turns:
     def _give(self, _semaphore: object) -> None:
         """Give away the places that are free, one to each in turn."""
         self._is_linked = False
-        for _ in range(TURNS_AT_ONCE):
+        for _ in range(ACCEPTS):
             if not self._waiting or self._pool.full():
                 break
             listener = self._waiting.popleft()
@@ -262,7 +261,6 @@ class Listener(StreamServer):
         """Whether accepted sockets have their options by themselves."""
         if listening.is_inherited:
             self._set_options, self._has_options = set_all_options, False
-            self.max_accept = ACCEPTS_OF_SHARED
         if sock.family == _socket.AF_UNIX:  # has one option, and does not hand it on
             self._set_options = set_options
             self._has_options = manager.settings.send_buffer_size is None
@@ -296,6 +294,13 @@ class Listener(StreamServer):
             return False
         self._wait = self._load.wait_for_others(self._count())
         return self._wait > 0.0
+
+    @property
+    def max_accept(self) -> int:  # type: ignore[override]  # nobody sets it
+        """Accepts in one turn of the hub, at most. gevent asks at the begin of each."""
+        if self._load is not None and self._load.has_others:
+            return ACCEPTS_OF_SHARED
+        return ACCEPTS
 
     def _count(self) -> int:
         return len(self._manager.sessions)

@@ -17,7 +17,7 @@ import pytest
 from gevent import monkey
 
 from helpers import LOOPBACK, python_process, run_python
-from psofa_gevent import balance
+from psofa_gevent import PsCallback, PsServer, PsSession, balance
 from psofa_gevent.balance import (
     FIRST_WAIT,
     FORGIVENESS,
@@ -27,6 +27,7 @@ from psofa_gevent.balance import (
     PATIENCE,
     SharedLoad,
 )
+from psofa_gevent.listener import ACCEPTS_OF_SHARED
 from psofa_gevent.testing import ScriptedClient, eventually
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
@@ -113,8 +114,9 @@ def test_who_has_more_than_another_waits_before_each_connection(
 
 @needs_locks
 def test_who_is_caught_up_with_waits_no_more(load: SharedLoad, other: Other) -> None:
+    load.begin(0)
     other.begin(0)
-    assert load.wait_for_others(FAR)
+    eventually(lambda: load.wait_for_others(FAR))
     other.wait_for_others(FAR)
     assert not load.wait_for_others(FAR)
     assert other.wait_for_others(3 * FAR)
@@ -135,7 +137,7 @@ def test_nobody_waits_for_a_process_that_accepts_nothing(load: SharedLoad, other
     other.withdraw()
     assert not load.wait_for_others(FAR)
     other.begin(0)
-    assert load.wait_for_others(2 * FAR)
+    eventually(lambda: load.wait_for_others(2 * FAR))
 
 
 @needs_locks
@@ -285,6 +287,44 @@ def test_the_others_go_on_when_one_of_them_hangs(tmp_path: Path) -> None:
         shares = [list(map(accepted_by, clients)).count(worker) for worker in range(3)]
     assert shares[0] == 0
     assert min(shares[1:]) > 50, shares
+
+
+@needs_locks
+def test_a_process_knows_whether_others_accept_from_the_socket(
+    load: SharedLoad, other: Other
+) -> None:
+    def knows() -> bool:
+        load.wait_for_others(3)
+        return load.has_others
+
+    load.begin(3)
+    assert not load.has_others
+    other.begin(7)
+    eventually(knows)
+    other.end()
+    eventually(lambda: not knows())
+
+
+@needs_locks
+@pytest.mark.parametrize("has_others", [False, True])
+def test_only_where_others_share_a_socket_few_are_accepted_in_one_go(
+    listening: socket.socket, other: Other, *, has_others: bool
+) -> None:
+    class Counting(PsCallback):
+        def on_open(self, _session: PsSession) -> None:
+            counted.append(len(server.sessions))
+
+    if has_others:
+        other.begin(1000)
+    listening.listen(100)
+    counted: list[int] = []
+    with contextlib.ExitStack() as staying:
+        for client in burst(listening.getsockname()[1], 50):
+            staying.enter_context(client)
+        server = PsServer(Counting(), listener=listening)
+        staying.enter_context(server)
+        eventually(lambda: len(counted) == 50)
+    assert counted[0] == (ACCEPTS_OF_SHARED if has_others else 50)
 
 
 def test_one_process_alone_accepts_at_once(tmp_path: Path) -> None:
