@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 
-from psofa_gevent.aio import await_greenlet, hub_loop, run_coroutine, spawn_coroutine
+from psofa_gevent.aio.coroutines import await_greenlet, hub_loop, run_coroutine, spawn_coroutine
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.client import PsClient
+from psofa_gevent.connecting.reconnect import PsReconnect
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import (
     PsCallbackError,
@@ -30,13 +31,12 @@ from psofa_gevent.errors import (
 from psofa_gevent.group import PsGroup
 from psofa_gevent.handler import PsHandler
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
-from psofa_gevent.proxy_protocol import PsProxyInfo, PsProxyTls
-from psofa_gevent.reconnecting import PsReconnect
+from psofa_gevent.net.proxy_protocol import PsProxyInfo, PsProxyTls
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
-from psofa_gevent.session import PsSession
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import DEFAULT, PsHeartbeat
-from psofa_gevent.tls import PsTlsInfo
+from psofa_gevent.tls.socket import PsTlsInfo
 
 __version__: str
 

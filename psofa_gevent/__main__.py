@@ -16,9 +16,9 @@ def main() -> int:
 
     monkey.patch_all()
     # Only now: what the command line imports, and what that serves, is to see the patched modules.
-    from psofa_gevent import cli
+    from psofa_gevent.cli.main import main as run
 
-    return cli.main()
+    return run()
 
 
 if __name__ == "__main__":

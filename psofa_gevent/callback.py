@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.errors import PsCallbackError
 from psofa_gevent.messages import M
-from psofa_gevent.tcp import Endpoint
+from psofa_gevent.net.sockopts import Endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
     from psofa_gevent.enums import PsCloseReason
     from psofa_gevent.multi_client import PsMultiClient
     from psofa_gevent.server import PsServer
-    from psofa_gevent.session import PsSession
+    from psofa_gevent.session.session import PsSession
 
 __all__ = ["PsCallback", "check_callback", "is_overridden"]
 

@@ -23,14 +23,14 @@ from typing import Any, Generic
 
 from gevent import get_hub
 
-from psofa_gevent.forking import keep, track, unwatch, watch
-from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.hub.forking import keep, track, unwatch, watch
+from psofa_gevent.hub.native import new_local
+from psofa_gevent.hub.thread import HubThread
+from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.messages import M, Message, as_bytes
-from psofa_gevent.native import new_local
-from psofa_gevent.sending import COLLECTED
-from psofa_gevent.session import PsSession
+from psofa_gevent.session.sending import COLLECTED
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import check_instance
-from psofa_gevent.times import SHORTEST_TIMER, TURN
 
 __all__ = ["PsGroup", "post_to_all"]
 
@@ -175,7 +175,7 @@ class _LatePosts:
         track(self)
 
     def _let_go(self, _hub: object) -> None:
-        """It is the parent's to send (`psofa_gevent.forking`)."""
+        """It is the parent's to send (`psofa_gevent.hub.forking`)."""
         keep(*self._sessions)
         self._sessions.clear()
 

@@ -16,7 +16,7 @@ from psofa_gevent.errors import PsCallbackError, PsClosedError
 from psofa_gevent.messages import M
 
 if TYPE_CHECKING:
-    from psofa_gevent.session import PsSession
+    from psofa_gevent.session.session import PsSession
 
 __all__ = ["PsHandler"]
 

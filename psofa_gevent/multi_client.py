@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, Unpack, overload
 
-from psofa_gevent.addresses import format_address
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting import ConnectingOwner
+from psofa_gevent.connecting.connector import ConnectingOwner
+from psofa_gevent.connecting.reconnect import Link, PsReconnect
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
-from psofa_gevent.manager import SessionManager
 from psofa_gevent.messages import M
-from psofa_gevent.reconnecting import Link, PsReconnect
-from psofa_gevent.session import PsSession
+from psofa_gevent.net.addresses import format_address
+from psofa_gevent.net.sockopts import set_options
+from psofa_gevent.owner.manager import SessionManager
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import (
     Heartbeat,
     SessionKeywords,
@@ -26,7 +27,6 @@ from psofa_gevent.settings import (
     check_instance,
     check_seconds,
 )
-from psofa_gevent.tcp import set_options
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 

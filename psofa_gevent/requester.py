@@ -45,7 +45,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from gevent import Timeout, getcurrent
 
-from psofa_gevent.aio import greenlet_that_waits
+from psofa_gevent.aio.coroutines import greenlet_that_waits
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import (
     PsRequestClosedError,
@@ -53,14 +53,14 @@ from psofa_gevent.errors import (
     PsRequestTimeoutError,
     PsSendError,
 )
-from psofa_gevent.forking import keep, unwatch, watch
-from psofa_gevent.hub_thread import get_ident
+from psofa_gevent.hub.forking import keep, unwatch, watch
+from psofa_gevent.hub.greenlets import may_wait
+from psofa_gevent.hub.thread import get_ident
+from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.messages import M, Message
-from psofa_gevent.send_line import GreenletParking, Parking, TaskParking, run_in_greenlet
-from psofa_gevent.session import PsSession
+from psofa_gevent.session.send_queue import GreenletParking, Parking, TaskParking, run_in_greenlet
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import check_instance, check_seconds
-from psofa_gevent.times import SHORTEST_TIMER
-from psofa_gevent.worker import may_wait
 
 __all__ = ["PsRequester"]
 

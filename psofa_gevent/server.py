@@ -14,18 +14,15 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 import gevent
 from gevent import getcurrent
 
-from psofa_gevent.addresses import format_address
-from psofa_gevent.admission import Admission
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
-from psofa_gevent.listener import Listeners, Listening
-from psofa_gevent.logs import log
-from psofa_gevent.manager import SessionManager
-from psofa_gevent.messages import M
-from psofa_gevent.owner import SessionOwner
-from psofa_gevent.places import (
+from psofa_gevent.hub.greenlets import may_wait_for_callbacks
+from psofa_gevent.hub.logs import log
+from psofa_gevent.hub.signals import ask_on_signals
+from psofa_gevent.listening.admission import Admission
+from psofa_gevent.listening.binds import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     PATIENCE,
@@ -35,8 +32,14 @@ from psofa_gevent.places import (
     check_reuse_port,
     open_when_free,
 )
-from psofa_gevent.prologue import Prologue
-from psofa_gevent.service import Service
+from psofa_gevent.listening.listener import Listeners, Listening
+from psofa_gevent.listening.notifier import Service
+from psofa_gevent.listening.preamble import Prologue
+from psofa_gevent.messages import M
+from psofa_gevent.net.addresses import format_address
+from psofa_gevent.net.sockopts import Endpoint
+from psofa_gevent.owner.base import SessionOwner
+from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.settings import (
     MAX_BUFFER,
     Heartbeat,
@@ -47,9 +50,6 @@ from psofa_gevent.settings import (
     check_seconds,
     check_ssl_context,
 )
-from psofa_gevent.signals import ask_on_signals
-from psofa_gevent.tcp import Endpoint
-from psofa_gevent.worker import may_wait_for_callbacks
 
 if TYPE_CHECKING:
     from gevent.hub import Hub

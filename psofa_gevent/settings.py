@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.tcp import UNSENT_LOW_WATER, USER_TIMEOUT
+from psofa_gevent.net.sockopts import UNSENT_LOW_WATER, USER_TIMEOUT
 
 __all__ = [
     "DEFAULT",
@@ -127,7 +127,7 @@ class SessionSettings:
         overflow: what happens to a post beyond that.
         send_buffer_size: SO_SNDBUF; ``None``: the kernel's own tuning.
         unsent_low_water: bytes that the kernel may keep unsent; ``None``: it goes by
-            `high_water` (`psofa_gevent.tcp.unsent_low_water`).
+            `high_water` (`psofa_gevent.net.sockopts.unsent_low_water`).
         keep_alive: seconds of silence after which the kernel probes the peer; ``None``: never.
         user_timeout: seconds that sent data may stay unacknowledged; ``None``: the kernel's own.
         heartbeat: milliseconds of sending nothing, and what is sent then; ``None``: nothing.

@@ -30,17 +30,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 import gevent
 import gevent.socket
 
-from psofa_gevent.addresses import UnixAddress, check_address, socket_family
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason, PsSocketAddressFamily
+from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.multi_client import PsMultiClient
+from psofa_gevent.net.addresses import UnixAddress, check_address, socket_family
+from psofa_gevent.net.sockopts import reset
 from psofa_gevent.server import PsServer
-from psofa_gevent.tcp import reset
-from psofa_gevent.times import SHORTEST_TIMER
 
 if TYPE_CHECKING:
     from psofa_gevent.client import PsClient
-    from psofa_gevent.session import PsSession
+    from psofa_gevent.session.session import PsSession
 
     ps_server: Any
     """pytest fixture, a `ServerFactory`: ``server = ps_server(callback, **settings)``.

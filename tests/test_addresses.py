@@ -24,7 +24,7 @@ from psofa_gevent import (
     PsServerError,
     PsSocketAddressFamily,
 )
-from psofa_gevent.addresses import TcpAddress, without_zone
+from psofa_gevent.net.addresses import TcpAddress, without_zone
 from psofa_gevent.testing import RecordingCallback, ScriptedClient
 
 IPV4 = PsSocketAddressFamily.IPV4
@@ -38,7 +38,7 @@ def no_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_args: object) -> None:
         raise AssertionError("a literal address went to the resolver")
 
-    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", never)
+    monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", never)
     monkeypatch.setattr(gevent.get_hub(), "resolver", None)
 
 
@@ -170,7 +170,7 @@ def test_what_is_no_address_is_a_name(host: str, monkeypatch: pytest.MonkeyPatch
         asked.append(name)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 7))]
 
-    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", look_up)
     assert TcpAddress(host, 7, IPV4).resolve() == [("192.0.2.7", 7)]
     assert asked == [host]
 

@@ -38,7 +38,7 @@ from psofa_gevent import (
     PsSocketAddressFamily,
 )
 from psofa_gevent import farewell as farewell_module
-from psofa_gevent.peers import Networks, peer_address
+from psofa_gevent.listening.networks import Networks, peer_address
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
 ELSEWHERE = ["192.0.2.0/24"]
@@ -504,7 +504,7 @@ def test_a_session_left_behind_by_a_shutdown_does_not_count_ever_after(
                 with contextlib.suppress(BaseException):
                     go_on.wait()
 
-    monkeypatch.setattr("psofa_gevent.stopping.LEAST_SECOND_BOUND", 0.1)
+    monkeypatch.setattr("psofa_gevent.owner.shutdown.LEAST_SECOND_BOUND", 0.1)
     go_on = Event()
     server = local_server(Stuck(), max_sessions_per_peer=1)
     server.start()

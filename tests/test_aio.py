@@ -19,7 +19,7 @@ import pytest
 from greenlet import greenlet
 
 from helpers import NativeThread
-from psofa_gevent.aio import (
+from psofa_gevent.aio.coroutines import (
     await_greenlet,
     hub_loop,
     in_coroutine,

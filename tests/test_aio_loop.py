@@ -20,8 +20,8 @@ import gevent.socket
 import pytest
 
 from helpers import NativeThread, run_python, takes
-from psofa_gevent.aio import hub_loop, run_coroutine, spawn_coroutine
-from psofa_gevent.aio_selector import HubSelector
+from psofa_gevent.aio.coroutines import hub_loop, run_coroutine, spawn_coroutine
+from psofa_gevent.aio.selector import HubSelector
 from psofa_gevent.testing import eventually
 
 PREPARE = """

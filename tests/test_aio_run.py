@@ -1,4 +1,4 @@
-"""How a coroutine that a greenlet waits for begins and ends: `psofa_gevent.aio_run`.
+"""How a coroutine that a greenlet waits for begins and ends: `psofa_gevent.aio.run`.
 
 What holds for coroutines in general is tested in test_aio.py.
 """
@@ -21,7 +21,7 @@ import pytest
 from gevent import getcurrent, monkey
 from greenlet import greenlet
 
-from psofa_gevent.aio import hub_loop, run_coroutine, run_task, spawn_coroutine
+from psofa_gevent.aio.coroutines import hub_loop, run_coroutine, run_task, spawn_coroutine
 from psofa_gevent.testing import eventually
 
 native_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")

@@ -17,8 +17,9 @@ import pytest
 from gevent import monkey
 
 from helpers import LOOPBACK, python_process, run_python
-from psofa_gevent import PsCallback, PsServer, PsSession, balance
-from psofa_gevent.balance import (
+from psofa_gevent import PsCallback, PsServer, PsSession
+from psofa_gevent.listening import balance
+from psofa_gevent.listening.balance import (
     FIRST_WAIT,
     FORGIVENESS,
     LEAST_LEAD,
@@ -27,7 +28,7 @@ from psofa_gevent.balance import (
     PATIENCE,
     SharedLoad,
 )
-from psofa_gevent.listener import ACCEPTS_OF_SHARED
+from psofa_gevent.listening.listener import ACCEPTS_OF_SHARED
 from psofa_gevent.testing import ScriptedClient, eventually
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")

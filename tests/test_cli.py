@@ -33,10 +33,10 @@ from psofa_gevent import (
     PsOverflow,
     PsServer,
     PsSocketAddressFamily,
-    cli,
     demo,
     serve,
 )
+from psofa_gevent.cli import main
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)
@@ -701,7 +701,8 @@ def test_what_goes_wrong_while_the_application_is_imported_is_seen(tmp_path: Pat
         "app",
         """
         import logging
-        from psofa_gevent import PsCallback, logs
+        from psofa_gevent import PsCallback
+        from psofa_gevent.hub import logs
 
         logging.getLogger("app").error("of the application")
         logs.log(logging.ERROR, "of the library")
@@ -919,7 +920,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     directory_of_app: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        sys.exit(cli.main(arguments))
+        sys.exit(main.main(arguments))
     assert exit_.value.code == 2
     output, error = capsys.readouterr()
     assert_one_line(output, error, said)
@@ -940,7 +941,7 @@ def test_an_unknown_option_refers_to_the_help_of_the_command(
     directory_of_app: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], command: str
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main(arguments)
+        main.main(arguments)
     error = capsys.readouterr().err
     assert error.startswith(f"python -m psofa_gevent{command}: error: unrecognized arguments: --")
     assert error.endswith(f"(see python -m psofa_gevent{command} --help)\n")
@@ -1025,9 +1026,9 @@ def test_the_script_is_named_so_that_it_can_be_called(
     script.touch(mode=0o755)
     monkeypatch.setattr(sys, "argv", [".venv/bin/psofa", "demo"])
     monkeypatch.setenv("PATH", os.devnull)
-    assert cli.program_name() == ".venv/bin/psofa"
+    assert main.program_name() == ".venv/bin/psofa"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli.program_name() == "psofa"
+    assert main.program_name() == "psofa"
 
 
 def test_no_command_prints_the_help_as_an_error(tmp_path: Path) -> None:
@@ -1089,7 +1090,7 @@ def settings_from(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str,
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
-    return cli.build_parser("psofa").parse_args(arguments)
+    return main.build_parser("psofa").parse_args(arguments)
 
 
 def test_the_defaults_are_those_of_the_server_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1185,7 +1186,7 @@ def test_listeners_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPa
 def test_a_certificate_that_cannot_be_used_is_told_in_one_line(
     files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["serve", "--port", "0", *files]) == 2
+    assert main.main(["serve", "--port", "0", *files]) == 2
     output = capsys.readouterr().err
     assert output.count("\n") == 1
     assert files[1] in output or "--certificate" in output
@@ -1252,7 +1253,7 @@ def test_the_descriptor_limit_is_raised_as_far_as_the_system_allows(
 
 def test_importing_the_command_line_patches_nothing(tmp_path: Path) -> None:
     source = """
-import psofa_gevent.__main__, psofa_gevent.cli, psofa_gevent.demo, psofa_gevent.serve
+import psofa_gevent.__main__, psofa_gevent.cli.main, psofa_gevent.cli.demo, psofa_gevent.cli.serve
 from gevent import monkey
 print([name for name in ("socket", "time", "threading") if monkey.is_module_patched(name)])
 """

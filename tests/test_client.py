@@ -71,7 +71,7 @@ def look_up(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], list[str]]) ->
             for address in answer()
         ]
 
-    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", getaddrinfo)
 
 
 # Connecting
@@ -325,7 +325,7 @@ def test_machine_without_ipv6_gets_an_error_that_says_so(monkeypatch: pytest.Mon
                 raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
             super().__init__(family, *args, **kwargs)
 
-    monkeypatch.setattr("psofa_gevent.connecting.socket.socket", OnlyIpv4)
+    monkeypatch.setattr("psofa_gevent.connecting.connector.socket.socket", OnlyIpv4)
     with (
         client_of(("::1", 9), socket_address_family=IPV6) as client,
         pytest.raises(PsClientError, match=r"\[::1\]:9.*(no IPv6|family not supported)"),

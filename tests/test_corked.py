@@ -22,7 +22,7 @@ from psofa_gevent import (
     run_coroutine,
 )
 from psofa_gevent.framing import LengthPrefix, Line
-from psofa_gevent.sending import CORK_SIZE, SendingHalf
+from psofa_gevent.session.sending import CORK_SIZE, SendingHalf
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

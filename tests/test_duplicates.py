@@ -24,7 +24,7 @@ from psofa_gevent import (
     PsSendError,
     PsSession,
 )
-from psofa_gevent.listener import Listener
+from psofa_gevent.listening.listener import Listener
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually, serving
 
 BIG = 16 * 1024 * 1024

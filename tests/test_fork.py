@@ -665,7 +665,7 @@ def test_a_child_that_is_forked_in_a_callback_goes_on_there(
         assert closed == [f"on_close {parent}"] * 6
         for peer in peers:
             peer.close()
-        # asyncio's own report: see the docstring of `psofa_gevent.forking`.
+        # asyncio's own report: see the docstring of `psofa_gevent.hub.forking`.
         is_reported = where == "on_message, async" and sys.version_info >= (3, 14)
         if then != "raises" and not is_reported:
             assert "Traceback" not in "\n".join(process.lines)
@@ -698,7 +698,8 @@ def test_a_callback_that_waits_for_a_socket_keeps_no_child_busy(patched: str, ho
     """Its watcher is still there, and tells again and again when the socket's peer has ended."""
     program = """
         import gevent.select
-        from psofa_gevent import aio_greenlet, worker
+        from psofa_gevent.aio import greenlet as aio_greenlet
+        from psofa_gevent.hub import greenlets as worker
 
         ours, theirs = gevent.socket.socketpair()
 
@@ -865,7 +866,7 @@ def test_a_daemon_takes_over_other_sockets(kind: str, tmp_path: Path) -> None:
 
 def test_a_child_may_not_serve_what_its_parent_goes_on_to_serve() -> None:
     program = """
-        from psofa_gevent import places
+        from psofa_gevent.listening import binds as places
 
         places.PATIENCE = 0.5
         server = PsServer(Who(), host=HOST, port=0, framing=Line())

@@ -21,17 +21,17 @@ import pytest
 from helpers import LOOPBACK, echo, local_server
 from marks import needs_tracing
 from psofa_gevent import PsCallback, PsMultiClient, PsServer
-from psofa_gevent.admission import Admission
 from psofa_gevent.framing import Line
-from psofa_gevent.heartbeat import Heartbeats
-from psofa_gevent.idle import IdleTimer
-from psofa_gevent.manager import SessionManager
-from psofa_gevent.ready import ReadySessions, ready_sessions
-from psofa_gevent.sending import SendingHalf
-from psofa_gevent.session import PsSession, SessionGreenlet
-from psofa_gevent.tcp import endpoint
+from psofa_gevent.hub.ready import ReadySessions, ready_sessions
+from psofa_gevent.listening.admission import Admission
+from psofa_gevent.net.sockopts import endpoint
+from psofa_gevent.owner.heartbeat import Heartbeats
+from psofa_gevent.owner.idle import IdleTimer
+from psofa_gevent.owner.manager import SessionManager
+from psofa_gevent.session.sending import SendingHalf
+from psofa_gevent.session.session import PsSession, SessionGreenlet
 from psofa_gevent.testing import ClientFactory, ScriptedClient, ServerFactory, eventually
-from psofa_gevent.tls import TlsSocket, TlsWatcher
+from psofa_gevent.tls.socket import TlsSocket, TlsWatcher
 
 MAKING: set[CodeType] = {
     function.__code__
@@ -158,7 +158,7 @@ def test_a_server_goes_on_when_an_accepted_connection_could_not_become_a_session
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server = ps_server(echo(), max_sessions=1)
-    monkeypatch.setattr("psofa_gevent.manager.PsSession", NoMemory(PsSession))
+    monkeypatch.setattr("psofa_gevent.owner.manager.PsSession", NoMemory(PsSession))
     ps_client(server).expect_eof()
     eventually(lambda: "could not be started" in caplog.text)
     assert server.get_session_count() == 0
@@ -207,7 +207,7 @@ def test_a_server_that_fails_at_its_listeners_frees_the_port(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server = local_server()
-    monkeypatch.setattr("psofa_gevent.listener.endpoint", NoMemory(endpoint))
+    monkeypatch.setattr("psofa_gevent.listening.listener.endpoint", NoMemory(endpoint))
     with pytest.raises(MemoryError):
         server.start()
     assert not server.started
@@ -222,7 +222,7 @@ def test_a_session_that_can_t_end_its_work_ends_all_the_same(
     def no_memory(*_args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("psofa_gevent.session.Killer", no_memory)
+    monkeypatch.setattr("psofa_gevent.session.session.Killer", no_memory)
     callback = echo()
     server = ps_server(callback)
     client = ps_client(server)

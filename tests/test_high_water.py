@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from helpers import NativeThread, close_reasons, run_python
 from psofa_gevent import PsCallback, PsCloseReason, PsGroup, PsOverflow, PsServer, PsSession
-from psofa_gevent.buffers import JOIN_SIZE, OWN_BLOCK, Buffers, Gave
 from psofa_gevent.framing import LengthPrefix
+from psofa_gevent.session.buffers import JOIN_SIZE, OWN_BLOCK, Buffers, Gave
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

@@ -17,8 +17,8 @@ import pytest
 
 import psofa_gevent
 from helpers import NativeThread, native_sleep, run_python, takes
-from psofa_gevent.hub_calls import hub_calls
-from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.hub.calls import hub_calls
+from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.testing import eventually
 
 ON_LIBUV = "libuv" in type(gevent.get_hub().loop).__module__
@@ -32,8 +32,8 @@ import gevent, gevent.event, gevent.os
 from gevent.exceptions import LoopExit
 from helpers import NativeThread, native_sleep
 from psofa_gevent import hub_loop
-from psofa_gevent.hub_calls import hub_calls
-from psofa_gevent.hub_thread import HubThread
+from psofa_gevent.hub.calls import hub_calls
+from psofa_gevent.hub.thread import HubThread
 """
 
 
@@ -321,7 +321,7 @@ def test_a_child_process_has_calls_of_its_own(fork: str) -> None:
 def test_sessions_that_come_and_go_while_the_hub_is_busy_do_not_break_the_loop() -> None:
     """On libuv a check watcher that a greenlet stops may be in a list on the hub's C stack."""
     printed = run_program("""
-        from psofa_gevent.ready import ready_sessions
+        from psofa_gevent.hub.ready import ready_sessions
         ready, coming = ready_sessions(), True
         def busy():
             while coming:

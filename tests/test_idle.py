@@ -31,7 +31,7 @@ from psofa_gevent import (
     PsSession,
 )
 from psofa_gevent.framing import Line
-from psofa_gevent.idle import IdleSlice
+from psofa_gevent.owner.idle import IdleSlice
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -632,7 +632,7 @@ def test_sessions_that_cannot_be_idle_yet_are_not_looked_at(
     place.due = 0.0  # as after a change
 
     def looks_at(clock: float) -> list[int]:
-        monkeypatch.setattr("psofa_gevent.idle.monotonic", lambda: clock)
+        monkeypatch.setattr("psofa_gevent.owner.idle.monotonic", lambda: clock)
         place.look()
         return [session.looks for session in sessions]
 

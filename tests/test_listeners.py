@@ -45,8 +45,8 @@ from psofa_gevent import (
     PsSession,
     PsSocketAddressFamily,
 )
-from psofa_gevent.addresses import TcpAddress
 from psofa_gevent.framing import Line
+from psofa_gevent.net.addresses import TcpAddress
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
 LOOPBACK = "127.0.0.1"
@@ -800,7 +800,7 @@ def test_reuse_port_is_for_hosts_and_ports(tmp_path: Path) -> None:
 
 
 def test_reuse_port_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psofa_gevent.places.REUSE_PORT", None)
+    monkeypatch.setattr("psofa_gevent.listening.binds.REUSE_PORT", None)
     with pytest.raises(ValueError, match="this system has no SO_REUSEPORT"):
         PsServer(PsCallback(), reuse_port=True)
 

@@ -26,8 +26,9 @@ from greenlet import greenlet
 import psofa_gevent
 from helpers import Keeping, NativeThread, attached, local_server, run_python, stalled_peer
 from marks import sync_and_async
-from psofa_gevent import PsCloseReason, PsRefusal, PsSession, logs
+from psofa_gevent import PsCloseReason, PsRefusal, PsSession
 from psofa_gevent.framing import Line
+from psofa_gevent.hub import logs
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -620,7 +621,7 @@ FORKED = """
     import logging
     import os
     import gevent
-    from psofa_gevent import logs
+    from psofa_gevent.hub import logs
 
     class Slow(logging.Handler):
         def emit(self, record):
@@ -922,7 +923,7 @@ def test_the_clock_of_a_warning_keeps_neither_its_server_nor_the_hub() -> None:
         import logging, sys, weakref
         import gevent
         from psofa_gevent import PsCallback, PsServer
-        from psofa_gevent.logs import PeerLog
+        from psofa_gevent.hub.logs import PeerLog
 
         owner = PsServer(PsCallback())
         peer_log = PeerLog()

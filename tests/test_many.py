@@ -28,9 +28,9 @@ from psofa_gevent import (
     PsServer,
     PsSession,
 )
-from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.framing import Framing, LengthPrefix, Line
-from psofa_gevent.registry import Registry
+from psofa_gevent.owner.registry import Registry
+from psofa_gevent.session.connection_id import random_bytes
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

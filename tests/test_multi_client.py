@@ -548,7 +548,7 @@ def test_unreachable_and_unknown_say_host_port_and_cause(monkeypatch: pytest.Mon
     with PsMultiClient(PsCallback()) as bundle:
         with pytest.raises(PsMultiClientError, match=r"224\.0\.0\.1:9.*unreachable"):
             bundle.connect("224.0.0.1", 9)
-        monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", know_nothing)
+        monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", know_nothing)
         with pytest.raises(PsMultiClientError, match=r"no-such-host\.example:9.*not known"):
             bundle.connect("no-such-host.example", 9)
 

@@ -10,7 +10,7 @@ import gevent.socket
 import pytest
 
 from psofa_gevent import PsSocketAddressFamily
-from psofa_gevent.network import local_addresses
+from psofa_gevent.net.interfaces import local_addresses
 
 IPV4 = PsSocketAddressFamily.IPV4
 IPV6 = PsSocketAddressFamily.IPV6
@@ -45,7 +45,7 @@ def test_a_link_local_address_names_its_interface(
     monkeypatch: pytest.MonkeyPatch, system: str, zone: str
 ) -> None:
     pretend_adapters(monkeypatch)
-    monkeypatch.setattr("psofa_gevent.network.os", SimpleNamespace(name=system))
+    monkeypatch.setattr("psofa_gevent.net.interfaces.os", SimpleNamespace(name=system))
     assert local_addresses(IPV6)[2] == f"fe80::7%{zone}"
 
 

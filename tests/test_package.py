@@ -99,7 +99,7 @@ def test_logger_prints_nothing_where_the_application_configured_no_logging() -> 
     code = """\
         import logging, psofa_gevent
         logging.getLogger("psofa_gevent").error("not to be seen")
-        logging.getLogger("psofa_gevent.session").critical("nor this")
+        logging.getLogger("psofa_gevent.session.session").critical("nor this")
     """
     assert_silent_success(run_python(code))
 

@@ -28,8 +28,8 @@ from psofa_gevent import (
     run_coroutine,
 )
 from psofa_gevent.framing import FixedSize, LengthPrefix, Line, Raw
-from psofa_gevent.sending import SendingHalf
-from psofa_gevent.tcp import unacknowledged
+from psofa_gevent.net.sockopts import unacknowledged
+from psofa_gevent.session.sending import SendingHalf
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

@@ -27,10 +27,10 @@ from psofa_gevent import (
     PsSession,
     run_coroutine,
 )
-from psofa_gevent.manager import SessionManager
-from psofa_gevent.reconnecting import Link
+from psofa_gevent.connecting.reconnect import Link
+from psofa_gevent.hub.greenlets import LibraryGreenlet
+from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.testing import RecordingCallback, eventually
-from psofa_gevent.worker import LibraryGreenlet
 
 QUICK = PsReconnect(first_delay=0.02, longest_delay=0.1)
 SLOW = PsReconnect(first_delay=60, longest_delay=60, jitter=0)

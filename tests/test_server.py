@@ -20,7 +20,7 @@ import pytest
 from gevent import monkey
 from gevent.event import Event
 
-import psofa_gevent.listener
+import psofa_gevent.listening.listener
 from helpers import (
     LOOPBACK,
     NativeThread,
@@ -200,7 +200,7 @@ def test_unknown_host_name_is_an_error_that_names_it(monkeypatch: pytest.MonkeyP
     def know_nothing(*_args: object) -> None:
         raise gevent.socket.gaierror(gevent.socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", know_nothing)
+    monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", know_nothing)
     server = PsServer(PsCallback(), host="no-such-host.example", port=0)
     with pytest.raises(PsServerError, match=r"no-such-host\.example.*not known"):
         server.start()
@@ -280,7 +280,7 @@ def test_failed_start_ends_the_wait_of_others(monkeypatch: pytest.MonkeyPatch) -
         answer.wait()
         raise gevent.socket.gaierror(gevent.socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", fail_late)
+    monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", fail_late)
     server = PsServer(PsCallback(), host="localhost", port=0)
     starter = gevent.spawn(pytest.raises, PsServerError, server.start)
     assert resolving.wait(5)
@@ -357,7 +357,7 @@ def test_machine_without_ipv6_gets_a_clear_error(
                 raise OSError(code, os.strerror(code))
             super().__init__(family, *args, **kwargs)
 
-    monkeypatch.setattr(psofa_gevent.listener, "_SystemSocket", OnlyIpv4)
+    monkeypatch.setattr(psofa_gevent.listening.listener, "_SystemSocket", OnlyIpv4)
     server = PsServer(PsCallback(), host="::", port=0, socket_address_family=IPV6)
     with pytest.raises(PsServerError, match=r"\[::\]:0.*no IPv6"):
         server.start()
@@ -689,7 +689,7 @@ def test_shutdown_while_start_looks_up_the_host_leaves_nothing(
         answer.wait()
         return look_up(*args)
 
-    monkeypatch.setattr("psofa_gevent.addresses.socket.getaddrinfo", look_up_slowly)
+    monkeypatch.setattr("psofa_gevent.net.addresses.socket.getaddrinfo", look_up_slowly)
     callback = echo()
     server = PsServer(callback, host="localhost", port=0)
     starter = gevent.spawn(server.start)
@@ -1116,7 +1116,7 @@ class FailingAccept:
                 accepted: tuple[int, Any] = super()._accept()
                 return accepted
 
-        monkeypatch.setattr(psofa_gevent.listener, "_SystemSocket", Listening)
+        monkeypatch.setattr(psofa_gevent.listening.listener, "_SystemSocket", Listening)
 
 
 @pytest.fixture
@@ -1320,7 +1320,7 @@ def test_connection_that_is_gone_before_it_begins_costs_nothing(
 
     server = ps_server(echo())
     caplog.set_level(logging.INFO, "psofa_gevent")
-    monkeypatch.setattr("psofa_gevent.manager.PsSession", fail)
+    monkeypatch.setattr("psofa_gevent.owner.manager.PsSession", fail)
     with ScriptedClient(server.address) as client:
         client.receive_until_eof()
     assert server.get_session_count() == 0
@@ -1340,7 +1340,7 @@ def test_connection_that_cannot_be_started_is_logged_and_costs_no_other(
     with ScriptedClient(server.address) as open_one:
         open_one.send("before")
         open_one.expect("before")
-        monkeypatch.setattr("psofa_gevent.session.random_bytes", fail)
+        monkeypatch.setattr("psofa_gevent.session.session.random_bytes", fail)
         with ScriptedClient(server.address) as client:
             client.receive_until_eof()
         assert server.get_session_count() == 1

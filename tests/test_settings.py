@@ -23,11 +23,11 @@ from psofa_gevent import (
     PsSession,
     PsSocketAddressFamily,
     settings,
-    tcp,
 )
 from psofa_gevent.client import ClientKeywords
 from psofa_gevent.framing import Line
 from psofa_gevent.multi_client import MultiClientKeywords
+from psofa_gevent.net import sockopts
 from psofa_gevent.server import ServerKeywords
 from psofa_gevent.settings import SessionKeywords
 from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session
@@ -355,7 +355,7 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "frame_timeout": [0.001, 3, 1e6, None],
     "high_water": [1, 2**40],
     "send_buffer_size": [1, 2**31 - 1, None],
-    "unsent_low_water": [1, 2**31 - 1, None] if tcp.UNSENT_LOW_WATER is not None else [None],
+    "unsent_low_water": [1, 2**31 - 1, None] if sockopts.UNSENT_LOW_WATER is not None else [None],
     "overflow": list(PsOverflow),
     "keep_alive": [0.1, 60, 32_767, None],
     "heartbeat": [

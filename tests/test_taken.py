@@ -15,7 +15,8 @@ import gevent
 import pytest
 
 from helpers import LOOPBACK, PythonProcess, python_process
-from psofa_gevent import PsCallback, PsServer, PsServerError, places
+from psofa_gevent import PsCallback, PsServer, PsServerError
+from psofa_gevent.listening import binds as places
 from psofa_gevent.testing import ScriptedClient, eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who listens")

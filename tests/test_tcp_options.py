@@ -29,9 +29,9 @@ from psofa_gevent import (
     PsOverflow,
     PsServer,
     PsSession,
-    tcp,
 )
 from psofa_gevent.framing import Line
+from psofa_gevent.net import sockopts
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -112,7 +112,7 @@ def test_a_peer_that_the_kernel_gives_up_closes_with_failed(ps_server: ServerFac
 # What the kernel keeps for a slow reader
 
 needs_low_water = pytest.mark.skipif(
-    tcp.UNSENT_LOW_WATER is None, reason="this system has no TCP_NOTSENT_LOWAT"
+    sockopts.UNSENT_LOW_WATER is None, reason="this system has no TCP_NOTSENT_LOWAT"
 )
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="how Linux counts")
 SIZE = 30_000
@@ -126,8 +126,8 @@ def send_buffer(sock: Any) -> int:
 
 
 def low_water(sock: Any) -> int:
-    assert tcp.UNSENT_LOW_WATER is not None
-    size: int = sock.getsockopt(socket.IPPROTO_TCP, tcp.UNSENT_LOW_WATER)
+    assert sockopts.UNSENT_LOW_WATER is not None
+    size: int = sock.getsockopt(socket.IPPROTO_TCP, sockopts.UNSENT_LOW_WATER)
     return size
 
 
@@ -268,7 +268,7 @@ def test_a_peer_that_does_not_read_costs_little_before_a_post_is_dropped(
 
 
 SMALL: list[dict[str, Any]] = [{"send_buffer_size": 1}, {"send_buffer_size": SIZE}]
-if tcp.UNSENT_LOW_WATER is not None:
+if sockopts.UNSENT_LOW_WATER is not None:
     SMALL += [
         {"unsent_low_water": 1},
         {"unsent_low_water": 1, "send_buffer_size": 1},
@@ -343,7 +343,7 @@ def test_they_do_not_matter_where_there_is_no_tcp() -> None:
     settings: dict[str, Any] = {"keep_alive": 5, "send_buffer_size": SIZE}
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         settings["user_timeout"] = 5
-    if tcp.UNSENT_LOW_WATER is not None:
+    if sockopts.UNSENT_LOW_WATER is not None:
         settings["unsent_low_water"] = 5_000
     callback = RecordingCallback(lambda message: message)
     with connected_session(callback, **settings) as both:

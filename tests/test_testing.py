@@ -32,7 +32,7 @@ from helpers import (
     wait_until_accepting,
 )
 from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsSocketAddressFamily
-from psofa_gevent.tcp import reset
+from psofa_gevent.net.sockopts import reset
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -569,7 +569,7 @@ LEAVES_NOTHING = """
     @pytest.mark.logs_errors
     @pytest.mark.hub_errors
     def test_clean_because_marked():
-        logging.getLogger("psofa_gevent.session").error("as expected")
+        logging.getLogger("psofa_gevent.session.session").error("as expected")
         gevent.spawn(lambda: 1 / 0).join()
 """
 
@@ -596,7 +596,7 @@ LEAVES_SOMETHING = """
         kept[-1].start(print)
 
     def test_logs_an_error():
-        logging.getLogger("psofa_gevent.session").error("nobody expects this")
+        logging.getLogger("psofa_gevent.session.session").error("nobody expects this")
 
     def test_makes_the_hub_print():
         gevent.spawn(lambda: 1 / 0).join()
@@ -654,7 +654,7 @@ def test_each_thing_left_behind_fails_its_test_and_no_other(folder_with_our_conf
         "test_leaves_a_socket": "socket",
         "test_leaves_a_file": "file",
         "test_leaves_a_timer": "active watchers of the hub: 1 more",
-        "test_logs_an_error": "ERROR on psofa_gevent.session: nobody expects this",
+        "test_logs_an_error": "ERROR on psofa_gevent.session.session: nobody expects this",
         "test_makes_the_hub_print": "ZeroDivisionError",
     }
     if "libuv" in type(gevent.get_hub().loop).__module__:

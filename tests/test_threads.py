@@ -38,7 +38,7 @@ from psofa_gevent import (
     PsServerError,
     PsSession,
 )
-from psofa_gevent.hub_thread import HubThread, NativeEvent
+from psofa_gevent.hub.thread import HubThread, NativeEvent
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -777,7 +777,7 @@ TWO_HUBS = """
     from helpers import NativeThread
     from psofa_gevent import PsServer
     from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually, serving
-    from psofa_gevent.hub_thread import NativeEvent
+    from psofa_gevent.hub.thread import NativeEvent
 
     COUNT = 200
 

@@ -51,10 +51,10 @@ from psofa_gevent import (
     run_coroutine,
     tls,
 )
-from psofa_gevent.client_hello import server_name
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
-from psofa_gevent.tls import TlsSocket
+from psofa_gevent.tls.client_hello import server_name
+from psofa_gevent.tls.socket import TlsSocket
 
 trustme = pytest.importorskip("trustme")
 

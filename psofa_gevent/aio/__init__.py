@@ -1,0 +1,1 @@
+"""asyncio on gevent: the event loop that runs coroutines on the hub."""

@@ -1,0 +1,72 @@
+"""Tells an asyncio loop that a child process has ended: for subprocesses on the loop of a hub.
+
+asyncio's own loops have child watchers for this. Up to Python 3.13 it is the event loop policy that
+knows them, and not each policy does: that of uvloop, which ``uvloop.install()`` sets, has none. And
+in a patched process, where the process is gevent's, gevent reads the exit status itself; whoever
+waits for it beside that may wait for ever (on libuv).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from asyncio.log import logger as asyncio_logger
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psofa_gevent.aio.loop import HubLoop
+
+__all__ = ["watch_child"]
+
+UNKNOWN = 255
+"""What asyncio gives for the exit code of a child whose status somebody else has read."""
+
+
+def watch_child(loop: HubLoop, process: Any, ended: Callable[[int], None]) -> None:
+    """Have `loop` call `ended` with the exit code when `process`, a ``Popen``, has ended.
+
+    In the loop's thread. The hub stays alive for it.
+    """
+    if hasattr(process, "rawlink"):  # gevent's
+        process.rawlink(lambda process: loop.call_soon(ended, process.returncode))
+        return
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # not Linux, or an old one
+        _watch_in_thread(loop, process.pid, ended)
+        return
+
+    def reap() -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        ended(_wait(process.pid))
+
+    loop.add_reader(descriptor, reap)
+
+
+def _watch_in_thread(loop: HubLoop, pid: int, ended: Callable[[int], None]) -> None:
+    def wait() -> None:
+        code = _wait(pid)
+        try:
+            loop.call_soon_threadsafe(tell, code)
+        except RuntimeError:
+            pass  # the loop was closed
+
+    def tell(code: int) -> None:
+        loop.waiting -= 1
+        ended(code)
+
+    loop.waiting += 1
+    threading.Thread(target=wait, name=f"waits for process {pid}", daemon=True).start()
+
+
+def _wait(pid: int) -> int:
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        asyncio_logger.warning(
+            "the exit status of child process %d was read elsewhere: 255 instead", pid
+        )
+        return UNKNOWN
+    return os.waitstatus_to_exitcode(status)

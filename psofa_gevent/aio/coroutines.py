@@ -1,0 +1,255 @@
+"""The asyncio bridge: one asyncio event loop per gevent hub, run by the hub itself.
+
+Any number of greenlets may run coroutines at the same time, as tasks of the one loop of their hub,
+and coroutines may wait for greenlets. To a coroutine the loop is an ordinary selector event loop;
+to the hub it is one greenlet that waits for descriptors, for a timer, or to be woken.
+
+Which greenlet runs what:
+
+- Every step of every task, and every callback of the loop, runs in the loop's own greenlet
+  (`LoopGreenlet`). Outside of such a step no loop is running, as far as asyncio can tell, so
+  ``asyncio.run`` in another greenlet works beside ours in a patched process.
+- A step that waits in gevent's way (``gevent.sleep``, a sync ``send``, a blocking library in a
+  patched process) holds the loop: other coroutines wait until it is through, other greenlets go on.
+  ``asyncio.timeout`` can't interrupt it; a ``gevent.Timeout`` in the coroutine can, and a kill of
+  the greenlet that waits for the task. Around an ``await`` a ``gevent.Timeout`` is of no use: it is
+  dropped, and reported to the loop's exception handler. A step that blocks the thread blocks all.
+
+``asyncio.to_thread`` uses OS threads, or greenlets where ``threading`` is patched: then a function
+that blocks in C blocks all. ``await await_greenlet(gevent.spawn(get_hub().threadpool.apply, f))``
+runs ``f`` in an OS thread there too.
+
+Why a loop of our own and not the ``asyncio-gevent`` package (0.2.5): its helpers run a coroutine on
+the running loop that they find, else on a loop of their own. So two greenlets that do so at once
+end in "attached to a different loop", "no running event loop", or a hang when the loop that the
+second one found ends with the first one's coroutine; its users report the same. Each call leaves a
+loop behind, with two descriptors, and its event loop policy is something that Python gives up. With
+one loop of its class for all, kept running and called from greenlets by ``call_soon_threadsafe``,
+coroutines run side by side, but each wake-up goes through a pipe. CPU time for a coroutine that
+returns at once, in µs, where 100 greenlets run one after the other each, and where a single one
+does (CPython 3.11 and 3.13, gevent 26.9 on libev):
+
+============================================  ============  ============
+                                              100 at once   one alone
+============================================  ============  ============
+`run_task`                                     3.7, 3.5      9, 10
+``asyncio_gevent.EventLoop``, kept running     16, 18         115, 135
+``asyncio_gevent.async_to_sync``               fails          450, 530
+============================================  ============  ============
+
+What makes the difference: no pipe (the hub's own callback list wakes the loop), watchers that stay
+where they are, that coroutines begin without a round of the loop, all those that are there at once
+(`psofa_gevent.aio.run`), and that a finished task wakes the greenlet that waits for it in the
+moment in which it finishes instead of in the loop's next round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import CancelledError
+from collections.abc import Awaitable, Coroutine
+from contextvars import Context, copy_context
+from functools import partial
+from typing import Any, TypeVar
+
+import gevent
+from gevent import Greenlet, getcurrent
+from greenlet import greenlet
+
+from psofa_gevent.aio.greenlet import LoopGreenlet
+from psofa_gevent.aio.loop import HubLoop, hub_loop
+from psofa_gevent.aio.run import Run
+from psofa_gevent.hub.logs import LogGreenlet
+from psofa_gevent.hub.times import SHORTEST_TIMER
+
+__all__ = [
+    "await_greenlet",
+    "greenlet_that_waits",
+    "hub_loop",
+    "in_coroutine",
+    "run_coroutine",
+    "run_task",
+    "spawn_coroutine",
+]
+
+T = TypeVar("T")
+
+
+def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
+    """Run a coroutine on the asyncio loop of this thread's hub, and wait for its result.
+
+    From any greenlet of any thread that has a hub, any number at once. It waits in gevent's way,
+    so other greenlets go on. The coroutine sees a copy of the caller's context variables.
+
+    When the caller is killed, or hit by a ``gevent.Timeout``, the task is cancelled, and the caller
+    still waits until it has ended: nothing of it is left running. Each further kill cancels again.
+
+    Args:
+        coro: A coroutine, or another awaitable.
+        timeout: Seconds after which the task is cancelled; None for no limit.
+
+    Raises:
+        TimeoutError: the timeout was over. Raised when the task has ended, so maybe later.
+        asyncio.CancelledError: the task was cancelled by somebody else.
+        RuntimeError: the caller is a coroutine or callback of this very loop, which would wait for
+            itself forever (``await`` instead), or the hub.
+        BaseException: whatever the coroutine raised.
+    """
+    if timeout is None:
+        return run_task(_as_coroutine(coro))
+    limit = gevent.Timeout(max(timeout, SHORTEST_TIMER))
+    try:
+        with limit:
+            try:
+                return run_task(_as_coroutine(coro))
+            except gevent.Timeout as expired:
+                if expired is not limit:
+                    raise
+            raise TimeoutError(f"the coroutine did not end within {timeout:g} s")
+    finally:
+        del limit  # with its traceback it would keep this frame alive, and those of the callers
+
+
+def spawn_coroutine(coro: Awaitable[T], name: str | None = None) -> Greenlet[..., T]:
+    """Run a coroutine in the background; returns at once.
+
+    The coroutine sees a copy of the caller's context variables, as they are now.
+
+    What comes back is an ordinary greenlet, for ``get``, ``join``, ``link``, ``gevent.wait`` and
+    pools; ``kill`` cancels the task and waits until it has ended. As with any greenlet, the hub
+    prints an exception that the coroutine raises.
+
+    Args:
+        coro: A coroutine, or another awaitable.
+        name: The name of the greenlet and of the task.
+    """
+    coro = _as_coroutine(coro)
+    spawned: Greenlet[..., T] = Greenlet(run_task, coro, context=copy_context(), name=name)
+    if name is not None:
+        spawned.name = name
+    # One that is killed before it began never awaits its coroutine.
+    spawned.rawlink(lambda _: coro.close())
+    spawned.start()
+    return spawned
+
+
+async def await_greenlet(greenlet: Greenlet[..., T]) -> T:
+    """Wait in a coroutine for a greenlet; one that was not started is started.
+
+    Gives what ``greenlet.get()`` gives: the result, the exception, and for one that was killed the
+    `GreenletExit` as the result. Cancelling the awaiting task kills the greenlet and waits until it
+    has ended, just as killing a greenlet in `run_coroutine` cancels its task. Where the greenlet
+    shall go on: ``await asyncio.shield(await_greenlet(greenlet))``.
+
+    Raises:
+        RuntimeError: not awaited on the loop of the greenlet's hub (`run_coroutine`).
+        BaseException: whatever the greenlet raised.
+    """
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, HubLoop) or greenlet.loop is not loop.hub.loop:
+        raise RuntimeError(
+            f"await_greenlet({greenlet!r}) runs on {loop!r}: only run_coroutine, in the greenlet's "
+            "own thread, brings the two together"
+        )
+    if not greenlet.started and not greenlet.ready():
+        greenlet.start()
+    cancelled: CancelledError | None = None
+    while not greenlet.ready():
+        ended = loop.create_future()
+        link = partial(_set_result_unless_done, ended)
+        greenlet.rawlink(link)
+        try:
+            await ended
+        except CancelledError as exc:
+            greenlet.unlink(link)
+            greenlet.kill(block=False)
+            cancelled = exc
+    try:
+        if cancelled is not None and greenlet.successful():
+            raise cancelled
+        return greenlet.get(block=False)
+    finally:
+        del cancelled  # with its traceback it would keep this frame alive
+
+
+def in_coroutine() -> bool:
+    """Whether the caller runs inside a step (or callback) of the loop of this thread's hub.
+
+    In a greenlet that such a step runs and waits for by itself, as SQLAlchemy does, too.
+    """
+    current: greenlet | None = getcurrent()
+    while current is not None:
+        if isinstance(current, LoopGreenlet):
+            return True
+        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
+            return False
+        current = current.parent
+    return False
+
+
+def greenlet_that_waits(task: asyncio.Task[Any]) -> greenlet | None:
+    """The greenlet of this thread that waits for `task` in gevent's way, if one does."""
+    loop = task.get_loop()
+    return loop.greenlet.greenlet_that_waits(task) if isinstance(loop, HubLoop) else None
+
+
+def run_task(
+    coro: Coroutine[Any, Any, T],
+    *,
+    context: Context | None = None,
+    name: str | None = None,
+    in_turn: bool = False,
+) -> T:
+    """Run `coro` as a task of the hub's loop and wait for it: `run_coroutine` in short.
+
+    Anything thrown into the waiting greenlet cancels the task, each time anew, and is raised when
+    the task has ended, unless that ended with an exception of its own. Of several, a kill (or
+    `KeyboardInterrupt`, `SystemExit`) is raised, else the last.
+
+    A task that has not begun begins before it is cancelled. One held in the middle of a step (it
+    waits in gevent's way) is interrupted where it waits.
+
+    Args:
+        coro: A coroutine. It is closed when it can't be run.
+        context: The context to run in; by default a copy of the caller's.
+        name: The name of the task.
+        in_turn: For callers that wait for something else next, as sessions do for bytes: it begins
+            after those that are ready, and the hub has its turn only then.
+
+    Raises:
+        RuntimeError: as `run_coroutine`.
+        BaseException: whatever the task raised, `KeyboardInterrupt` and `SystemExit` included. In
+            that case it is the caller who lets it go on to the main greenlet.
+    """
+    loop = hub_loop()
+    current = getcurrent()
+    # The quick look is enough for an ordinary greenlet; the main greenlet has no parent.
+    if current.parent is not loop.hub or current is loop.greenlet:
+        try:
+            _check_caller(current, loop)
+        except RuntimeError:
+            coro.close()
+            raise
+    return Run(loop, coro, current, context, name).wait(in_turn=in_turn)
+
+
+def _check_caller(current: greenlet, loop: HubLoop) -> None:
+    if current is loop.hub:
+        raise RuntimeError("the hub can't wait for a coroutine: gevent.spawn a greenlet that does")
+    if in_coroutine():
+        raise RuntimeError(
+            "a coroutine can't wait for another one of its own loop in gevent's way: await it"
+        )
+
+
+def _as_coroutine(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
+    return awaitable if asyncio.iscoroutine(awaitable) else _await(awaitable)
+
+
+async def _await(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+def _set_result_unless_done(future: asyncio.Future[None], _source: object) -> None:
+    if not future.done():
+        future.set_result(None)

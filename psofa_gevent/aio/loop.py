@@ -1,0 +1,243 @@
+"""The asyncio loop of a gevent hub: one for each hub, made when it is first asked for.
+
+It runs in a greenlet of its own (`psofa_gevent.aio.greenlet`) and waits through the hub
+(`psofa_gevent.aio.selector`). What is given to it from other greenlets of the hub's thread wakes it
+by a callback of the hub, at once and without the pipe that other loops write to. It is closed when
+its hub is replaced or its thread ends. After ``os.fork`` the child makes its own.
+
+An idle loop does not keep the hub alive: ``gevent.wait()`` returns, a deadlock of greenlets is a
+`LoopExit`. What keeps it alive is an open asyncio connection or server, a timer (``call_later``,
+``asyncio.sleep``), a call in an executor, and a greenlet that waits for a task: whatever the task
+awaits may come from another thread. So a task that waits forever is a hang, as in asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from asyncio import Handle
+from asyncio.unix_events import _UnixSubprocessTransport  # type: ignore[attr-defined]  # private
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+
+from gevent import get_hub, getcurrent
+
+from psofa_gevent.aio.child_watcher import watch_child
+from psofa_gevent.aio.greenlet import LoopGreenlet
+from psofa_gevent.aio.run import Run
+from psofa_gevent.aio.selector import HubSelector
+from psofa_gevent.hub.forking import in_child, keep, track
+from psofa_gevent.hub.native import AtThreadEnd, new_local
+from psofa_gevent.hub.thread import HubThread
+
+if TYPE_CHECKING:
+    from gevent.hub import Hub
+
+__all__ = ["HubLoop", "hub_loop"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# Each task calls this several times; super() would take 3 % of a task that does nothing.
+_call_soon = asyncio.SelectorEventLoop.call_soon
+
+
+def hub_loop() -> HubLoop:
+    """The asyncio loop of this thread's hub, made when it is first asked for."""
+    loop: HubLoop | None = getattr(_of_thread, "loop", None)
+    if loop is None or loop.hub is not get_hub() or loop.greenlet.dead:
+        loop = _of_thread.loop = HubLoop()
+        _of_thread.at_end = AtThreadEnd(loop.shut_down)
+    return loop
+
+
+class HubLoop(asyncio.SelectorEventLoop):
+    """The asyncio loop of one hub. It runs by itself; get it from `hub_loop`."""
+
+    def __init__(self) -> None:
+        self.thread = HubThread()
+        self.hub = self.thread.hub
+        self.waiting = 0
+        """Calls in executors, which keep the hub alive, as greenlets do that wait for tasks."""
+        self.greenlet = LoopGreenlet(self, self.hub)
+        self._hub_selector = HubSelector(self.hub, self.greenlet.park, self.greenlet.wake)
+        self._pid = os.getpid()
+        super().__init__(self._hub_selector)
+        self.nothing_to_call = Handle(callable, (), self)
+        """For what was not scheduled after all."""
+        self.nothing_to_call.cancel()
+        track(self)
+
+    def has_work(self) -> bool:
+        """Whether a callback is due in the next round."""
+        return bool(self._ready)  # type: ignore[attr-defined]  # a name of all asyncio's loops
+
+    def call_soon(
+        self,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> Handle:
+        """As in asyncio; from other greenlets of the hub's thread too."""
+        if self.greenlet.parked:
+            self.greenlet.wake()
+        ended: object = callback
+        if type(ended) is Run:
+            # It does nothing but schedule a switch: no need for another round of the loop.
+            ended.end_task()
+            return self.nothing_to_call
+        return _call_soon(self, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """As in asyncio; from other greenlets of the hub's thread too."""
+        self.greenlet.wake()
+        return super().call_at(when, callback, *args, context=context)
+
+    def run_in_executor(
+        self,
+        executor: Executor | None,
+        func: Callable[[Unpack[Ts]], T],
+        *args: *Ts,
+    ) -> asyncio.Future[T]:
+        """As in asyncio. The hub stays alive until the call has ended."""
+        future = super().run_in_executor(executor, func, *args)
+        self.waiting += 1
+        future.add_done_callback(self._executed)
+        return future
+
+    def _executed(self, _future: object) -> None:
+        self.waiting -= 1
+
+    def run_forever(self) -> None:
+        """Not for you: the loop runs by itself."""
+        if getcurrent() is not self.greenlet:
+            raise RuntimeError("the loop of a hub runs by itself: use run_coroutine")
+        super().run_forever()
+
+    def close(self) -> None:
+        """Not for you: the loop is closed when its thread ends, or the hub."""
+        if not self.greenlet.dead:
+            raise RuntimeError("the loop of a hub is closed by itself, with the hub")
+        super().close()
+
+    def add_signal_handler(
+        self,
+        sig: int,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+    ) -> None:
+        """As in asyncio. On gevent's libuv loop it keeps the hub alive."""
+        if self._csock is None:
+            with self._hub_selector.registering_without_ref():
+                super()._make_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
+        super().add_signal_handler(sig, callback, *args)
+
+    def shut_down(self) -> None:
+        """End the loop's greenlet and close the loop: in its own thread, when that or its hub ends.
+
+        Tasks that have not ended are lost.
+        """
+        if os.getpid() == self._pid and self.thread.is_current() and not self.is_closed():
+            self.greenlet.end()
+            self.close()
+
+    def _let_go(self, hub: Hub | None) -> None:
+        """In a child process: leave the parent's connections and coroutines alone.
+
+        Collected, the coroutines would run on to their ends, and transports close what is theirs.
+        """
+        keep(self, asyncio.all_tasks(self))
+        self.greenlet.let_go(has_hub=hub is self.hub)
+        if hub is self.hub:
+            self._hub_selector.close()
+        # The loop may just be in a round, and calls as many as were there at its beginning.
+        ready: Any = self._ready  # type: ignore[attr-defined]  # see has_work
+        scheduled: Any = self._scheduled  # type: ignore[attr-defined]  # the same of timers
+        keep(list(ready), list(scheduled))
+        for due in range(len(ready)):
+            ready[due] = self.nothing_to_call
+        scheduled.clear()
+        if self._csock is not None:
+            self._let_go_of_signals(self._csock.fileno())
+
+    def _let_go_of_signals(self, descriptor: int) -> None:
+        """Else the parent's loop would be told of signals that come to the child."""
+        before = signal.set_wakeup_fd(-1)
+        if before != descriptor:
+            signal.set_wakeup_fd(before)
+
+    # What follows are the places that asyncio's loops leave for, and fill in, in subclasses.
+
+    def _make_self_pipe(self) -> None:
+        # Only signal handlers need it, and they get it when they come.
+        self._ssock: socket.socket | None = None
+        self._csock: socket.socket | None = None
+
+    def _close_self_pipe(self) -> None:
+        if self._csock is not None:
+            super()._close_self_pipe()  # type: ignore[misc]  # see _make_self_pipe
+
+    async def _make_subprocess_transport(
+        self,
+        protocol: Any,
+        args: Any,
+        shell: bool,
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        bufsize: int,
+        extra: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # As asyncio does it, but for who watches the child.
+        waiter = self.create_future()
+        transport: Any = _UnixSubprocessTransport(
+            self,
+            protocol,
+            args,
+            shell,
+            stdin,
+            stdout,
+            stderr,
+            bufsize,
+            waiter=waiter,
+            extra=extra,
+            **kwargs,
+        )
+        watch_child(self, transport._proc, transport._process_exited)
+        try:
+            await waiter
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            transport.close()
+            await asyncio.shield(transport._wait())
+            raise
+        return transport
+
+    def _write_to_self(self) -> None:
+        # In any thread.
+        self.thread.call_soon(self.greenlet.unpark)
+
+    def _check_thread(self) -> None:
+        # asyncio compares thread idents, which in a patched process are those of greenlets.
+        if not self.thread.is_current():
+            raise RuntimeError("the loop of another thread's hub: use call_soon_threadsafe")
+
+
+_of_thread = new_local()
+
+
+@in_child
+def _forget() -> None:
+    _of_thread.loop = None

@@ -1,0 +1,252 @@
+"""One coroutine that a greenlet runs on the asyncio loop of its hub, and waits for.
+
+A `Run` begins in the loop's greenlet: there the first step of its task is taken at once, an eager
+task where Python has them. Most coroutines end in that step; the others go on in the loop's rounds.
+When the task has ended, the greenlet that waits is put among those that are ready to go on, in the
+moment in which that happens. Many runs that wait to begin do so one after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from asyncio import Handle, Task
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from gevent import GreenletExit
+
+if TYPE_CHECKING:
+    from greenlet import greenlet
+
+    from psofa_gevent.aio.loop import HubLoop
+
+__all__ = ["Run"]
+
+T = TypeVar("T")
+
+_new_task: Any = Task.__new__
+
+ENDINGS = (GreenletExit, KeyboardInterrupt, SystemExit)
+"""What a greenlet raises that was thrown out of its wait, whatever else was thrown after it."""
+
+
+class Run(Generic[T]):
+    """A coroutine, its task, and the greenlet that waits. All of it in the hub's thread."""
+
+    __slots__ = (
+        "_context",
+        "_coro",
+        "_failure",
+        "_greenlet",
+        "_loop",
+        "_name",
+        "_waiting_since",
+        "has_ended",
+        "is_cancelled",
+        "task",
+    )
+
+    def __init__(
+        self,
+        loop: HubLoop,
+        coro: Coroutine[Any, Any, T],
+        current: greenlet,
+        context: Context | None,
+        name: str | None,
+    ) -> None:
+        self._loop = loop
+        self._coro = coro
+        self._context = copy_context() if context is None else context
+        self._name = name
+        self._failure: BaseException | None = None
+        self.task: Task[T] | None = None
+        """None: not begun."""
+        self.is_cancelled = False
+        """Whether it is to be cancelled when it has begun."""
+        self.has_ended = False
+        # As `psofa_gevent.hub.ready` knows those who wait:
+        self._greenlet = current
+        self._waiting_since = 0.0
+
+    def __repr__(self) -> str:
+        # A task forgets its coroutine when that ends in an eager first step.
+        coro = self._coro
+        code = getattr(coro, "cr_code", None)
+        where = "" if code is None else f", defined at {code.co_filename}:{code.co_firstlineno}"
+        name = None if self.task is None else self.task.get_name()
+        return f"<Task name={name!r} coro=<{getattr(coro, '__qualname__', coro)}(){where}>>"
+
+    def wait(self, *, in_turn: bool = False) -> T:
+        """Begin soon, and wait for the end, in the greenlet that runs this coroutine.
+
+        `in_turn`: before the hub has its turn (`LoopGreenlet.begin_in_turn`).
+        """
+        host = self._loop.greenlet
+        thrown: BaseException | None = None
+        try:
+            if in_turn:
+                host.begin_in_turn(self)
+            else:
+                host.begin(self)
+            while not self.has_ended:
+                self._waiting_since = 1.0
+                try:
+                    if in_turn:
+                        host.run_queue.switch_on()
+                    else:
+                        host.hub.switch()
+                except BaseException as exc:
+                    if not isinstance(thrown, ENDINGS):
+                        thrown = exc
+                    host.cancel(self)
+                finally:
+                    self._waiting_since = 0.0
+            if self._failure is not None:
+                raise self._failure
+            task = self.task
+            assert task is not None
+            if thrown is not None and (task.cancelled() or task.exception() is None):
+                raise thrown
+            return task.result()
+        finally:
+            # An exception and a frame that holds it, or the task, would keep each other alive.
+            self._failure = None
+            del thrown, self
+            task = None
+
+    def begin(self) -> bool:
+        """Take the first step. In the loop's greenlet, outside of the loop's own steps.
+
+        Returns:
+            Whether it has ended. Else its greenlet is told later.
+
+        Raises:
+            KeyboardInterrupt: a signal came in between. (Or whatever its handler raises.)
+        """
+        task = self.task = _new_task(Task)
+        try:
+            _begin(task, self._coro, self._loop, self._name, self._context)
+        except BaseException as exc:
+            if not self._is_the_coroutines(exc):
+                self._goes_on(task)
+                raise
+            self.has_ended = True
+        else:
+            if task.done():
+                self.has_ended = True
+            else:
+                self._goes_on(task)
+        finally:
+            has_ended = self.has_ended
+            # The coroutine's frame, and an exception of its own with it, may keep this one alive.
+            del self, task
+        return has_ended
+
+    def _goes_on(self, task: Task[T]) -> None:
+        self.waits()
+        self._loop.greenlet.runs[task] = self
+        task.add_done_callback(self)
+        if self.is_cancelled:
+            task.cancel()
+
+    @property
+    def waiting_greenlet(self) -> greenlet:
+        """The greenlet that waits for it."""
+        return self._greenlet
+
+    def waits(self) -> None:
+        """The coroutine waits for something, and so does its greenlet. Does not switch."""
+        # gevent calls it only where the greenlet switches to the hub itself.
+        switch_out = getattr(self._greenlet, "switch_out", None)
+        if switch_out is not None:
+            switch_out()
+
+    def _is_the_coroutines(self, exc: BaseException) -> bool:
+        """Whether the greenlet that waits raises this, and nobody else."""
+        if not _is_begun(self._coro):
+            # There can't be a task of it, or a signal came before.
+            self._failure = exc
+            return True
+        task = self.task
+        return task is not None and task.done() and task.exception() is exc
+
+    def __call__(self, _task: Task[T]) -> None:
+        """The task's done callback."""
+        self.end_task()
+
+    def end_task(self) -> None:
+        """The task has ended. In the moment in which it does (`HubLoop.call_soon`)."""
+        task = self.task
+        assert task is not None
+        del self._loop.greenlet.runs[task]
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            self._loop.greenlet.claim(exc)
+        self.has_ended = True
+        run_queue = self._loop.greenlet.run_queue
+        run_queue.add([self])
+        run_queue.run_soon()
+
+    def drop(self) -> None:
+        """Never begin: the loop has ended."""
+        self._coro.close()
+
+    def _stop_watching(self) -> None:
+        """There is nothing: it was thrown out of its wait, and is not ready any more."""
+
+
+def _is_begun(coro: object) -> bool:
+    if not asyncio.iscoroutine(coro):
+        return False
+    try:
+        return inspect.getcoroutinestate(coro) != inspect.CORO_CREATED
+    except AttributeError:  # compiled, and does not tell
+        return True
+
+
+if sys.version_info >= (3, 12):
+
+    def _begin(
+        task: Task[T],
+        coro: Coroutine[Any, Any, T],
+        loop: HubLoop,
+        name: str | None,
+        context: Context,
+    ) -> None:
+        """Initialise a task and take its first step."""
+        try:
+            Task.__init__(task, coro, loop=loop, name=name, context=context, eager_start=True)
+        finally:
+            del task  # as in `Run.begin`
+
+else:
+
+    def _begin(
+        task: Task[T],
+        coro: Coroutine[Any, Any, T],
+        loop: HubLoop,
+        name: str | None,
+        context: Context,
+    ) -> None:
+        """Initialise a task and take its first step."""
+        steps: list[Callable[..., object]] = []
+        own = context
+
+        def call_soon(
+            callback: Callable[..., object], *args: Any, context: Context | None = None
+        ) -> Handle:
+            if context is own:
+                steps.append(callback)
+                return loop.nothing_to_call
+            # A finalizer's, which the garbage collector runs just now.
+            return type(loop).call_soon(loop, callback, *args, context=context)
+
+        # The task gives its first step to its loop, where it is taken away at once.
+        loop.call_soon = call_soon  # type: ignore[method-assign, assignment]  # for a moment
+        try:
+            Task.__init__(task, coro, loop=loop, name=name, context=own)
+        finally:
+            del loop.call_soon, task  # as in `Run.begin`
+        own.run(steps.pop())

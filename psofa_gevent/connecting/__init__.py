@@ -1,0 +1,1 @@
+"""Connecting: attempts to reach an endpoint, and staying connected."""

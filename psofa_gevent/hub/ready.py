@@ -1,0 +1,207 @@
+"""The sessions whose sockets have become readable, and how one goes on after the other.
+
+So do greenlets that wait for a coroutine, when that has ended (`psofa_gevent.aio.run`).
+
+The watcher of a session that waits puts it into the list of its hub. When the hub has dispatched
+all events of a round it switches to the first of them; each that waits again switches straight to
+the next, and the last one back to the hub. So a message costs one greenlet switch and not two.
+
+One that has much to do without waiting gives up its turn (`ReadySessions.resume_later`): it goes on
+behind the others of the next round, for which the hub has looked at all sockets and timers.
+
+An entry may be stale: its session was woken for another reason since, is in a callback, or is gone.
+Whoever takes one out looks whether that session waits. All of it belongs to the hub's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import time
+from typing import Any, Protocol
+
+from gevent import get_hub
+from greenlet import greenlet
+
+from psofa_gevent.hub.calls import close_watcher, hub_calls
+from psofa_gevent.hub.forking import keep, release, track
+from psofa_gevent.hub.native import AtThreadEnd, new_local
+
+__all__ = ["ReadySessions", "ready_sessions", "switch"]
+
+switch = greenlet.switch
+"""From one session to the next, and to the hub: past what gevent does in ``Hub.switch``."""
+
+
+class Ready(Protocol):
+    """One that may be ready: a session, or another greenlet that waits."""
+
+    @property
+    def _greenlet(self) -> Any:
+        """What to switch to."""
+
+    @property
+    def _waiting_since(self) -> float:
+        """Not 0 while it waits for its turn, and may be switched to."""
+
+    def _stop_watching(self) -> None:
+        """Called when it has come to its turn, and does not wait."""
+
+
+class ReadySessions:
+    """The readable sessions of one hub. It looks at them as long as any session is `registered`.
+
+    (On libuv from the first one on.)
+    """
+
+    def __init__(self) -> None:
+        self.hub = get_hub()
+        self._loop: Any = self.hub.loop
+        self._calls = hub_calls()
+        self._waiting_calls = self._calls.waiting
+        self.sessions: list[Ready] = []
+        """The next one last: libev tells the events of a round in reverse order."""
+        self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
+        """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
+        itself at a reset, with the bytes before that still unread, and tells nobody."""
+        self.now = 0.0
+        """When those that are ready began to go on (`time.time`): asked once for all of them, as a
+        clock for each message would be felt."""
+        self._registered = 0
+        self._check: Any = None
+        self._soon: Any = None
+        self._gave_up_turn: list[Ready] = []
+        self._keep_turning: Any = None
+        """While somebody is in there: a round must not wait for an event."""
+        track(self)
+
+    def register(self) -> None:
+        """One more session may become ready."""
+        if self._check is None:
+            # Of the lowest priority: after all watchers of sockets in a round.
+            check = self._loop.check(ref=False, priority=self._loop.MINPRI)
+            try:
+                check.start(self._runs_a_round())
+            except BaseException:
+                check.close()
+                raise
+            self._check = check
+        self._registered += 1
+
+    def unregister(self) -> None:
+        """One session less."""
+        self._registered -= 1
+        # libuv keeps the check watchers that it has yet to call in a round in a list on its stack.
+        # To stop one of them from a greenlet, which has its own stack in that place, destroys both.
+        if self._registered == 0 and self._is_reversed:
+            self._close_check()
+
+    def _close_check(self) -> None:
+        if self._check is not None:
+            close_watcher(self._check)
+            self._check = None
+            self._gave_up_turn.clear()
+            if self._keep_turning is not None:
+                self._keep_turning.stop()
+                self._keep_turning.close()
+                self._keep_turning = None
+
+    def _let_go(self, hub: object) -> None:
+        """Empty the run queue in a child process, whose sessions have a queue of their own."""
+        keep(list(self.sessions), list(self._gave_up_turn), self)
+        self.sessions.clear()
+        self._gave_up_turn.clear()
+        for watcher in (self._check, self._keep_turning):
+            if watcher is not None and self.hub is hub:
+                release(watcher)
+        self._check = self._keep_turning = None
+        if getattr(_of_thread, "ready", None) is self:
+            _of_thread.ready = None
+
+    def add(self, several: Sequence[Ready]) -> None:
+        """Some are ready: after those that are there, in this order.
+
+        Outside of the hub's round the caller must `switch_on`, or `run_soon`.
+        """
+        self.sessions[:0] = reversed(several)
+
+    def run_soon(self) -> None:
+        """Let those that are ready go on, in this round of the hub."""
+        loop: Any = self.hub.loop
+        # A destroyed hub has none.
+        if loop is not None and (self._soon is None or not self._soon.pending):
+            self._soon = loop.run_callback(self._run)
+
+    def resume_later(self, session: Ready) -> None:
+        """Let `session`, which is registered and about to wait, go on at the end of a round.
+
+        That is the one whose events the hub has yet to ask for: ``run_callback`` would call it
+        before that, dozens of times.
+        """
+        if self._keep_turning is None:
+            self._keep_turning = self._loop.idle()
+        if not self._gave_up_turn:
+            self._check.callback = self._run_round_and_resume
+            self._keep_turning.start(_do_nothing)
+        self._gave_up_turn.append(session)
+
+    def switch_on(self) -> None:
+        """Switch to the next one that is ready, or to the hub. The caller is one that waits."""
+        sessions: list[Any] = self.sessions  # whoever waits has a greenlet
+        while sessions:
+            other = sessions.pop()
+            if other._waiting_since:
+                greenlet = other._greenlet
+                del other  # a wait must not hold another session
+                switch(greenlet)
+                return
+            other._stop_watching()
+        switch(self.hub)
+
+    def _runs_a_round(self) -> Callable[[], None]:
+        return self._run if self._is_reversed else self._reverse_and_run
+
+    def _reverse_and_run(self) -> None:
+        self.sessions.reverse()
+        self._run()
+
+    def _run_round_and_resume(self) -> None:
+        self._check.callback = self._runs_a_round()
+        self._keep_turning.stop()
+        if not self._is_reversed:
+            self.sessions.reverse()
+        resumed, self._gave_up_turn = self._gave_up_turn, []
+        self.add(resumed)
+        self._run()
+
+    def _run(self) -> None:
+        # In the hub. Each switch comes back when nobody is left, or when a callback waits on
+        # something else: then the rest is still here.
+        if self._waiting_calls:
+            self._calls.run()
+        sessions = self.sessions
+        if sessions:
+            self.now = time()
+        while sessions:
+            session = sessions.pop()
+            if session._waiting_since and session._greenlet is not None:
+                switch(session._greenlet)
+            else:
+                session._stop_watching()
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def ready_sessions() -> ReadySessions:
+    """The list of this thread's hub."""
+    hub = get_hub()
+    ready: ReadySessions | None = getattr(_of_thread, "ready", None)
+    if ready is None or _of_thread.hub is not hub:
+        ready = _of_thread.ready = ReadySessions()
+        _of_thread.hub = hub
+        _of_thread.at_end = AtThreadEnd(ready._close_check)
+    return ready
+
+
+_of_thread = new_local()

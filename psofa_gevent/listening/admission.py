@@ -1,0 +1,245 @@
+"""Who is let in: the rules of one server, for all that it accepts, and what they have refused.
+
+Where nothing has to be waited for, a connection is refused in the hub, as soon as it is accepted:
+before there is a greenlet or a session, so that a flood is cheap (`Admission.refuses`). With the
+PROXY protocol the rules about the client come after its header, and ``on_accept`` comes last; both
+in the greenlet of the connection (`Admission.admits`), of which no other callback ever hears.
+
+The sessions of a peer are counted from the moment in which they are the manager's to the moment in
+which they are not (`Admission.opened`, `Admission.ended`): whichever way they end.
+
+All of it belongs to the hub's thread. Nothing switches but `Admission.admits`.
+"""
+
+from __future__ import annotations
+
+import _socket
+import logging
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
+
+from gevent import GreenletExit
+
+from psofa_gevent.enums import PsCloseReason, PsRefusal
+from psofa_gevent.hub.logs import PeerLog
+from psofa_gevent.listening.farewell import LONGEST_FAREWELL, Farewells, say
+from psofa_gevent.listening.networks import Networks, peer_address
+from psofa_gevent.net.addresses import format_address
+from psofa_gevent.net.sockopts import Endpoint, end, endpoint
+from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
+
+if TYPE_CHECKING:
+    from psofa_gevent.owner.manager import SessionManager
+    from psofa_gevent.session.session import Owner, PsSession
+
+__all__ = ["Admission"]
+
+TEXTS = {
+    PsRefusal.NETWORK: "its address is not allowed",
+    PsRefusal.PEER: "its address has max_sessions_per_peer sessions",
+    PsRefusal.FULL: "there are max_sessions sessions",
+    PsRefusal.CALLBACK: "on_accept has refused it",
+    PsRefusal.PROXY: "its address is not in trusted_proxies",
+}
+
+
+class Admission:
+    """The rules of one server, and how often each has refused a connection."""
+
+    def __init__(
+        self,
+        *,
+        allowed_networks: object,
+        denied_networks: object,
+        max_sessions_per_peer: int | None,
+        refuse_when_full: bool,
+        farewell: object,
+        proxy_protocol: bool,
+        trusted_proxies: object,
+    ) -> None:
+        """Take the settings of `PsServer`; raises `TypeError` and `ValueError` for bad ones."""
+        self._allowed = None
+        if allowed_networks is not None:
+            self._allowed = Networks("allowed_networks", allowed_networks)
+        self._denied = Networks("denied_networks", denied_networks)
+        if max_sessions_per_peer is not None:
+            check_int("max_sessions_per_peer", max_sessions_per_peer, 1, MAX_BUFFER)
+        self._most = max_sessions_per_peer
+        check_bool("refuse_when_full", refuse_when_full)
+        self.refuse_when_full = refuse_when_full
+        self._farewell = _check_farewell(farewell)
+        check_bool("proxy_protocol", proxy_protocol)
+        self.proxy_protocol = proxy_protocol
+        self._trusted = Networks("trusted_proxies", trusted_proxies)
+        self._has_networks = self._allowed is not None or bool(self._denied)
+        self._keys: dict[PsSession[Any], bytes] = {}
+        """The sessions that count for a peer, and for which."""
+        self._counts: dict[bytes, int] = {}
+        self._farewells = Farewells()
+        self._refused = dict.fromkeys(PsRefusal, 0)
+
+    @property
+    def refused(self) -> dict[PsRefusal, int]:
+        """How many were refused, for each reason."""
+        return dict(self._refused)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether an accepted connection may be refused, or counts, in the hub."""
+        return (
+            self.proxy_protocol
+            or self._has_networks
+            or self._most is not None
+            or self.refuse_when_full
+        )
+
+    # In the hub
+
+    def refuses(self, accepted: _socket.socket, address: object, manager: SessionManager) -> bool:
+        """Whether the connection, just accepted, is not let in. Then it is closed, now or soon."""
+        peer = endpoint(address)
+        if self.proxy_protocol:
+            proxy = peer_address(peer)
+            is_known = proxy is None or proxy in self._trusted
+            reason = None if is_known else PsRefusal.PROXY
+        else:
+            reason = self._why_not(peer)
+        if reason is None and self.refuse_when_full and manager.pool.full():
+            reason = PsRefusal.FULL
+        if reason is None:
+            return False
+        if self._farewell and reason in (PsRefusal.PEER, PsRefusal.FULL):
+            self._farewells.add(accepted, self._farewell, manager.thread)
+        else:
+            end(accepted)
+        self._tell(manager.peer_log, manager.owner, reason, peer)
+        return True
+
+    def begin(self) -> None:
+        """A manager begins. No session is there; one whose hub is gone has left without a word."""
+        self._keys.clear()
+        self._counts.clear()
+
+    def opened(self, session: PsSession[Any]) -> None:
+        """The manager has the session. With the PROXY protocol its peer is not known yet."""
+        if not self.proxy_protocol:
+            self._count(session)
+
+    def ended(self, session: PsSession[Any]) -> None:
+        """The manager has the session no more."""
+        key = self._keys.pop(session, None)
+        if key is not None:
+            left = self._counts.get(key, 1) - 1  # none: there was no memory for it
+            if left:
+                self._counts[key] = left
+            else:
+                self._counts.pop(key, None)
+
+    def close(self) -> None:
+        """The server has stopped, or its hub is gone: close what is on its way out."""
+        self._farewells.close()
+
+    def let_go(self, *, has_hub: bool) -> None:
+        """In a child process: nobody is here, and who is on the way out is the parent's."""
+        self.begin()
+        self._farewells.let_go(has_hub=has_hub)
+
+    def _why_not(self, peer: Endpoint | None) -> PsRefusal | None:
+        """Which of the rules about addresses refuses a client."""
+        if not self._has_networks and self._most is None:
+            return None
+        address = peer_address(peer)
+        if address is None:
+            return None
+        if self._has_networks:
+            is_allowed = self._allowed is None or address in self._allowed
+            if not is_allowed or address in self._denied:
+                return PsRefusal.NETWORK
+        if self._most is not None and self._counts.get(address, 0) >= self._most:
+            return PsRefusal.PEER
+        return None
+
+    def _count(self, session: PsSession[Any]) -> None:
+        if self._most is None:
+            return
+        key = peer_address(session._remote_endpoint)
+        if key is not None:
+            self._keys[session] = key
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    # In the greenlet of the connection
+
+    def admits(self, session: PsSession[Any]) -> bool:
+        """Whether the session, which is open, may go on. Else its close is requested.
+
+        May switch: a callback runs.
+        """
+        reason = None
+        peer = session._remote_endpoint
+        if self.proxy_protocol:
+            reason = self._why_not(peer)
+            if reason is None:
+                self._count(session)
+        if reason is None and not _is_accepted(session):
+            reason = PsRefusal.CALLBACK
+        if not session._open:  # closed meanwhile
+            return False
+        if reason is None:
+            return True
+        has_words = reason is PsRefusal.PEER and self._farewell != b""
+        if has_words:
+            say(session._sock, self._farewell)
+        session._request_close(PsCloseReason.SELF_CLOSE, linger=has_words)
+        host = session._host
+        self._tell(host.peer_log, host.owner, reason, peer, session._context)
+        return False
+
+    def _tell(
+        self,
+        peer_log: PeerLog,
+        owner: Owner,
+        reason: PsRefusal,
+        peer: Endpoint | None,
+        context: Context | None = None,
+    ) -> None:
+        """Count a refusal, and log it."""
+        self._refused[reason] += 1
+        who = "a peer without a name" if peer is None else format_address(*peer[:2])
+        why = TEXTS[reason]
+        peer_log.tell(
+            owner, f"refused: {why}", "%r: refused %s: %s", owner, who, why, context=context
+        )
+
+
+def _is_accepted(session: PsSession[Any]) -> bool:
+    """Ask ``on_accept``, if there is one. What it raises is logged, and is a refusal."""
+    ask = session._host.dispatch.on_accept
+    if ask is None:
+        return True
+    try:
+        return ask(session, session._remote_endpoint) is not False
+    except BaseException as exc:
+        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+            session._host.thread.raise_in_main(exc)
+        if isinstance(exc, GreenletExit) and not session._open:
+            session._log(logging.WARNING, "%r: on_accept was ended", session, exc_info=exc)
+        else:
+            session._log(logging.ERROR, "%r: on_accept failed: %r", session, exc, exc_info=exc)
+        return False
+
+
+def _check_farewell(farewell: object) -> bytes:
+    """The setting as bytes; empty for ``None``."""
+    if farewell is None:
+        return b""
+    if not isinstance(farewell, (str, bytes)):
+        raise TypeError(f"farewell must be text, bytes or None, not {farewell!r}")
+    try:
+        words = farewell.encode() if isinstance(farewell, str) else farewell
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"farewell must be text that UTF-8 can encode, not {farewell!r}: {exc}"
+        ) from exc
+    if not 1 <= len(words) <= LONGEST_FAREWELL:
+        raise ValueError(f"farewell must have 1 to {LONGEST_FAREWELL} bytes, not {farewell!r}")
+    return words

@@ -1,0 +1,91 @@
+"""Who a peer is, for rules about addresses: the address behind an endpoint, and sets of networks.
+
+An IPv4-mapped address (RFC 4291, section 2.5.5.2), as a dual-stack socket has it, is its IPv4
+address; a network of them is a network of those. Peers on Unix sockets have no address.
+
+Nothing here waits. What a rule costs does not depend on how many networks it has, but on how many
+lengths of prefixes there are among them.
+"""
+
+from __future__ import annotations
+
+import _socket
+import ipaddress
+from collections.abc import Collection
+
+from psofa_gevent.net.sockopts import Endpoint
+from psofa_gevent.net.unix import is_unix
+
+__all__ = ["Networks", "peer_address"]
+
+MAPPED = bytes(10) + b"\xff\xff"
+MAPPED_BITS = 96
+
+
+def peer_address(endpoint: Endpoint | None) -> bytes | None:
+    """The packed address, of 4 or 16 bytes; ``None`` for a Unix socket."""
+    if endpoint is None or is_unix(endpoint[0]):
+        return None
+    host: str = endpoint[0]
+    if ":" not in host:
+        return _socket.inet_aton(host)
+    packed = _socket.inet_pton(_socket.AF_INET6, host.partition("%")[0])
+    return packed[12:] if packed.startswith(MAPPED) else packed
+
+
+class Networks:
+    """A set of networks, IPv4 and IPv6."""
+
+    __slots__ = ("_by_size",)
+
+    def __init__(self, name: str, networks: object) -> None:
+        """Take what a setting says.
+
+        Args:
+            name: the setting's.
+            networks: addresses, and networks in CIDR notation: no address with a prefix that is
+                shorter than it ("10.0.0.1/8"), which may be meant either way.
+
+        Raises:
+            TypeError: it is no collection of strings.
+            ValueError: one of them is neither.
+        """
+        if isinstance(networks, (str, bytes, bytearray)) or not isinstance(networks, Collection):
+            raise TypeError(
+                f"{name} must be a collection of addresses and networks, such as "
+                f"('192.0.2.7', '10.0.0.0/8'), not {networks!r}"
+            )
+        self._by_size: dict[int, dict[int, set[int]]] = {4: {}, 16: {}}
+        """By the size of the address, and then by how many bits follow the prefix: the prefixes."""
+        for text in networks:
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"{name} must have strings in it, such as '10.0.0.0/8', not {text!r}: "
+                    f"{networks!r}"
+                )
+            try:
+                if "%" in text:
+                    raise ValueError("with a zone, and peers are told by their addresses only")
+                self._add(ipaddress.ip_network(text))
+            except ValueError as exc:
+                raise ValueError(
+                    f"{name} must have addresses and networks in it, such as '192.0.2.7' or "
+                    f"'10.0.0.0/8', not {text!r} ({exc}): {networks!r}"
+                ) from exc
+
+    def _add(self, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> None:
+        packed, bits = network.network_address.packed, network.prefixlen
+        if packed.startswith(MAPPED) and bits >= MAPPED_BITS:
+            packed, bits = packed[12:], bits - MAPPED_BITS
+        left = 8 * len(packed) - bits
+        prefix = int.from_bytes(packed, "big") >> left
+        self._by_size[len(packed)].setdefault(left, set()).add(prefix)
+
+    def __contains__(self, address: bytes) -> bool:
+        number = int.from_bytes(address, "big")
+        return any(
+            number >> left in prefixes for left, prefixes in self._by_size[len(address)].items()
+        )
+
+    def __bool__(self) -> bool:
+        return any(self._by_size.values())

@@ -1,0 +1,1 @@
+"""Owners: what servers and clients share: their sessions, timers, close queue and shutdown."""

@@ -1,0 +1,291 @@
+"""What the three owners of sessions share: they start, they hold one manager, and they stop.
+
+The state is explicit: stopped (no manager), running (a manager), stopping (a manager and a stop).
+It changes in the hub's thread only, where a signal handler may change it between any two lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Collection, Hashable, Iterator
+from time import monotonic
+from typing import TYPE_CHECKING, Generic, cast
+from weakref import WeakValueDictionary
+
+from psofa_gevent.callback import PsCallback, check_callback
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.group import PsGroup, post_to_all
+from psofa_gevent.hub.forking import track
+from psofa_gevent.hub.greenlets import may_wait, may_wait_for_callbacks
+from psofa_gevent.hub.logs import PeerLog
+from psofa_gevent.hub.thread import LOOK_PERIOD, CallerEvent, Pulse, new_lock
+from psofa_gevent.hub.times import NEVER
+from psofa_gevent.messages import M, Message
+from psofa_gevent.owner.keys import Keys
+from psofa_gevent.owner.manager import SessionManager
+from psofa_gevent.owner.shutdown import Stop
+from psofa_gevent.session.session import PsSession
+from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
+
+if TYPE_CHECKING:
+    from gevent.hub import Hub
+
+    from psofa_gevent.session.session import Owner
+
+__all__ = ["SessionOwner"]
+
+HUB_PATIENCE = 1.0
+"""Seconds after which a hub that did not run in them is taken for one that runs no more."""
+UNDO_TIMEOUT = 5.0
+"""Seconds that ``on_stop`` has when a start or a first connect failed after ``on_start``."""
+
+
+class SessionOwner(Generic[M]):
+    """The base of `PsServer`, `PsClient` and `PsMultiClient`."""
+
+    def __init__(self, callback: PsCallback[M], settings: SessionSettings) -> None:
+        check_callback(callback)
+        self._callback = callback
+        self._settings = settings
+        self._manager: SessionManager | None = None
+        self._peer_log = PeerLog()
+        self._keys: Keys[M] = Keys()
+        self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
+        self._groups_lock = new_lock()
+        track(self)
+
+    # The attribute may change at any moment in which a signal handler or another thread runs: it is
+    # read once in each method.
+
+    def get_session_count(self) -> int:
+        """How many sessions have not ended: open ones, and those whose close is on its way.
+
+        Also those to come, whose header or handshake is under way: they take places, too.
+        """
+        manager = self._manager
+        return 0 if manager is None else len(manager.sessions)
+
+    @property
+    def sessions(self) -> list[PsSession[M]]:
+        """The open sessions at this moment, each from its ``on_open`` on, as they came."""
+        manager = self._manager
+        if manager is None:
+            return []
+        return [
+            session
+            for session in list(manager.sessions)
+            if session._open and not session._is_opening
+        ]
+
+    # Many sessions
+
+    def get_session(self, connection_id: uuid.UUID) -> PsSession[M] | None:
+        """The open session with that id; ``None`` if there is none.
+
+        Of several, since ids may be chosen, the one that came last. From any greenlet and any OS
+        thread; it takes the same time with any number of sessions.
+
+        Raises:
+            TypeError: that is no `uuid.UUID`.
+        """
+        if not isinstance(connection_id, uuid.UUID):
+            raise TypeError(f"connection_id must be a uuid.UUID, not {connection_id!r}")
+        manager = self._manager
+        return None if manager is None else manager.get_session(connection_id)
+
+    def broadcast(
+        self,
+        message: M | Message,
+        *,
+        exclude: PsSession[M] | Collection[PsSession[M]] = (),
+        raw: bool = False,
+    ) -> None:
+        """Post a message to every open session (`PsSession.post`), which waits for nobody.
+
+        It is framed once for each framing that the sessions have. From any greenlet and any OS
+        thread.
+
+        Args:
+            message: as for `PsSession.send`.
+            exclude: a session, or several, that shall not get it. One of another owner does not
+                get it anyway.
+            raw: as for `PsSession.send`.
+
+        Raises:
+            PsFramingError: a session's framing can't carry the message. Nobody got it.
+            TypeError: `message` is neither text nor bytes.
+            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
+        """
+        post_to_all(self.sessions, message, exclude, raw=raw)
+
+    def group(self, name: str) -> PsGroup[M]:
+        """The group of that name, the same one each time, for sessions to join.
+
+        The name is this owner's; sessions of others may join, too. It is there as long as somebody
+        holds it, or a session is in it.
+
+        Raises:
+            TypeError: `name` is no text.
+        """
+        with self._groups_lock:  # what it guards is Python code
+            group = self._groups.get(name)
+            if group is None:
+                group = self._groups[name] = PsGroup(name)
+            return group
+
+    def bind(self, session: PsSession[M], key: Hashable, *, replace: bool = False) -> None:
+        """Let `find` find a session by a key of your own, until its close is requested.
+
+        A session may have several keys. Without effect when it is closed. From any greenlet and any
+        OS thread.
+
+        Args:
+            session: the session.
+            key: anything that can be a dictionary's key.
+            replace: take the key from another session that has it, and close that (REPLACED): for a
+                device that comes back before its old connection was found to be dead.
+
+        Raises:
+            PsKeyTakenError: another open session has the key, and `replace` is false.
+            TypeError: `session` is none, or `key` is not hashable.
+            ValueError: the session belongs to another owner, whose `find` would be asked for it.
+        """
+        check_instance("session", session, PsSession)
+        self._check_owns(session, session.owner)
+        self._keys.bind(session, key, replace=replace)
+
+    def _check_owns(self, what: object, owner: object) -> None:
+        if owner is not self:
+            raise ValueError(f"{what!r} belongs to {owner!r}, and not to {self!r}")
+
+    def unbind(self, key: Hashable) -> None:
+        """Take a key from the session that has it. Without effect when none has."""
+        self._keys.unbind(key)
+
+    def find(self, key: Hashable) -> PsSession[M] | None:
+        """The open session that was bound to `key`; ``None`` if there is none."""
+        return self._keys.find(key)
+
+    @property
+    def started(self) -> bool:
+        """Whether it is started, and its end (`shutdown`, `disconnect`, …) not asked for yet."""
+        manager = self._manager
+        return manager is not None and manager.stop is None
+
+    @property
+    def _is_starting(self) -> bool:
+        manager = self._manager
+        return manager is not None and not manager.has_started
+
+    @property
+    def _is_stopping(self) -> bool:
+        manager = self._manager
+        return manager is not None and manager.stop is not None
+
+    def _let_go(self, hub: Hub | None) -> None:
+        """Be stopped, in a child process. The manager lets go by itself."""
+        self._manager = None
+        self._peer_log = PeerLog()
+        self._keys.let_go()
+        self._groups_lock = new_lock()  # it may be held in the parent
+
+    def _forget_if_hub_is_gone(self) -> None:
+        """A manager whose hub was destroyed, or its thread, has ended with it, without a word."""
+        manager = self._manager
+        if manager is not None and manager.thread.is_over():
+            manager.end_with_hub()
+            self._stopped()
+
+    def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
+        return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
+
+    @contextlib.contextmanager
+    def _starting(self, manager: SessionManager) -> Iterator[None]:
+        """The time in which the caller starts; an exception undoes it, without ``on_stop``.
+
+        A stop that is asked for meanwhile waits until this is over.
+        """
+        try:
+            with manager.entrance():
+                yield
+        except BaseException:
+            self._undo(manager)
+            raise
+
+    def _undo(self, manager: SessionManager) -> None:
+        """Stop a manager that has no sessions, and wait for it if possible."""
+        if self._manager is manager:
+            self._begin_stop(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
+        if may_wait() and manager.process == os.getpid():
+            manager.stopped.wait()
+
+    def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
+        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread.
+
+        Another OS thread waits no longer than the stop may take by itself if the hub does not run.
+        """
+        check_seconds("timeout", timeout)
+        check_seconds("drain", drain, optional=False)
+        self._forget_if_hub_is_gone()
+        manager = self._manager
+        if manager is None:
+            return
+        if manager.thread.is_current():
+            self._begin_stop(manager, reason, timeout, drain).wait(manager)
+            return
+        done = CallerEvent()
+        manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
+        if not may_wait_for_callbacks():
+            return
+        until = NEVER if timeout is None else monotonic() + drain + timeout
+        pulse = Pulse(manager.thread)
+        # When it is over, for whatever reason, the hub may never run again.
+        while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
+            now = monotonic()
+            if manager.thread.is_over():
+                self._forget_if_hub_is_gone()
+                return
+            if not pulse.felt_since(now - HUB_PATIENCE) and now >= until:
+                return
+
+    def _stop_for_thread(
+        self,
+        manager: SessionManager,
+        reason: PsCloseReason,
+        timeout: float | None,
+        drain: float,
+        done: CallerEvent,
+    ) -> None:
+        if self._manager is manager:
+            self._begin_stop(manager, reason, timeout, drain).add_thread(done)
+        else:
+            done.set()
+
+    def _begin_stop(
+        self, manager: SessionManager, reason: PsCloseReason, timeout: float | None, drain: float
+    ) -> Stop:
+        """Begin the stop, or shorten the one that is on its way. Does not switch.
+
+        A signal handler may do the same in the middle of this: so there is no look before a leap,
+        and each step may be done twice.
+        """
+        stop = manager.set_stop(Stop(manager, reason, self._close_entrance, self._stopped))
+        if self._manager is manager:
+            self._bar_entrance()
+        stop.shorten(timeout, drain)
+        stop.begin(manager)
+        return stop
+
+    def _bar_entrance(self) -> None:
+        """Let no new connection in from now on. At any line of any greenlet, again and again."""
+        raise NotImplementedError
+
+    def _close_entrance(self) -> None:
+        """Release what lets connections in. In the stop's greenlet, when nobody starts any more."""
+        raise NotImplementedError
+
+    def _stopped(self) -> None:
+        self._manager = None
+        self._peer_log.close()

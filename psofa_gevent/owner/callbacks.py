@@ -1,0 +1,207 @@
+"""How the callbacks of one owner are called: sync or async, with or without a time limit.
+
+Decided once, when the server or client starts; from then on each callback is one function of its
+arguments, which returns when the callback has ended. For a sync callback without a limit that is
+the user's own bound method: the way of a message has nothing in between.
+
+Each function runs in the greenlet that calls it, which runs in the session's own context: an async
+callback runs as a task of the hub's asyncio loop meanwhile, in that same context, and what is
+thrown into the waiting greenlet cancels it (`psofa_gevent.aio.coroutines.run_task`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+from gevent import get_hub, getcurrent
+
+from psofa_gevent.aio.coroutines import run_task
+from psofa_gevent.callback import PsCallback, is_overridden
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub.forking import unwatch, watch
+from psofa_gevent.hub.logs import log
+from psofa_gevent.hub.times import SHORTEST_TIMER
+from psofa_gevent.net.sockopts import Endpoint
+
+if TYPE_CHECKING:
+    from psofa_gevent.session.session import Owner, PsSession
+
+__all__ = ["Dispatch", "Limit"]
+
+LONGEST_RETHROW = 1.0
+"""Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
+
+
+class Dispatch:
+    """The callbacks of one server or client, as plain functions."""
+
+    def __init__(self, callback: PsCallback[Any], callback_timeout: float | None) -> None:
+        self._is_async = callback.use_async_callback
+        self._timeout = callback_timeout
+        self.on_open: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_open")
+        self.on_message: Callable[[PsSession[Any], bytes], None] = self._of_session(
+            callback, "on_message"
+        )
+        self.on_eof: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_eof")
+        self.on_idle: Callable[[PsSession[Any]], object] | None = None
+        """None: there is none, and the session closes."""
+        if is_overridden(callback, "on_idle_async" if self._is_async else "on_idle"):
+            self.on_idle = self._of_session(callback, "on_idle")
+        self.on_close: Callable[[PsSession[Any], PsCloseReason], None] = self._of_close_greenlet(
+            self._of_session(callback, "on_close", limited=False), "on_close"
+        )
+        self.on_accept: Callable[[PsSession[Any], Endpoint | None], object] | None = (
+            self._of_accept(callback)
+        )
+        """None: nobody asks."""
+        self.on_start: Callable[[Owner], None] = self._of_owner(callback, "on_start")
+        self.on_stop: Callable[[Owner], None] = self._of_close_greenlet(
+            self._of_owner(callback, "on_stop"), "on_stop"
+        )
+
+    def _of_session(
+        self, callback: PsCallback[Any], name: str, *, limited: bool = True
+    ) -> Callable[..., Any]:
+        if self._is_async:
+            method = getattr(callback, f"{name}_async")
+
+            def call(session: PsSession[Any], *args: Any) -> Any:
+                return run_task(method(session, *args), context=session._context, in_turn=True)
+
+        else:
+            call = getattr(callback, name)
+        if self._timeout is None or not limited:
+            return call
+        return _limited_in_session(call, name, self._timeout)
+
+    def _of_accept(
+        self, callback: PsCallback[Any]
+    ) -> Callable[[PsSession[Any], Endpoint | None], object] | None:
+        name = "on_accept_async" if self._is_async else "on_accept"
+        if not is_overridden(callback, name):
+            return None
+        method = getattr(callback, name)
+
+        def ask(session: PsSession[Any], peer: Endpoint | None) -> object:
+            if not self._is_async:
+                return method(peer)
+            return run_task(method(peer), context=session._context, in_turn=True)
+
+        return ask if self._timeout is None else _limited_answer(ask, self._timeout)
+
+    def _of_owner(self, callback: PsCallback[Any], name: str) -> Callable[..., None]:
+        if not self._is_async:
+            function: Callable[..., None] = getattr(callback, name)
+            return function
+        if not is_overridden(callback, f"{name}_async"):
+            return _do_nothing  # so that a coroutine, which could not wait for it, may start
+        method = getattr(callback, f"{name}_async")
+        return lambda owner: run_task(method(owner))
+
+    def _of_close_greenlet(self, call: Callable[..., None], name: str) -> Callable[..., None]:
+        if self._timeout is None:
+            return call
+        return _limited(call, name, self._timeout)
+
+
+def _do_nothing(_owner: object) -> None:
+    pass
+
+
+def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:
+    def call_limited(session: PsSession[Any], *args: Any) -> Any:
+        def expired(error: TimeoutError) -> None:
+            session._request_close(PsCloseReason.FAILED, error)
+            session._log(logging.WARNING, "%r: %s", session, error)
+
+        with Limit(name, timeout, expired) as limit:
+            session._limit = limit
+            try:
+                return call(session, *args)
+            finally:
+                session._limit = None
+
+    return call_limited
+
+
+def _limited_answer(
+    ask: Callable[[PsSession[Any], Endpoint | None], object], timeout: float
+) -> Callable[[PsSession[Any], Endpoint | None], object]:
+    def ask_limited(session: PsSession[Any], peer: Endpoint | None) -> object:
+        errors: list[TimeoutError] = []
+        try:
+            with Limit("on_accept", timeout, errors.append):
+                answer = ask(session, peer)
+            if errors:  # and it was swallowed
+                raise errors[0]
+            return answer
+        finally:
+            errors.clear()  # one of them and this frame would keep each other alive
+
+    return ask_limited
+
+
+def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
+    def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
+        def expired(error: TimeoutError) -> None:
+            context = subject._context if args else None
+            log(logging.WARNING, "%r: %s", subject, error, context=context)
+
+        with Limit(name, timeout, expired):
+            call(subject, *args)
+
+    return call_limited
+
+
+class Limit:
+    """Throws `TimeoutError` into the greenlet that entered it, once the time is over and then on.
+
+    A callback that swallows the error gets the next one after the same time again, or after
+    `LONGEST_RETHROW` if that is less. One that never switches cannot be ended.
+    """
+
+    def __init__(self, name: str, timeout: float, expired: Callable[[TimeoutError], None]) -> None:
+        self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
+        self._timeout = max(timeout, SHORTEST_TIMER)
+        self._expired: Callable[[TimeoutError], None] | None = expired
+
+    def __enter__(self) -> Self:
+        self._greenlet = getcurrent()
+        self._start()
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time in the block, and begin anew after it."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self._stop()
+        self._start()
+
+    def _start(self) -> None:
+        again = min(self._timeout, LONGEST_RETHROW)
+        self._timer = watch(get_hub().loop.timer(self._timeout, again))
+        self._timer.start(self._throw)
+
+    def _stop(self) -> None:
+        unwatch(self._timer)
+
+    def _throw(self) -> None:
+        # In the hub, so the callback is switched out: the throw reaches it in its wait.
+        error = TimeoutError(self._message)
+        expired, self._expired = self._expired, None
+        if expired is not None:
+            expired(error)
+        self._greenlet.throw(error)

@@ -1,0 +1,238 @@
+"""The close queue: one greenlet that calls ``on_close`` for the sessions that have ended, in order.
+
+A session puts itself into the queue when it has ended and its socket is released. So this greenlet
+never waits for a session, and a slow ``on_close`` delays other ``on_close`` calls and nothing else.
+``on_stop`` runs here too, after the last of them.
+
+All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and in the
+greenlet that stops the manager `CloseQueue.abandon` and `CloseQueue.stop`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextvars import Context
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent import GreenletExit, getcurrent
+from gevent.event import Event
+from gevent.queue import Queue
+
+from psofa_gevent.errors import cut_traceback
+from psofa_gevent.hub.greenlets import LibraryGreenlet, Worker
+from psofa_gevent.hub.logs import log
+from psofa_gevent.hub.thread import HubThread
+from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
+from psofa_gevent.owner.callbacks import Dispatch
+
+if TYPE_CHECKING:
+    from psofa_gevent.session.session import Owner, PsSession
+
+__all__ = ["CloseQueue"]
+
+DYING_TIME = 0.05
+"""Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
+LAST_DYING_TIME = 0.5
+"""Seconds that those have, at most, which are killed all at once in the end."""
+LAST_MOMENT = 0.01
+"""Seconds that calls for which no time was left have, once they have begun."""
+KILLS_BEFORE_GIVING_UP = 5
+"""How often a callback that swallows its end is killed before it is left behind."""
+
+
+class CloseQueue:
+    """Delivers ``on_close`` and ``on_stop``, one at a time."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        context: Context,
+        thread: HubThread,
+        settled: Callable[[], None],
+    ) -> None:
+        """Make the queue.
+
+        Args:
+            dispatch: the callbacks.
+            context: that of ``on_stop``.
+            thread: where they run.
+            settled: called whenever nothing is left to deliver. In the close greenlet; where a call
+                is left behind (`hurry`, `abandon`), in the greenlet that stops the manager.
+        """
+        self._dispatch = dispatch
+        self._context = context
+        self._thread = thread
+        self._settled = settled
+        self._queue: Queue[tuple[Callable[..., None], Any, tuple[object, ...]]] = Queue()
+        self._subject: object = None
+        self._since = 0.0
+        self._kills = 0
+        self._killed_since = 0.0
+        self._worker = Worker(self._deliver_for_ever, self._has_work)
+        self.pending = 0
+        """Calls that were put in and have not ended."""
+        self._given_up = 0
+
+    def put(self, session: PsSession[Any]) -> None:
+        """Have ``on_close`` called for a session that has ended."""
+        self._put(self._dispatch.on_close, session, session._reason)
+
+    def put_stop(self, owner: Owner) -> None:
+        """Have ``on_stop`` called, after all that was put in before."""
+        self._put(self._dispatch.on_stop, owner)
+
+    def put_call(self, function: Callable[[], object]) -> None:
+        """Have `function` called, which must not block, after all that was put in before."""
+        self._put(_call, function)
+
+    def is_me(self) -> bool:
+        """Whether the caller is the close greenlet."""
+        return self._worker.is_me()
+
+    def hurry(self, deadline: float) -> float:
+        """End the running call if it has had its share of the time until `deadline`.
+
+        For the end of a shutdown, called again and again, so that every pending call gets its turn:
+        half of its share is its own time, and in the other half it is killed, again and again. One
+        that does not let itself be ended is left behind, and another greenlet goes on.
+
+        Returns:
+            Seconds after which to call again.
+        """
+        now = monotonic()
+        half_share = max(deadline - now, 0.0) / max(2 * self.pending, 1)
+        if self._subject is not None and now - self._since >= half_share:
+            if self._kills == 0:
+                self._killed_since = now
+            if self._kills >= KILLS_BEFORE_GIVING_UP and now - self._killed_since >= DYING_TIME:
+                self._give_up()
+            elif self._worker.greenlet is not None:
+                self._kills += 1
+                self._worker.greenlet.kill(block=False)
+        return half_share / KILLS_BEFORE_GIVING_UP
+
+    def abandon(self) -> int:
+        """Leave the running call behind, and begin those that have not begun: no time is left.
+
+        Each gets as far as where it first waits, in a greenlet of its own. Called in a greenlet
+        that may wait.
+
+        Returns:
+            How many calls did not end.
+        """
+        begun: list[LibraryGreenlet] = []
+        while not self._queue.empty():
+            begun.append(LibraryGreenlet(partial(self._call, *self._queue.get_nowait())))
+            self._one_less()
+        if begun or self._subject is not None:
+            self._begin_all(begun)
+            gevent.sleep(LAST_MOMENT)
+            self._kill_all(begun)
+            gevent.sleep(DYING_TIME)
+            gevent.joinall(begun, timeout=LAST_DYING_TIME)
+        if self._subject is not None:
+            self._give_up()
+        given_up = self._given_up + sum(not greenlet.dead for greenlet in begun)
+        self._given_up = 0
+        return given_up
+
+    def _begin_all(self, greenlets: list[LibraryGreenlet]) -> None:
+        """Run each up to where it first waits, however long that takes: a kill comes after it."""
+
+        def begin() -> None:
+            try:
+                for greenlet in greenlets:
+                    greenlet.switch()
+            finally:
+                all_begun.set()
+
+        all_begun = Event()
+        self._thread.loop.run_callback(begin)  # only the hub gets control back from each
+        all_begun.wait()
+
+    def _kill_all(self, begun: list[LibraryGreenlet]) -> None:
+        running = self._worker.greenlet
+        for greenlet in [*begun, *([running] if self._subject is not None and running else [])]:
+            if not greenlet.dead:
+                greenlet.kill(block=False)
+
+    def stop(self) -> None:
+        """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
+        self._worker.stop()
+
+    def let_go(self) -> None:
+        """Deliver nothing more: it is the parent process's to deliver."""
+        self._worker.let_go()
+        self._subject = None
+        self.pending = 0
+
+    def _put(self, call: Callable[..., None], subject: object, *args: object) -> None:
+        self.pending += 1
+        self._queue.put((call, subject, args))
+        self._worker.ensure()
+
+    def _give_up(self) -> None:
+        """Leave the running call behind, and let another greenlet go on with the queue."""
+        log(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
+        self._subject = None
+        self._given_up += 1
+        self._worker.replace()
+        self._one_less()
+
+    def _has_work(self) -> bool:
+        return self.pending > 0
+
+    def _deliver_for_ever(self) -> None:
+        turn_since = monotonic()
+        while self._worker.is_me():
+            self._deliver(*self._queue.get())
+            if self._since - turn_since >= TURN and not self._queue.empty():
+                # Thousands may have ended at once. (Zero would come before all sockets.)
+                gevent.sleep(SHORTEST_TIMER)
+                turn_since = monotonic()
+
+    def _deliver(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+        self._subject, self._since, self._kills = subject, monotonic(), 0
+        try:
+            self._call(call, subject, args)
+        finally:
+            if self._worker.is_me():
+                self._subject = None
+                self._one_less()
+
+    def _call(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+        # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
+        current: Any = getcurrent()
+        before = current.gr_context
+        current.gr_context = subject._context if args else self._context
+        try:
+            call(subject, *args)
+        except GreenletExit as exc:
+            log(logging.WARNING, "%r: %s was ended", subject, _name(args), exc_info=exc)
+        except BaseException as exc:
+            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+                self._thread.raise_in_main(exc)
+            log(logging.ERROR, "%r: %s failed", subject, _name(args), exc_info=exc)
+        finally:
+            current.gr_context = before
+            if args:
+                subject._context = None
+                if subject.close_cause is not None:
+                    cut_traceback(subject.close_cause)
+
+    def _one_less(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            self._settled()
+
+
+def _call(function: Callable[[], object]) -> None:
+    function()
+
+
+def _name(args: tuple[object, ...]) -> str:
+    return "on_close" if args else "on_stop"

@@ -1,0 +1,119 @@
+"""The idle timer: one greenlet that finds the sessions that have waited too long for bytes.
+
+The sessions are kept in ``divide`` slices, and one slice has its turn every 1/``divide`` seconds.
+So each session can be looked at once a second and no look is long. Empty slices are skipped: a
+single session costs one turn a second, and no session none.
+
+A slice is only looked at when a session in it may have reached its deadline. A wait that begins
+later has a later deadline, so what a look finds holds until the earliest deadline that it saw, or a
+shorter idle time than before. With the default of a minute, 15,000 idle sessions are looked at
+twice in that time instead of sixty times.
+
+A look compares two numbers per session. It waits for nothing, no session's callback can hold it
+up, and it closes nothing: it wakes the session, which looks once more whether bytes are there.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent.event import Event
+
+from psofa_gevent.hub.greenlets import Worker
+from psofa_gevent.hub.times import NEVER
+
+if TYPE_CHECKING:
+    from psofa_gevent.session.session import PsSession
+
+__all__ = ["IdleSlice", "IdleTimer"]
+
+
+class IdleSlice:
+    """Some of the sessions, which are looked at together."""
+
+    __slots__ = ("due", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: set[PsSession[Any]] = set()
+        self.due = NEVER
+        """The monotonic clock before which none of them reaches its deadline."""
+
+    def look(self) -> None:
+        """Wake the sessions that have reached their deadlines."""
+        now = monotonic()
+        if now < self.due:
+            return
+        due = NEVER
+        for session in self.sessions:
+            deadline = (session._waiting_since or now) + session._idle
+            deadline = min(deadline, session._frame_deadline)
+            due = min(due, deadline)
+            if deadline <= now and session._open:
+                session._wake()
+        self.due = due
+
+
+class IdleTimer:
+    """Finds idle sessions, once a second.
+
+    All methods belong to the hub's thread. Only `stop` switches.
+    """
+
+    def __init__(self, divide: int) -> None:
+        self._slices = [IdleSlice() for _ in range(divide)]
+        self._count = 0
+        self._added = 0
+        self._not_empty = Event()
+        self._worker = Worker(self._scan_for_ever, self._has_work)
+
+    def add(self, session: PsSession[Any]) -> None:
+        """Look at `session` from now on."""
+        place = self._slices[self._added % len(self._slices)]
+        place.due = min(place.due, monotonic() + session._idle)
+        place.sessions.add(session)
+        session._slice = place
+        self._added += 1
+        self._count += 1
+        if self._count == 1:
+            self._not_empty.set()
+            self._worker.ensure()
+
+    def discard(self, session: PsSession[Any]) -> None:
+        """Look at `session` no more."""
+        place, session._slice = session._slice, None
+        if place is not None:
+            place.sessions.discard(session)
+            self._count -= 1
+            if self._count == 0:
+                self._not_empty.clear()
+
+    def stop(self) -> None:
+        """End the greenlet. Waits for it, so not from within it."""
+        self._worker.stop()
+
+    def let_go(self) -> None:
+        """Look at nobody any more: the sessions are the parent process's."""
+        self._worker.let_go()
+
+    def _has_work(self) -> bool:
+        return self._count > 0
+
+    def _scan_for_ever(self) -> None:
+        period = 1 / len(self._slices)
+        turn = 0
+        while True:
+            self._not_empty.wait()
+            steps = self._steps_to_sessions(turn)
+            gevent.sleep(steps * period)
+            turn = (turn + steps) % len(self._slices)
+            self._slices[turn].look()
+
+    def _steps_to_sessions(self, turn: int) -> int:
+        """How many slices on from `turn` the next one with sessions is: 1 to ``divide``."""
+        divide = len(self._slices)
+        for steps in range(1, divide):
+            if self._slices[(turn + steps) % divide].sessions:
+                return steps
+        return divide

@@ -1,0 +1,81 @@
+"""Sessions by keys of the application: a device's number, a user's name.
+
+A key leads to one session, a session may have several keys, and loses them when its close is
+requested. So a key that is found leads to a session that is open.
+
+May be called from any greenlet and any OS thread. Nothing switches. A native lock holds for a few
+lines, and again for a signal handler or a finalizer that hits one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Generic, NamedTuple
+
+from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.errors import PsKeyTakenError
+from psofa_gevent.hub.forking import keep
+from psofa_gevent.hub.thread import new_lock
+from psofa_gevent.messages import M
+from psofa_gevent.session.session import PsSession
+
+__all__ = ["Keys"]
+
+
+class Keys(Generic[M]):
+    """The keys of one owner's sessions."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[Hashable, PsSession[M]] = {}
+        self._lock = new_lock()
+
+    def bind(self, session: PsSession[M], key: Hashable, *, replace: bool) -> None:
+        """Let `key` lead to `session`. See `PsServer.bind`."""
+        with self._lock:
+            old = self._sessions.get(key)
+            if not session._open or old is session:
+                return
+            if old is not None and old._open and not replace:
+                raise PsKeyTakenError(f"the key {key!r} belongs to {old!r}: give replace=True")
+            self._sessions[key] = session
+            session._join(_Binding(self, key), None)
+        if old is not None:
+            old._leave(_Binding(self, key))
+            old._ask_to_close(PsCloseReason.REPLACED)
+
+    def unbind(self, key: Hashable) -> None:
+        """Forget `key`."""
+        with self._lock:
+            session = self._sessions.get(key)
+            if session is not None:
+                session._leave(_Binding(self, key))
+
+    def find(self, key: Hashable) -> PsSession[M] | None:
+        """The open session that `key` leads to."""
+        session = self._sessions.get(key)
+        return session if session is not None and session._open else None
+
+    def let_go(self) -> None:
+        """Forget all keys: the sessions are the parent process's. Their locks may be held there."""
+        keep(dict(self._sessions))
+        self._sessions.clear()
+        self._lock = new_lock()
+
+    def forget(self, session: PsSession[Any], key: Hashable) -> None:
+        """The session has lost its key."""
+        with self._lock:
+            if self._sessions.get(key) is session:
+                del self._sessions[key]
+
+
+class _Binding(NamedTuple):
+    """What a session knows of a key that it has. Equal to another one of the same key."""
+
+    keys: Keys[Any]
+    key: Hashable
+
+    def _left(self, session: PsSession[Any], _state: object) -> None:
+        self.keys.forget(session, self.key)
+
+    def _let_go(self, session: PsSession[Any], state: object) -> None:
+        """`Keys.let_go` does it."""

@@ -1,0 +1,1 @@
+"""The session: one connection, from its first byte to its close."""

@@ -1,0 +1,48 @@
+"""The random ids of sessions.
+
+A session is given the 16 bytes of its id, and makes a `uuid.UUID` of them only if somebody asks:
+most of a busy server are never asked, and `uuid.uuid4` takes 2 µs of the 50 of a connection.
+
+`random_bytes` may be called from any OS thread, never blocks, and does not switch.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+from psofa_gevent.hub.forking import in_child
+
+__all__ = ["bytes_of", "random_bytes"]
+
+SIZE = 16
+AT_A_TIME = 256
+"""Ids for one system call: 0.04 µs each, where one at a time takes 0.4."""
+
+# RFC 9562, sections 4.1 and 4.2: what each byte becomes that has them in its upper bits.
+_VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
+_VERSION_4 = bytes(byte & 0x0F | 0x40 for byte in range(256))
+
+_unused: list[bytes] = []
+
+
+def random_bytes() -> bytes:
+    """The bytes of an id that nobody else has: a random one (RFC 9562, version 4)."""
+    try:
+        return _unused.pop()  # atomic: no other thread gets the same
+    except IndexError:
+        several = bytearray(os.urandom(SIZE * AT_A_TIME))
+        several[6::SIZE] = several[6::SIZE].translate(_VERSION_4)
+        several[8::SIZE] = several[8::SIZE].translate(_VARIANT)
+        fresh = bytes(several)
+        _unused.extend(fresh[at : at + SIZE] for at in range(SIZE, len(fresh), SIZE))
+        return fresh[:SIZE]
+
+
+def bytes_of(connection_id: bytes | uuid.UUID) -> bytes:
+    """The bytes of an id, as a session has it."""
+    return connection_id if isinstance(connection_id, bytes) else connection_id.bytes
+
+
+# A child process must not hand out what its parent hands out.
+in_child(_unused.clear)

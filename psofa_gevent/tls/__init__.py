@@ -1,0 +1,1 @@
+"""TLS for sessions, without a thread and without a second wait."""
