@@ -134,8 +134,8 @@ def post_to_all(
     framed: dict[object, bytes] = {}
     for session in sessions:
         own: Any = session._encode
-        if own != encode or session._host.thread is not thread:
-            encode, thread = own, session._host.thread
+        if own != encode or session._manager.thread is not thread:
+            encode, thread = own, session._manager.thread
             if encode not in framed:
                 framed[encode] = as_bytes(message if raw or own is None else own(message))
             receivers = []
@@ -186,7 +186,7 @@ class _LatePosts:
 
     def post(self, session: PsSession[Any], data: bytes) -> None:
         """Post to a session: it leaves later, unless that is quick or others wait already."""
-        is_corked = session._cork is not None or session._line is not None
+        is_corked = session._cork is not None or session._send_queue is not None
         if is_corked or not session._open or session._eof_requested:
             session._post_here(data)
             return

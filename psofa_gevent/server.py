@@ -32,9 +32,9 @@ from psofa_gevent.listening.binds import (
     check_reuse_port,
     open_when_free,
 )
-from psofa_gevent.listening.listener import Listeners, Listening
-from psofa_gevent.listening.notifier import Service
-from psofa_gevent.listening.preamble import Prologue
+from psofa_gevent.listening.listener import Listeners, ListeningSocket
+from psofa_gevent.listening.notifier import ServiceNotifier
+from psofa_gevent.listening.preamble import Preamble
 from psofa_gevent.messages import M
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint
@@ -290,7 +290,7 @@ class PsServer(SessionOwner[M]):
             )
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
-        self._service: Service | None = None
+        self._service: ServiceNotifier | None = None
         self._left_in: int | None = None
         """In a child process: the one in which it ran at the fork, until it is started anew."""
 
@@ -330,7 +330,7 @@ class PsServer(SessionOwner[M]):
                     each.close()
                 raise
             self._bound_to = listeners.endpoints
-            manager.dispatch.on_start(self)
+            manager.callbacks.on_start(self)
             manager.has_started = True
             if manager.process != os.getpid():
                 raise PsServerError(f"{self!r} is starting in process {manager.process}, not here")
@@ -428,7 +428,7 @@ class PsServer(SessionOwner[M]):
         if self._service is not None:  # another greenlet is in `serve_forever`, and tells
             yield lambda: None
             return
-        service = self._service = Service(gevent.get_hub().loop)
+        service = self._service = ServiceNotifier(gevent.get_hub().loop)
 
         def ready() -> None:
             if self.started:
@@ -534,7 +534,7 @@ class PsServer(SessionOwner[M]):
     ) -> None:
         self.shutdown()
 
-    def _open(self, manager: SessionManager) -> list[Listening]:
+    def _open(self, manager: SessionManager) -> list[ListeningSocket]:
         """Listen; in a child of a process that did, at the same addresses, when that has ended."""
         places = self._places
         if self._left_in is not None:
@@ -571,9 +571,9 @@ class PsServer(SessionOwner[M]):
         if admission.has_rules:
             admission.begin()
             manager.admission = admission
-        asks = manager.dispatch.on_accept is not None
+        asks = manager.callbacks.on_accept is not None
         if self._ssl_context is not None or admission.proxy_protocol or asks:
-            manager.prologue = Prologue(
+            manager.preamble = Preamble(
                 lambda: self._ssl_context,
                 self._handshake_timeout,
                 admission.admits,

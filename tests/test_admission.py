@@ -343,8 +343,8 @@ def test_without_rules_nothing_is_asked_or_counted(ps_server: ServerFactory) -> 
     server = ps_server(echo())
     assert server._manager is not None
     assert server._manager.admission is None
-    assert server._manager.prologue is None
-    assert server._manager.dispatch.on_accept is None
+    assert server._manager.preamble is None
+    assert server._manager.callbacks.on_accept is None
     assert server.refused == dict.fromkeys(PsRefusal, 0)
 
 

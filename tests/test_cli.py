@@ -33,10 +33,8 @@ from psofa_gevent import (
     PsOverflow,
     PsServer,
     PsSocketAddressFamily,
-    demo,
-    serve,
 )
-from psofa_gevent.cli import main
+from psofa_gevent.cli import demo, main, serve
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)

@@ -164,7 +164,7 @@ def test_what_one_callback_sets_another_one_can_reset(
 
     server = ps_server(Setting())
     client = ps_client(server)
-    eventually(lambda: server.sessions and not server.sessions[0]._work)
+    eventually(lambda: server.sessions and not server.sessions[0]._tasks)
     client.close()
     eventually(lambda: seen)
     assert seen == ["spawned", "-"]

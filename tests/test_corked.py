@@ -267,7 +267,7 @@ def test_a_close_while_collected_messages_wait_to_leave_loses_none(
     client = ps_client(server)
     client.send("go\n")
     (session,) = eventually(lambda: server.sessions)
-    eventually(lambda: session._line is not None)
+    eventually(lambda: session._send_queue is not None)
     session.close()
     lines = client.receive_until_eof().splitlines()
     assert [int(line) for line in lines] == list(range(len(lines)))

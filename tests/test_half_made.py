@@ -222,7 +222,7 @@ def test_a_session_that_can_t_end_its_work_ends_all_the_same(
     def no_memory(*_args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("psofa_gevent.session.session.Killer", no_memory)
+    monkeypatch.setattr("psofa_gevent.session.session.TaskReaper", no_memory)
     callback = echo()
     server = ps_server(callback)
     client = ps_client(server)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from helpers import NativeThread, close_reasons, run_python
 from psofa_gevent import PsCallback, PsCloseReason, PsGroup, PsOverflow, PsServer, PsSession
 from psofa_gevent.framing import LengthPrefix
-from psofa_gevent.session.buffers import JOIN_SIZE, OWN_BLOCK, Buffers, Gave
+from psofa_gevent.session.buffers import JOIN_SIZE, OWN_BLOCK, Buffers, Step
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -192,7 +192,7 @@ def test_whole_messages_are_dropped_and_the_others_arrive_in_order(
             taker.room = number
             taker._half_sent = min(encrypted, max(buffers.size - number, 0))
             is_all = number >= buffers.size
-            assert buffers.give(taker) is (Gave.ALL if is_all else Gave.SOME)  # type: ignore[arg-type]  # a double
+            assert buffers.give(taker) is (Step.ALL if is_all else Step.SOME)  # type: ignore[arg-type]  # a double
             stays = len(taker.received) + (0 if is_all else taker._half_sent)
             while waiting and len(expected) < stays:
                 expected += waiting.pop(0)

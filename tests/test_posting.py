@@ -605,7 +605,7 @@ def test_nothing_follows_a_message_that_broke_off(
     big = b"A" * (MANY * PIECE)
     send = session.spawn if end == "work killed" else gevent.spawn
     sender = send(session.send, big, None)
-    eventually(lambda: session._line is not None)
+    eventually(lambda: session._send_queue is not None)
     for _ in range(MANY):
         session.post(b"B" * PIECE)
     if end == "kill":
@@ -717,9 +717,9 @@ def test_a_callback_of_another_session_finishes_its_send_behind_posts_at_shutdow
     for _ in range(MANY):
         first.post(b"P" * PIECE)
     stopping = gevent.spawn(server.shutdown, 10)
-    eventually(lambda: first._line is not None and len(first._line._senders) == 2)
+    eventually(lambda: first._send_queue is not None and len(first._send_queue._senders) == 2)
     assert slow.receive(MANY * PIECE) == b"P" * MANY * PIECE
-    eventually(lambda: first._line is not None and len(first._line._senders) == 1)
+    eventually(lambda: first._send_queue is not None and len(first._send_queue._senders) == 1)
     gevent.sleep(0.2)  # longer than it may take to look whether posts are left
     assert slow.receive_until_eof() == b"S" * 3 * MANY * PIECE
     stopping.get(timeout=5)
@@ -757,7 +757,7 @@ def test_a_callback_that_waits_behind_posts_keeps_no_session_from_ending(
     stalled = the_session(server)
     other = ps_client(server)
     fill(stalled)
-    waiting = stalled._line
+    waiting = stalled._send_queue
     assert waiting is not None
     other.send("x")
     eventually(lambda: len(waiting._senders) == 2)

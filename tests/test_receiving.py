@@ -70,7 +70,7 @@ def acknowledged(client: ScriptedClient) -> None:
 
 def is_handled(session: PsSession[Any], count: int) -> bool:
     """Whether so many messages came, and the session waits for the peer again."""
-    waits = session._waiting_since or session._line is not None
+    waits = session._waiting_since or session._send_queue is not None
     return session.messages_received == count and bool(waits)
 
 
@@ -564,7 +564,7 @@ def test_the_loop_ends_when_its_replies_cannot_leave(
     server = ps_server(handler, framing=Line(), send_timeout=None)
     client = ps_client(server)
     (session,) = eventually(lambda: server.sessions)
-    while session._line is None:  # one message a read, so one reply before the next
+    while session._send_queue is None:  # one message a read, so one reply before the next
         handled = session.messages_received
         client.send("x\n")
         eventually(partial(is_handled, session, handled + 1))

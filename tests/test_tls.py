@@ -318,7 +318,7 @@ def test_a_send_that_is_killed_half_way_fails_the_session(
     client = peer(server)
     (session,) = eventually(lambda: server.sessions)
     sender = gevent.spawn(session.send, bytes(BIG), timeout=None)
-    eventually(lambda: session._line is not None)
+    eventually(lambda: session._send_queue is not None)
     sender.kill()
     session.post("must not follow")
     callback.wait_for("on_close")
@@ -491,7 +491,7 @@ def test_a_message_that_broke_off_is_no_clean_end(ps_server: ServerFactory, peer
     client = peer(server)
     (session,) = eventually(lambda: server.sessions)
     sender = gevent.spawn(session.send, bytes(BIG * 2), None)
-    eventually(lambda: session._line is not None)
+    eventually(lambda: session._send_queue is not None)
     reading = gevent.spawn(read_all, client)
     session.close()
     with pytest.raises(PsSendError):

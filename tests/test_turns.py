@@ -361,7 +361,7 @@ def test_a_peer_that_takes_no_replies_still_holds_up_its_own_messages(
     with ScriptedClient(server.address, receive_buffer_size=4_096) as client:
         client.send(FLOOD)
         (session,) = eventually(lambda: server.sessions)
-        eventually(lambda: session._line is not None)
+        eventually(lambda: session._send_queue is not None)
         assert len(recording.messages) < COUNT
         assert session.pending_bytes < 3_000_000
         session.abort()
@@ -514,7 +514,7 @@ def test_replies_of_callbacks_come_behind_a_post_to_many(
 def test_a_large_post_to_many_leaves_in_turns_and_a_slow_peer_holds_up_nobody(many: Many) -> None:
     slow = many.sessions[-1]
     message = "x" * 200_000
-    eventually(lambda: slow.post(message) and slow._line is not None)
+    eventually(lambda: slow.post(message) and slow._send_queue is not None)
     before = slow.pending_bytes
     many.server.broadcast(message)
     assert sum(session.bytes_sent > 0 for session in many.sessions) == group.AT_A_TIME + 1

@@ -69,7 +69,7 @@ def begun(server: PsServer[Any], count: int = 1) -> PsSession[Any]:
     session = opened(server)
 
     def runs() -> bool:
-        work = session._work or ()
+        work = session._tasks or ()
         return len(work) == count and all(each.gr_frame is not None for each in work)
 
     eventually(runs)
@@ -104,7 +104,7 @@ def test_the_greenlet_gives_what_the_function_returns(
 
     assert session.spawn(max, 1, 2).get(timeout=5) == 2
     assert session.spawn(add, 1, two=2).get(timeout=5) == 3
-    eventually(lambda: not session._work)
+    eventually(lambda: not session._tasks)
 
 
 def shut_down(session: PsSession[Any]) -> None:
@@ -151,7 +151,7 @@ def test_work_ends_before_on_close(
     callback.wait_for("on_close")
     assert close_reasons(callback) == [reason]
     assert callback.log == ["work ended"] * 3 + ["on_close"]
-    assert not session._work
+    assert not session._tasks
 
 
 def test_a_session_counts_until_its_work_has_ended(
@@ -228,7 +228,7 @@ def test_work_that_is_killed_by_hand_harms_nobody(
     greenlet = session.spawn(gevent.sleep, 600)
     begun(server)
     greenlet.kill()
-    eventually(lambda: not session._work)
+    eventually(lambda: not session._tasks)
     client.send("still here")
     client.expect("still here")
 
@@ -431,7 +431,7 @@ def test_work_that_swallows_its_end_in_a_send_holds_up_nobody(
     server = ps_server(callback, send_timeout=None, linger_timeout=0.2)
     ps_client(server)
     session = begun(server)
-    eventually(lambda: session._line is not None)
+    eventually(lambda: session._send_queue is not None)
     with takes(most=1.0):
         if end == "close":
             session.close()
@@ -530,7 +530,7 @@ class Ticking(Spawning):
         (closed,) = self.wait_for("on_close")
         server.shutdown()
         assert closed.session is not None
-        assert not closed.session._work
+        assert not closed.session._tasks
         assert self.log[-1] == "on_close"
 
 
@@ -615,7 +615,7 @@ def test_a_shutdown_leaves_no_work_of_a_callback_that_never_ends(
     ps_client(server).send("x")
     session = begun(server)
     server.shutdown(timeout=0.1)
-    assert not session._work
+    assert not session._tasks
     gate.set()
 
 

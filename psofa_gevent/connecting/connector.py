@@ -138,7 +138,7 @@ class ConnectingOwner(SessionOwner[M]):
         """Run ``on_start``; an exception from it undoes the start."""
         manager = self._manager = self._new_manager()
         with self._starting(manager):
-            manager.dispatch.on_start(cast("Owner", self))
+            manager.callbacks.on_start(cast("Owner", self))
             manager.has_started = True
         return manager
 

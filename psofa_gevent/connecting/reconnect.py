@@ -22,7 +22,7 @@ from gevent import getcurrent
 from gevent.event import Event
 
 from psofa_gevent.errors import PsError, cut_traceback
-from psofa_gevent.hub.greenlets import Worker, may_wait
+from psofa_gevent.hub.greenlets import ServiceGreenlet, may_wait
 from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
@@ -148,7 +148,7 @@ class Link:
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
-        self._worker: Worker | None = Worker(
+        self._worker: ServiceGreenlet | None = ServiceGreenlet(
             self._stay_connected, lambda: not self.has_ended, copy_context()
         )
         """None when it has ended: the two would keep each other alive, and the last session."""

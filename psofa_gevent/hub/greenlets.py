@@ -21,8 +21,8 @@ from psofa_gevent.hub.logs import LogGreenlet
 
 __all__ = [
     "LibraryGreenlet",
-    "WorkGreenlet",
-    "Worker",
+    "ServiceGreenlet",
+    "SessionTask",
     "in_callback",
     "may_wait",
     "may_wait_for_callbacks",
@@ -71,7 +71,7 @@ class LibraryGreenlet(_Greenlet):
         return super().throw(*args)
 
 
-class WorkGreenlet(LibraryGreenlet):
+class SessionTask(LibraryGreenlet):
     """One that a session has beside its own: no callback that a shutdown would let finish."""
 
     __slots__ = ()
@@ -80,7 +80,7 @@ class WorkGreenlet(LibraryGreenlet):
 def sends_to_the_end() -> bool:
     """Whether the caller is a callback, whose sends SHUTDOWN lets go on."""
     current = getcurrent()
-    is_callback = isinstance(current, LibraryGreenlet) and not isinstance(current, WorkGreenlet)
+    is_callback = isinstance(current, LibraryGreenlet) and not isinstance(current, SessionTask)
     return is_callback or in_coroutine()
 
 
@@ -104,7 +104,7 @@ def may_wait_for_callbacks() -> bool:
     return not (is_hub or isinstance(current, LogGreenlet) or in_callback())
 
 
-class Worker:
+class ServiceGreenlet:
     """One greenlet with one endless job, started when first needed.
 
     A stranger may kill it (``gevent.killall`` of all there is): it is started again at once while

@@ -60,7 +60,7 @@ class ReadySessions:
         self._waiting_calls = self._calls.waiting
         self.sessions: list[Ready] = []
         """The next one last: libev tells the events of a round in reverse order."""
-        self._is_reversed = self.keeps_watching = "libev" in type(self._loop).__module__
+        self._is_reversed = self.stays_armed = "libev" in type(self._loop).__module__
         """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
         itself at a reset, with the bytes before that still unread, and tells nobody."""
         self.now = 0.0

@@ -190,7 +190,7 @@ class Admission:
         if has_words:
             say(session._sock, self._farewell)
         session._request_close(PsCloseReason.SELF_CLOSE, linger=has_words)
-        host = session._host
+        host = session._manager
         self._tell(host.peer_log, host.owner, reason, peer, session._context)
         return False
 
@@ -213,14 +213,14 @@ class Admission:
 
 def _is_accepted(session: PsSession[Any]) -> bool:
     """Ask ``on_accept``, if there is one. What it raises is logged, and is a refusal."""
-    ask = session._host.dispatch.on_accept
+    ask = session._manager.callbacks.on_accept
     if ask is None:
         return True
     try:
         return ask(session, session._remote_endpoint) is not False
     except BaseException as exc:
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-            session._host.thread.raise_in_main(exc)
+            session._manager.thread.raise_in_main(exc)
         if isinstance(exc, GreenletExit) and not session._open:
             session._log(logging.WARNING, "%r: on_accept was ended", session, exc_info=exc)
         else:

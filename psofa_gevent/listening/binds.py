@@ -3,9 +3,9 @@
 A place is an address, a path, or a socket that somebody else made and that listens already. Each
 opens itself; what differs from one kind to another is in its class and nowhere else.
 
-Resource handling: what is opened belongs to the server, until `Listening.close`. A given socket or
-descriptor stays its owner's: a duplicate is opened (dup(2)), and closed, and its file is not
-removed.
+Resource handling: what is opened belongs to the server, until `ListeningSocket.close`. A given
+socket or descriptor stays its owner's: a duplicate is opened (dup(2)), and closed, and its file is
+not removed.
 
 The constructor's part (`check_places`) opens nothing. `open_when_free` runs in the greenlet of
 ``start``, and switches while a name is looked up, and while another process has yet to leave.
@@ -27,7 +27,7 @@ import gevent
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.hub.greenlets import may_wait
-from psofa_gevent.listening.listener import Listening, bind, bind_unix, duplicate
+from psofa_gevent.listening.listener import ListeningSocket, bind, bind_unix, duplicate
 from psofa_gevent.listening.taken import path_is_taken, port_is_taken
 from psofa_gevent.net.addresses import (
     Address,
@@ -43,9 +43,9 @@ __all__ = [
     "DEFAULT_HOST",
     "DEFAULT_PORT",
     "PATIENCE",
+    "Bind",
     "BindOptions",
     "Given",
-    "Place",
     "check_places",
     "check_reuse_port",
     "open_when_free",
@@ -88,7 +88,7 @@ class BindOptions:
     settings: SessionSettings
 
 
-class Place(Protocol):
+class Bind(Protocol):
     """One place to listen on."""
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class Place(Protocol):
     def identity(self) -> object:
         """Equal for two that cannot both be listened on; ``None``: there is no such."""
 
-    def open(self, options: BindOptions) -> Listening:
+    def open(self, options: BindOptions) -> ListeningSocket:
         """Listen there.
 
         Raises:
@@ -112,12 +112,12 @@ class Place(Protocol):
     def is_taken(self) -> bool:
         """Whether another process listens there."""
 
-    def where(self, endpoint: Endpoint) -> Place:
+    def where(self, endpoint: Endpoint) -> Bind:
         """The place where it is, when it is bound to `endpoint`: to listen there again."""
 
 
 @dataclass(frozen=True, slots=True)
-class TcpPlace:
+class TcpBind:
     """A host and a port of this machine."""
 
     address: TcpAddress
@@ -142,7 +142,7 @@ class TcpPlace:
         bound = self._bound
         return (bound.host, bound.port) if bound.port else None
 
-    def open(self, options: BindOptions) -> Listening:
+    def open(self, options: BindOptions) -> ListeningSocket:
         try:
             return bind(
                 self._bound.resolve()[0],
@@ -158,7 +158,7 @@ class TcpPlace:
     def is_taken(self) -> bool:
         return port_is_taken(self.address.port)
 
-    def where(self, endpoint: Endpoint) -> Place:
+    def where(self, endpoint: Endpoint) -> Bind:
         return replace(self, address=replace(self.address, port=endpoint[1]))
 
     def _explain(self, exc: OSError) -> str:
@@ -171,7 +171,7 @@ class TcpPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class UnixPlace:
+class UnixBind:
     """The path of a Unix domain socket, which the server makes."""
 
     address: UnixAddress
@@ -187,17 +187,17 @@ class UnixPlace:
     def identity(self) -> object:
         return os.path.abspath(self.address.path)
 
-    def open(self, options: BindOptions) -> Listening:
+    def open(self, options: BindOptions) -> ListeningSocket:
         return bind_unix(self.address.path, backlog=options.backlog, mode=options.unix_mode)
 
     def is_taken(self) -> bool:
         return path_is_taken(self.address.path)
 
-    def where(self, _endpoint: Endpoint) -> Place:
+    def where(self, _endpoint: Endpoint) -> Bind:
         return self
 
 
-class InheritedPlace:
+class InheritedBind:
     """A socket that listens already, and that is somebody else's."""
 
     def __init__(self, given: HasFileno | int) -> None:
@@ -226,7 +226,7 @@ class InheritedPlace:
     def is_taken(self) -> bool:
         return False  # it may be shared
 
-    def open(self, _options: BindOptions) -> Listening:
+    def open(self, _options: BindOptions) -> ListeningSocket:
         try:
             descriptor = _descriptor(self._given)
             with _looking_at(descriptor) as found:
@@ -235,7 +235,7 @@ class InheritedPlace:
             raise OSError(errno.EBADF, str(exc)) from exc
         return duplicate(descriptor)
 
-    def where(self, _endpoint: Endpoint) -> Place:
+    def where(self, _endpoint: Endpoint) -> Bind:
         return self
 
 
@@ -244,7 +244,7 @@ def check_places(
     host: str,
     port: int,
     family: PsSocketAddressFamily,
-) -> Sequence[Place]:
+) -> Sequence[Bind]:
     """The places that a server is to listen on, in their order.
 
     Args:
@@ -282,22 +282,22 @@ def check_places(
     return places
 
 
-def check_reuse_port(places: Sequence[Place]) -> None:
+def check_reuse_port(places: Sequence[Bind]) -> None:
     """Raise `ValueError` where ``reuse_port=True`` has nothing to do, or can't be."""
     if REUSE_PORT is None:
         raise ValueError("reuse_port must not be True: this system has no SO_REUSEPORT")
-    if not any(isinstance(place, TcpPlace) for place in places):
+    if not any(isinstance(place, TcpBind) for place in places):
         where = ", ".join(map(str, places))
         raise ValueError(f"reuse_port must not be True without a host and port, but for {where}")
 
 
-def _open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
+def _open_all(places: Sequence[Bind], options: BindOptions) -> list[ListeningSocket]:
     """Listen on all of them, or on none.
 
     Raises:
         PsServerError: it is not possible; it names the place.
     """
-    opened: list[Listening] = []
+    opened: list[ListeningSocket] = []
     try:
         for place in places:
             try:
@@ -314,13 +314,13 @@ def _open_all(places: Sequence[Place], options: BindOptions) -> list[Listening]:
 
 
 def open_when_free(
-    places: Sequence[Place],
+    places: Sequence[Bind],
     options: BindOptions,
     *,
     left_in: int | None,
     is_wanted: Callable[[], bool],
     told: Callable[[str], object],
-) -> list[Listening]:
+) -> list[ListeningSocket]:
     """Listen on all of them, or on none. While another process still listens there, try again.
 
     A process that takes over from another one may come before that has gone: a worker that a reload
@@ -371,12 +371,12 @@ def _is_address(given: tuple[object, ...]) -> bool:
     return isinstance(port, int) or (isinstance(port, str) and port.isdecimal())
 
 
-def _place(given: object, family: PsSocketAddressFamily) -> Place:
+def _place(given: object, family: PsSocketAddressFamily) -> Bind:
     if isinstance(given, bool):
         raise TypeError(f"listener must be {WANTED}, not {given!r}")
     if isinstance(given, int):
         check_int("listener", given, 0, MAX_BUFFER)
-        return InheritedPlace(given)
+        return InheritedBind(given)
     if isinstance(given, str):
         return _path(given)
     if isinstance(given, tuple) and _is_address(given):
@@ -386,11 +386,11 @@ def _place(given: object, family: PsSocketAddressFamily) -> Place:
             f"listener must be a socket without TLS, not {given!r}; give the server an ssl_context"
         )
     if callable(getattr(given, "fileno", None)):
-        return InheritedPlace(cast("HasFileno", given))
+        return InheritedBind(cast("HasFileno", given))
     raise TypeError(f"listener must be {WANTED}, not {given!r}")
 
 
-def _address(given: tuple[object, ...], family: PsSocketAddressFamily) -> Place:
+def _address(given: tuple[object, ...], family: PsSocketAddressFamily) -> Bind:
     host, port = given
     if ":" in str(host):
         family = PsSocketAddressFamily.IPV6
@@ -403,7 +403,7 @@ def _address(given: tuple[object, ...], family: PsSocketAddressFamily) -> Place:
     return _at(address)
 
 
-def _path(given: str) -> Place:
+def _path(given: str) -> Bind:
     try:
         address = check_address(given, 0, PsSocketAddressFamily.IPV4, least_port=0)
     except ValueError as exc:
@@ -412,11 +412,11 @@ def _path(given: str) -> Place:
         raise ValueError(
             f"listener must be 'unix:' and a path, or a tuple of host and port, not {given!r}"
         )
-    return UnixPlace(address)
+    return UnixBind(address)
 
 
-def _at(address: Address) -> Place:
-    return TcpPlace(address) if isinstance(address, TcpAddress) else UnixPlace(address)
+def _at(address: Address) -> Bind:
+    return TcpBind(address) if isinstance(address, TcpAddress) else UnixBind(address)
 
 
 def _descriptor(given: HasFileno | int) -> int:

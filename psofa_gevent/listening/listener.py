@@ -5,8 +5,8 @@ fail; `Listener.close` closes it at the end. An accepted socket belongs to its s
 there is one.
 
 All listeners of a server share its manager's pool. While that is full none of them accepts; each
-place that becomes free goes to the one that has waited longest (`Turns`), for the event loop would
-give them all to one.
+place that becomes free goes to the one that has waited longest (`AcceptQueue`), for the event loop
+would give them all to one.
 
 A socket that somebody else made may be shared by several processes, each with a server: they accept
 so that all have about the same number of sessions (`psofa_gevent.listening.balance`).
@@ -61,7 +61,7 @@ from psofa_gevent.net.unix import UnixFile, make_room, starting_in_turn
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.settings import SessionSettings
 
-__all__ = ["Listeners", "Listening", "bind", "bind_unix", "duplicate"]
+__all__ = ["Listeners", "ListeningSocket", "bind", "bind_unix", "duplicate"]
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
@@ -77,7 +77,7 @@ ACCEPTS = 100
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Listening:
+class ListeningSocket:
     """A socket that listens, and what goes with it."""
 
     socket: socket.socket
@@ -119,7 +119,7 @@ def bind(
     receive_buffer_size: int | None,
     reuse_port: int | None,
     settings: SessionSettings,
-) -> Listening:
+) -> ListeningSocket:
     """A socket that listens on `address`.
 
     SO_REUSEADDR is set, so that a restart need not wait for the connections of before to leave
@@ -146,10 +146,10 @@ def bind(
     except BaseException:
         listening.close()
         raise
-    return Listening(listening)
+    return ListeningSocket(listening)
 
 
-def bind_unix(path: str, *, backlog: int, mode: int | None) -> Listening:
+def bind_unix(path: str, *, backlog: int, mode: int | None) -> ListeningSocket:
     """A socket that listens on the file `path`, which it makes. Switches.
 
     Raises:
@@ -167,12 +167,12 @@ def bind_unix(path: str, *, backlog: int, mode: int | None) -> Listening:
             listening.listen(backlog)
             listening.setblocking(False)
         except BaseException:
-            Listening(listening, made).close()
+            ListeningSocket(listening, made).close()
             raise
-    return Listening(listening, made)
+    return ListeningSocket(listening, made)
 
 
-def duplicate(descriptor: int) -> Listening:
+def duplicate(descriptor: int) -> ListeningSocket:
     """Another descriptor of somebody's listening socket, which becomes non-blocking.
 
     That is the socket's, so its owner sees it too. All else that was set stays as it is: accepted
@@ -192,10 +192,10 @@ def duplicate(descriptor: int) -> Listening:
     except BaseException:
         listening.close()
         raise
-    return Listening(listening, is_inherited=True)
+    return ListeningSocket(listening, is_inherited=True)
 
 
-class Turns:
+class AcceptQueue:
     """Which listener of a server accepts next while its pool is full, or was a moment ago."""
 
     def __init__(self, pool: Pool) -> None:
@@ -240,7 +240,9 @@ class Turns:
 class Listener(StreamServer):
     """Accepts connections and hands them to a manager, while its pool has room."""
 
-    def __init__(self, listening: Listening, manager: SessionManager, turns: Turns) -> None:
+    def __init__(
+        self, listening: ListeningSocket, manager: SessionManager, turns: AcceptQueue
+    ) -> None:
         self._listening = listening
         self._manager = manager
         self._turns = turns
@@ -436,8 +438,8 @@ class Listener(StreamServer):
 class Listeners:
     """All listeners of one server."""
 
-    def __init__(self, opened: Sequence[Listening], manager: SessionManager) -> None:
-        turns = Turns(manager.pool)
+    def __init__(self, opened: Sequence[ListeningSocket], manager: SessionManager) -> None:
+        turns = AcceptQueue(manager.pool)
         self._all = [Listener(listening, manager, turns) for listening in opened]
         self.endpoints = [listener.endpoint for listener in self._all]
         """What they are bound to."""

@@ -21,14 +21,14 @@ from psofa_gevent.hub.forking import in_child, track, unwatch, watch
 from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.times import SHORTEST_TIMER
 
-__all__ = ["Service"]
+__all__ = ["ServiceNotifier"]
 
 RETRY_PERIOD = 0.05
 """Seconds after which what was not taken is told again."""
 WATCHDOG = "WATCHDOG=1"
 
 
-class Service:
+class ServiceNotifier:
     """What one server tells while it is in ``serve_forever``."""
 
     def __init__(self, loop: Any) -> None:
@@ -117,5 +117,5 @@ class Service:
                 self._untold.remove(state)
 
 
-_serving: list[Service] = []
+_serving: list[ServiceNotifier] = []
 in_child(_serving.clear)

@@ -28,13 +28,13 @@ from psofa_gevent.session.starttls import Handshake, SessionParking, wait_for_pe
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
 
-__all__ = ["Prologue"]
+__all__ = ["Preamble"]
 
 PEEK_SIZE = 4_096
 """Bytes of a header that are looked at in one go; most have less than a hundred."""
 
 
-class Prologue:
+class Preamble:
     """The steps of one server, for each accepted connection."""
 
     def __init__(

@@ -29,13 +29,13 @@ from psofa_gevent.net.sockopts import Endpoint
 if TYPE_CHECKING:
     from psofa_gevent.session.session import Owner, PsSession
 
-__all__ = ["Dispatch", "Limit"]
+__all__ = ["Callbacks", "TimeLimit"]
 
 LONGEST_RETHROW = 1.0
 """Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
 
 
-class Dispatch:
+class Callbacks:
     """The callbacks of one server or client, as plain functions."""
 
     def __init__(self, callback: PsCallback[Any], callback_timeout: float | None) -> None:
@@ -117,12 +117,12 @@ def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> 
             session._request_close(PsCloseReason.FAILED, error)
             session._log(logging.WARNING, "%r: %s", session, error)
 
-        with Limit(name, timeout, expired) as limit:
-            session._limit = limit
+        with TimeLimit(name, timeout, expired) as limit:
+            session._time_limit = limit
             try:
                 return call(session, *args)
             finally:
-                session._limit = None
+                session._time_limit = None
 
     return call_limited
 
@@ -133,7 +133,7 @@ def _limited_answer(
     def ask_limited(session: PsSession[Any], peer: Endpoint | None) -> object:
         errors: list[TimeoutError] = []
         try:
-            with Limit("on_accept", timeout, errors.append):
+            with TimeLimit("on_accept", timeout, errors.append):
                 answer = ask(session, peer)
             if errors:  # and it was swallowed
                 raise errors[0]
@@ -150,13 +150,13 @@ def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[.
             context = subject._context if args else None
             log(logging.WARNING, "%r: %s", subject, error, context=context)
 
-        with Limit(name, timeout, expired):
+        with TimeLimit(name, timeout, expired):
             call(subject, *args)
 
     return call_limited
 
 
-class Limit:
+class TimeLimit:
     """Throws `TimeoutError` into the greenlet that entered it, once the time is over and then on.
 
     A callback that swallows the error gets the next one after the same time again, or after

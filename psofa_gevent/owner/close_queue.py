@@ -23,11 +23,11 @@ from gevent.event import Event
 from gevent.queue import Queue
 
 from psofa_gevent.errors import cut_traceback
-from psofa_gevent.hub.greenlets import LibraryGreenlet, Worker
+from psofa_gevent.hub.greenlets import LibraryGreenlet, ServiceGreenlet
 from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
-from psofa_gevent.owner.callbacks import Dispatch
+from psofa_gevent.owner.callbacks import Callbacks
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import Owner, PsSession
@@ -49,7 +49,7 @@ class CloseQueue:
 
     def __init__(
         self,
-        dispatch: Dispatch,
+        callbacks: Callbacks,
         context: Context,
         thread: HubThread,
         settled: Callable[[], None],
@@ -57,13 +57,13 @@ class CloseQueue:
         """Make the queue.
 
         Args:
-            dispatch: the callbacks.
+            callbacks: the callbacks.
             context: that of ``on_stop``.
             thread: where they run.
             settled: called whenever nothing is left to deliver. In the close greenlet; where a call
                 is left behind (`hurry`, `abandon`), in the greenlet that stops the manager.
         """
-        self._dispatch = dispatch
+        self._dispatch = callbacks
         self._context = context
         self._thread = thread
         self._settled = settled
@@ -72,7 +72,7 @@ class CloseQueue:
         self._since = 0.0
         self._kills = 0
         self._killed_since = 0.0
-        self._worker = Worker(self._deliver_for_ever, self._has_work)
+        self._worker = ServiceGreenlet(self._deliver_for_ever, self._has_work)
         self.pending = 0
         """Calls that were put in and have not ended."""
         self._given_up = 0

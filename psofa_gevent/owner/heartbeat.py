@@ -24,7 +24,7 @@ from gevent.event import Event
 
 from psofa_gevent.aio.coroutines import run_task
 from psofa_gevent.errors import PsClosedError
-from psofa_gevent.hub.greenlets import Worker
+from psofa_gevent.hub.greenlets import ServiceGreenlet
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Heartbeats:
         self._heartbeat = heartbeat
         self._quiet: dict[PsSession[Any], _Quiet] = {}
         self._not_empty = Event()
-        self._worker = Worker(self._look_for_ever, self._has_work)
+        self._worker = ServiceGreenlet(self._look_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
         """Let `session` have heartbeats from now on."""
@@ -97,7 +97,7 @@ class Heartbeats:
         turn_since = monotonic()
         for session, quiet in due:
             quiet.since = now
-            if session._open and session._line is None and session._bytes_sent == quiet.sent:
+            if session._open and session._send_queue is None and session._bytes_sent == quiet.sent:
                 self._beat(session, quiet)
             if monotonic() - turn_since >= TURN:
                 # Thousands that began together take 0.1 s. (Zero would come before all sockets.)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 from gevent.event import Event
 
-from psofa_gevent.hub.greenlets import Worker
+from psofa_gevent.hub.greenlets import ServiceGreenlet
 from psofa_gevent.hub.times import NEVER
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class IdleTimer:
         self._count = 0
         self._added = 0
         self._not_empty = Event()
-        self._worker = Worker(self._scan_for_ever, self._has_work)
+        self._worker = ServiceGreenlet(self._scan_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""

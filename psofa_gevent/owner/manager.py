@@ -33,13 +33,13 @@ from psofa_gevent.hub.forking import keep, leave_behind, track
 from psofa_gevent.hub.ready import ready_sessions
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.net.sockopts import Endpoint
-from psofa_gevent.owner.callbacks import Dispatch
+from psofa_gevent.owner.callbacks import Callbacks
 from psofa_gevent.owner.close_queue import CloseQueue
 from psofa_gevent.owner.heartbeat import Heartbeats
 from psofa_gevent.owner.idle import IdleTimer
 from psofa_gevent.owner.registry import Registry
 from psofa_gevent.session.session import PsSession, SessionGreenlet
-from psofa_gevent.session.tasks import Killer, kill_work
+from psofa_gevent.session.tasks import TaskReaper, kill_tasks
 from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tls.socket import TlsSocket
 
@@ -70,9 +70,9 @@ class SessionManager:
         started."""
         self.thread = HubThread()
         self.ready = ready_sessions()
-        self.dispatch = Dispatch(callback, settings.callback_timeout)
+        self.callbacks = Callbacks(callback, settings.callback_timeout)
         self.peer_log = owner._peer_log
-        self.prologue: Callable[[PsSession[Any]], None] | None = None
+        self.preamble: Callable[[PsSession[Any]], None] | None = None
         self.admission: Admission | None = None
         """Who is let in; None: everyone, and nobody is counted."""
         self.pool = Pool(max_sessions)
@@ -91,7 +91,7 @@ class SessionManager:
         """All that have not ended, in the order in which they came."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
         """What is to be called when all is over for a session."""
-        self.closing = CloseQueue(self.dispatch, self.context, self.thread, self.changed.set)
+        self.closing = CloseQueue(self.callbacks, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
         self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
@@ -225,8 +225,8 @@ class SessionManager:
         for session in list(self.sessions):
             if session._greenlet is not None:
                 session._greenlet.kill(block=False)
-            if session._greenlet is None or (again and session._killer is None):
-                kill_work(session)
+            if session._greenlet is None or (again and session._reaper is None):
+                kill_tasks(session)
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
@@ -234,8 +234,8 @@ class SessionManager:
         for session in stuck:
             self.forget(session)
             session._release()
-            if session._killer is not None:
-                session._killer.stop()
+            if session._reaper is not None:
+                session._reaper.stop()
             text = "%r: its callback does not end: left behind, without on_close"
             session._log(logging.ERROR, text, session)
         return len(stuck)
@@ -280,14 +280,14 @@ class SessionManager:
         Again without effect.
         """
         session._drop(reason, cause)
-        if session._work and session._killer is None:
-            session._killer = Killer(session, partial(self._dropped, session))
-        elif not session._work:
+        if session._tasks and session._reaper is None:
+            session._reaper = TaskReaper(session, partial(self._dropped, session))
+        elif not session._tasks:
             self._dropped(session)
 
     def _dropped(self, session: PsSession[Any]) -> None:
-        if session._killer is not None:
-            session._killer.stop()
-            session._killer = None
+        if session._reaper is not None:
+            session._reaper.stop()
+            session._reaper = None
         self.forget(session)
         self._tell_that_over(session)

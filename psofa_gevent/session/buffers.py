@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     from psofa_gevent.session.sending import SendingHalf
 
-__all__ = ["Block", "Buffers", "Gave", "Source"]
+__all__ = ["Block", "Buffers", "Source", "Step"]
 
 Block: TypeAlias = bytes | bytearray | memoryview
 
@@ -35,7 +35,7 @@ _SIZES = [bytes((size,)) for size in range(OWN_BLOCK)]
 """The size of a small message, as it is kept."""
 
 
-class Gave(enum.Enum):
+class Step(enum.Enum):
     """How far a `Source` has come with a step."""
 
     ALL = enum.auto()
@@ -54,7 +54,7 @@ class Source(Protocol):
     offered_at: float
     """When it last had to wait for something else than the peer (monotonic clock); 0: never."""
 
-    def give(self, session: SendingHalf[Any]) -> Gave:
+    def give(self, session: SendingHalf[Any]) -> Step:
         """Give the session's socket some of it, and nothing more after having switched.
 
         Whatever it raises ends the message: the session closes with FAILED if a part has left.
@@ -107,7 +107,7 @@ class Buffers:
         """That of the messages of which nothing has left; only where they can be dropped."""
         return self.weight - len(self._front)
 
-    def give(self, session: SendingHalf[Any]) -> Gave:
+    def give(self, session: SendingHalf[Any]) -> Step:
         """As much as the kernel takes now. Does not switch."""
         while self.size:
             data = self._first()
@@ -117,9 +117,9 @@ class Buffers:
                 encrypted = session._half_sent
                 self._keep_front(encrypted)
                 self.begun = self.begun or taken + encrypted > 0
-                return Gave.SOME
+                return Step.SOME
             self.begun = True
-        return Gave.ALL
+        return Step.ALL
 
     def append(self, data: bytes | memoryview) -> None:
         """One more message; not an empty one."""

@@ -29,7 +29,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import track
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.session.buffers import Gave
+from psofa_gevent.session.buffers import Step
 from psofa_gevent.settings import MAX_BUFFER, check_int
 from psofa_gevent.tls.socket import TlsSocket
 
@@ -151,17 +151,17 @@ class FileSource:
         """Whether it may leave at once, in one piece."""
         return self._left is not None and self._left <= self._piece_size
 
-    def give(self, session: SendingHalf[Any]) -> Gave:
+    def give(self, session: SendingHalf[Any]) -> Step:
         """See `psofa_gevent.session.buffers.Source`."""
         if self._pending_size:
             return self._give_piece(session)
         if self._left == 0:
-            return Gave.ALL
+            return Step.ALL
         if self._by_kernel and type(session._sock) is not TlsSocket:
             return self._give_by_kernel(session)
         return self._read_piece(session)
 
-    def _give_by_kernel(self, session: SendingHalf[Any]) -> Gave:
+    def _give_by_kernel(self, session: SendingHalf[Any]) -> Step:
         assert self._left is not None
         file = self._input
         assert isinstance(file, _RegularFile)
@@ -169,16 +169,16 @@ class FileSource:
             taken = session._send_file_now(file.descriptor, file.at, min(self._left, TURN))
         except OSError:
             self._by_kernel = False
-            return Gave.MORE
+            return Step.MORE
         if taken is None:
-            return Gave.SOME
+            return Step.SOME
         if taken == 0:
             raise self._ended_early(session)
         file.at += taken
         self._count(taken)
-        return Gave.SOME if self._left else Gave.ALL
+        return Step.SOME if self._left else Step.ALL
 
-    def _read_piece(self, session: SendingHalf[Any]) -> Gave:
+    def _read_piece(self, session: SendingHalf[Any]) -> Step:
         size = self._piece_size if self._left is None else min(self._piece_size, self._left)
         piece = self._input.read(size)
         if self._encode is not None and 0 < len(piece) < size:
@@ -187,11 +187,11 @@ class FileSource:
         if piece:
             self._pending = memoryview(piece if self._encode is None else self._encode(piece))
             self._pending_size = len(piece)
-            return Gave.MORE
+            return Step.MORE
         if self._left is not None:
             raise self._ended_early(session)
         self.begun = False
-        return Gave.ALL
+        return Step.ALL
 
     def _fill_up(self, piece: bytes, size: int) -> bytes:
         """A piece that is a message: of that size, unless it is the last."""
@@ -202,23 +202,23 @@ class FileSource:
             left -= len(more)
         return b"".join(parts)
 
-    def _give_piece(self, session: SendingHalf[Any]) -> Gave:
+    def _give_piece(self, session: SendingHalf[Any]) -> Step:
         taken = session._send_now(self._pending)
         self._turn += max(taken, LEAST_OF_A_TURN)
         if taken < len(self._pending):
             self.begun = self.begun or taken + session._half_sent > 0
             self._pending = self._pending[taken:]
             self._turn = 0
-            return Gave.SOME
+            return Step.SOME
         size, self._pending_size = self._pending_size, 0
         self._pending = b""
         self._count(size)
         if self._left == 0:
-            return Gave.ALL
+            return Step.ALL
         if self._turn < TURN:
-            return Gave.MORE
+            return Step.MORE
         self._turn = 0
-        return Gave.SOME
+        return Step.SOME
 
     def _count(self, size: int) -> None:
         """So many bytes of the file have left."""

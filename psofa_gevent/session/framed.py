@@ -113,7 +113,7 @@ class FramedReceiver:
         A read may have thousands of them, so one comparison tells of everything that may come in
         between: whoever closes the session, changes what is handed over, or waits sees to it.
         """
-        on_message = session._host.dispatch.on_message
+        on_message = session._manager.callbacks.on_message
         if session._cork is None:
             session._cork = []
         in_callback = False
@@ -168,10 +168,10 @@ class FramedReceiver:
             if spent:
                 step = max(1, min(step, MOST_UNLOOKED, int(step * (TURN - spent) / spent)))
         else:
-            if session._limit is None:
+            if session._time_limit is None:
                 session._give_up_turn()
             else:
-                with session._limit.paused():
+                with session._time_limit.paused():
                     session._give_up_turn()
             self._turn_since, self._turn_first = monotonic(), received
         self._turn_look = received + step
@@ -207,7 +207,7 @@ class FramedReceiver:
 
         To be called before a wait for bytes. What callbacks take is their time, and not the peer's.
         """
-        timeout = session._host.settings.frame_timeout
+        timeout = session._manager.settings.frame_timeout
         if timeout is None or not session._open:
             return
         left, self._left = self._left, NEVER
@@ -239,7 +239,7 @@ class FramedReceiver:
 
     def time_out(self, session: PsSession[Any]) -> None:
         """The message that has begun did not come in time."""
-        timeout = session._host.settings.frame_timeout
+        timeout = session._manager.settings.frame_timeout
         kept = self._decoder.kept
         cause = TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s")
         session._request_close(PsCloseReason.FAILED, cause)

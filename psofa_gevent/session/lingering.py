@@ -36,15 +36,15 @@ def linger(session: PsSession[Any]) -> None:
     if session._abort_asked:  # by another thread; its request is on its way
         session._abort()
     session._uncork_without_waiting()  # of a block in another greenlet
-    deadline = monotonic() + session._host.settings.linger_timeout
+    deadline = monotonic() + session._manager.settings.linger_timeout
     try:
-        while session._line is not None and not session._released:
+        while session._send_queue is not None and not session._released:
             if _lets_callbacks_finish(session):
                 _wait(session, LONGEST_LOOK)
-                deadline = monotonic() + session._host.settings.linger_timeout
+                deadline = monotonic() + session._manager.settings.linger_timeout
             elif not (session._may_linger and _sends_on(session, deadline)):
                 break
-        if session._line is not None and session._may_linger:
+        if session._send_queue is not None and session._may_linger:
             _wait(session, FIRST_LOOK)  # who was interrupted by the close has yet to leave the line
         if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
@@ -58,7 +58,7 @@ def _sends_on(session: PsSession[Any], deadline: float) -> bool:
     Also after the peer's FIN: it may have closed its half only.
     """
     look = FIRST_LOOK
-    while session._line is not None and session._line.holds_batches:
+    while session._send_queue is not None and session._send_queue.holds_batches:
         # The peer may not take anything before it is rid of what it sends itself.
         if _read_and_drop(session):
             look = FIRST_LOOK
@@ -73,7 +73,7 @@ def _sends_on(session: PsSession[Any], deadline: float) -> bool:
 def _lets_callbacks_finish(session: PsSession[Any]) -> bool:
     """Whether callbacks of other sessions send to this one, and SHUTDOWN lets them finish."""
     is_let = session._may_linger and session._reason is PsCloseReason.SHUTDOWN
-    return is_let and session._line is not None and session._line.holds_callbacks
+    return is_let and session._send_queue is not None and session._send_queue.holds_callbacks
 
 
 def _drain(session: PsSession[Any], deadline: float) -> None:

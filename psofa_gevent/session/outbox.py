@@ -138,16 +138,16 @@ class Outbox:
         if last is not None:
             last.buffers.append(data)
             return
-        drops_oldest = session._host.settings.overflow is PsOverflow.DROP_OLDEST
-        must_stay = begun or (session._line is None and session._half_sent > 0)
+        drops_oldest = session._manager.settings.overflow is PsOverflow.DROP_OLDEST
+        must_stay = begun or (session._send_queue is None and session._half_sent > 0)
         buffers = Buffers(data, droppable=droppable and drops_oldest, must_stay=must_stay)
-        self._line_up(session, buffers, timeout, droppable=droppable)
+        self._queue_up(session, buffers, timeout, droppable=droppable)
 
     def post(self, session: SendingHalf[Any], data: bytes | memoryview, *, begun: bool) -> bool:
         """Send `data` after all that waits now, if there is room for it; whether it was taken."""
         if not data:
             return True
-        settings = session._host.settings
+        settings = session._manager.settings
         drops_oldest = settings.overflow is PsOverflow.DROP_OLDEST
         wanted = self.weight + len(data) + drops_oldest - settings.high_water
         if self.inbox.buffers is not None:
@@ -164,7 +164,7 @@ class Outbox:
 
     def take_inbox(self, session: SendingHalf[Any]) -> None:
         """Send what other threads have posted, after all that waits now."""
-        with session._host.thread.lock:
+        with session._manager.thread.lock:
             inbox = self.inbox
             size, refused = self.size + inbox.size, inbox.refused
             buffers, inbox.buffers, inbox.refused = inbox.buffers, None, 0
@@ -178,13 +178,13 @@ class Outbox:
     def _send_on(self, session: SendingHalf[Any], buffers: Buffers) -> None:
         if session._cork is not None:
             session._keep_collected()
-        if session._line is None:
+        if session._send_queue is None:
             try:
                 buffers.give(session)  # most often the kernel takes all
             except PsSendError:
                 return  # it has closed the session
-        elif session._host.settings.overflow is PsOverflow.DROP_OLDEST:
-            wanted = self.weight + buffers.weight - session._host.settings.high_water
+        elif session._manager.settings.overflow is PsOverflow.DROP_OLDEST:
+            wanted = self.weight + buffers.weight - session._manager.settings.high_water
             wanted -= self._drop(wanted)
             if wanted > 0 and self._batches:
                 self._dropped += buffers.drop(wanted)[0]
@@ -194,19 +194,19 @@ class Outbox:
         if last is not None:
             last.buffers.extend(buffers)
         else:
-            self._line_up(session, buffers, None, droppable=True)
+            self._queue_up(session, buffers, None, droppable=True)
 
     def _last_like(
         self, session: SendingHalf[Any], timeout: float | None, *, droppable: bool
     ) -> Batch | None:
         """The last batch, if one more message may become a part of it."""
-        if not self._batches or session._line is None:
+        if not self._batches or session._send_queue is None:
             return None
         last = self._batches[-1]
         alike = last.timeout == timeout and last.droppable is droppable
-        return last if alike and session._line.ends_with(last) else None
+        return last if alike and session._send_queue.ends_with(last) else None
 
-    def _line_up(
+    def _queue_up(
         self,
         session: SendingHalf[Any],
         buffers: Buffers,
@@ -216,7 +216,7 @@ class Outbox:
     ) -> None:
         batch = Batch(session._loop, buffers, timeout, droppable=droppable)
         self._batches.append(batch)
-        batch.start(session._line_up(buffers, timeout, batch, begun=True), self._stepped)
+        batch.start(session._queue_up(buffers, timeout, batch, begun=True), self._stepped)
 
     def _make_room(self, wanted: int) -> bool:
         """Drop the oldest for `wanted` bytes, or all that wait; if neither is enough, nothing."""
@@ -239,7 +239,7 @@ class Outbox:
     def _overflow(self, session: SendingHalf[Any], waiting: int, size: int) -> None:
         error = PsSendError(
             f"{session!r}: {waiting} bytes wait for the peer, and {size} more are beyond "
-            f"high_water={session._host.settings.high_water}"
+            f"high_water={session._manager.settings.high_water}"
         )
         session._break_stream()
         session._request_close(PsCloseReason.FAILED, error, linger=False)

@@ -32,7 +32,7 @@ HALF_OPEN_LOOK = 1.0
 
 
 def read(  # noqa: C901, PLR0912, PLR0915
-    session: PsSession[Any], pulled_until: float = 0.0
+    session: PsSession[Any], receive_deadline: float = 0.0
 ) -> bytes | None:
     """Wait, read, hand over, until a close is requested: the way of every message.
 
@@ -41,15 +41,15 @@ def read(  # noqa: C901, PLR0912, PLR0915
 
     Args:
         session: the one whose greenlet this is.
-        pulled_until: not 0: hand over nothing, but return what was read; None when this moment
+        receive_deadline: not 0: hand over nothing, but return what was read; None when this moment
             of the monotonic clock has come, and somebody woke the session.
     """
     of_hub = session._ready
     ready: list[Any] = of_hub.sessions  # whoever waits has a greenlet
     become_ready = ready.append
-    hub = session._host.thread.hub
-    size = session._host.settings.read_buffer_size
-    on_message = session._host.dispatch.on_message
+    hub = session._manager.thread.hub
+    size = session._manager.settings.read_buffer_size
+    on_message = session._manager.callbacks.on_message
     try:
         while session._open:
             if not session._waiting_since:
@@ -69,7 +69,7 @@ def read(  # noqa: C901, PLR0912, PLR0915
                 switch(hub)
             if not session._open:
                 return None  # type: ignore[unreachable]  # others ran since the last look
-            if not session._keeps_watching:
+            if not session._stays_armed:
                 session._stop_watching()
             try:
                 message: bytes | None = session._sock.recv(size)
@@ -82,13 +82,13 @@ def read(  # noqa: C901, PLR0912, PLR0915
                 return None
             if message is None:
                 # Woken by the idle timer, or by nothing at all: no bytes are there.
-                _look_at_clock(session, is_pulled=pulled_until > 0.0)
-                if pulled_until and monotonic() >= pulled_until:
+                _look_at_clock(session, is_pulled=receive_deadline > 0.0)
+                if receive_deadline and monotonic() >= receive_deadline:
                     return None
                 continue
             session._waiting_since = 0.0
             session._bytes_received += len(message)
-            if pulled_until:
+            if receive_deadline:
                 return message
             if not message:
                 session._stop_watching()
@@ -104,7 +104,7 @@ def read(  # noqa: C901, PLR0912, PLR0915
                 session._framed.hand_over(session)
             del message  # a session that waits owns no buffer
     finally:
-        if pulled_until and session._waiting_since:
+        if receive_deadline and session._waiting_since:
             session._waited = (monotonic() - session._waiting_since, session._bytes_received)
         session._waiting_since = 0.0
         session._stop_watching()
@@ -114,11 +114,11 @@ def read(  # noqa: C901, PLR0912, PLR0915
 def _receive_eof(session: PsSession[Any]) -> None:
     if session._framed is not None and not session._eof_received:
         session._framed.end(session)
-    if not session._host.settings.allow_half_open:
+    if not session._manager.settings.allow_half_open:
         session._request_close(PsCloseReason.PEER_CLOSE)
         return
     session._eof_received = True
-    session._host.dispatch.on_eof(session)
+    session._manager.callbacks.on_eof(session)
     if session._framed is not None:
         session._framed.hand_over(session)
     if session._eof_sent:
@@ -143,7 +143,7 @@ def _wait_half_open(session: PsSession[Any]) -> None:
                 _be_idle(session)
                 session._waiting_since = monotonic()
             else:
-                session._host.thread.hub.switch()
+                session._manager.thread.hub.switch()
     finally:
         session._waiting_since = 0.0
         unwatch(look)
@@ -163,7 +163,7 @@ def _look_at_clock(session: PsSession[Any], *, is_pulled: bool) -> None:
 
 def _be_idle(session: PsSession[Any], *, may_call: bool = True) -> None:
     """The idle time is over: close, unless there is a callback for that."""
-    on_idle = session._host.dispatch.on_idle
+    on_idle = session._manager.callbacks.on_idle
     if on_idle is None or not may_call:
         session._request_close(PsCloseReason.TIMEOUT)
         return

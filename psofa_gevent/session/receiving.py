@@ -28,7 +28,7 @@ RETRY = 0.005
 
 def receive_next(session: PsSession[Any], timeout: float | None) -> Any:
     """The next message. Arguments and errors as of `PsSession.receive`."""
-    limit = session._limit
+    limit = session._time_limit
     if session._framed is not None:
         message = session._framed.take(session)
         if message is not NOTHING:
@@ -114,7 +114,7 @@ def _end(session: PsSession[Any], *, has_eof: bool) -> NoReturn:
         if session._framed is not None and not session._eof_received:
             session._framed.end(session)
         session._eof_received = True
-        if not session._host.settings.allow_half_open or session._eof_sent:
+        if not session._manager.settings.allow_half_open or session._eof_sent:
             session._request_close(PsCloseReason.PEER_CLOSE)
     raise _closed_error(session)
 

@@ -1,6 +1,6 @@
 """The slow way of a message: senders in line for a connection that does not take it all at once.
 
-`PsSession.send` tries the socket first; only what the kernel did not take comes here. A `SendLine`
+`PsSession.send` tries the socket first; only what the kernel did not take comes here. A `SendQueue`
 exists while someone waits, and goes with the last one:
 
 - The first in line writes, whenever the socket is writable; the others wait their turn. So bytes
@@ -39,7 +39,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import release, unwatch, watch
 from psofa_gevent.net.sockopts import unacknowledged
-from psofa_gevent.session.buffers import Buffers, Gave, Source
+from psofa_gevent.session.buffers import Buffers, Source, Step
 
 if TYPE_CHECKING:
     from psofa_gevent.session.sending import SendingHalf
@@ -48,7 +48,7 @@ __all__ = [
     "Batch",
     "GreenletParking",
     "Parking",
-    "SendLine",
+    "SendQueue",
     "TaskParking",
     "run_in_greenlet",
 ]
@@ -245,7 +245,7 @@ class _Sender:
         return self._begun or self.source.begun
 
 
-class SendLine:
+class SendQueue:
     """The senders of one session that have to wait, in order."""
 
     __slots__ = (
@@ -305,9 +305,9 @@ class SendLine:
                 check()
                 if self._senders[0] is sender:
                     gave = self._let_give(source)
-                    if gave is Gave.ALL:
+                    if gave is Step.ALL:
                         return
-                    if gave is Gave.MORE:
+                    if gave is Step.MORE:
                         continue
                     check()  # others may have run
                 self._check_progress(sender, timeout)
@@ -322,7 +322,7 @@ class SendLine:
         finally:
             self._leave(sender)
 
-    def _let_give(self, source: Source) -> Gave:
+    def _let_give(self, source: Source) -> Step:
         self._giver = getcurrent()
         try:
             return source.give(self._session)
@@ -394,7 +394,7 @@ class SendLine:
         self._senders.remove(sender)
         if not self._senders:
             self.close()
-            self._session._line_is_empty(self)
+            self._session._send_queue_is_empty(self)
             return
         if was_first:
             self._wake(self._senders[0])

@@ -35,7 +35,7 @@ from psofa_gevent.session.outbox import Outbox
 from psofa_gevent.session.send_queue import (
     GreenletParking,
     Parking,
-    SendLine,
+    SendQueue,
     TaskParking,
     run_in_greenlet,
 )
@@ -70,21 +70,21 @@ class SendingHalf(Generic[M]):
         "_eof_received",
         "_eof_requested",
         "_eof_sent",
-        "_host",
         "_is_broken",
-        "_line",
         "_loop",
+        "_manager",
         "_open",
         "_outbox",
         "_reason",
         "_released",
+        "_send_queue",
         "_shuts_later",
         "_sock",
         "_thread_ident",
     )
 
     def __init__(self, host: Host, sock: _socket.socket | TlsSocket) -> None:
-        self._host = host
+        self._manager = host
         self._thread_ident = host.thread.ident
         self._loop = host.thread.loop
         self._sock: Any = sock
@@ -100,7 +100,7 @@ class SendingHalf(Generic[M]):
         self._bytes_sent = 0
         self._is_broken = False
         """A message broke off in its middle: nothing may follow it."""
-        self._line: SendLine | None = None
+        self._send_queue: SendQueue | None = None
         self._cork: list[bytes] | None = None
         """What was sent while corked; None: the session is not."""
         self._corked_size = 0
@@ -134,7 +134,7 @@ class SendingHalf(Generic[M]):
 
     def _log_peer(self, kind: str, message: str, *args: object) -> None:
         """Log what the peer did: `PeerLog.tell`."""
-        host = self._host
+        host = self._manager
         host.peer_log.tell(host.owner, kind, message, *args, context=self._context, stacklevel=2)
 
     def send(  # noqa: C901 - each call more would be felt
@@ -179,7 +179,7 @@ class SendingHalf(Generic[M]):
         if not self._open or self._eof_requested:
             self._check_new_send()
         if self._cork is not None:
-            if self._line is None:
+            if self._send_queue is None:
                 # As in `_collect`: a read may have thousands of messages.
                 self._cork.append(data if type(data) is bytes else bytes(data))
                 self._corked_size += len(data) + COLLECTED
@@ -189,7 +189,7 @@ class SendingHalf(Generic[M]):
             self._keep_collected()  # no more than that: this one waits
         sent = 0
         begun = False
-        if self._line is None:
+        if self._send_queue is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
@@ -197,7 +197,7 @@ class SendingHalf(Generic[M]):
         if not may_wait():
             self._refuse_to_wait(begun=begun)
         rest = Buffers(memoryview(data)[sent:])
-        run_in_greenlet(self._line_up(rest, timeout, GreenletParking(), begun=begun))
+        run_in_greenlet(self._queue_up(rest, timeout, GreenletParking(), begun=begun))
 
     async def send_async(
         self,
@@ -222,20 +222,20 @@ class SendingHalf(Generic[M]):
         if not self._open or self._eof_requested:
             self._check_new_send()
         if self._cork is not None:
-            if self._line is None:
+            if self._send_queue is None:
                 if self._collect(data):
                     await self._send_collected_async(self._take_collected(), timeout)
                 return
             self._keep_collected()
         sent = 0
         begun = False
-        if self._line is None:
+        if self._send_queue is None:
             sent = self._send_now(data)
             if sent == len(data):
                 return
             begun = sent > 0 or self._half_sent > 0
         rest = Buffers(memoryview(data)[sent:])
-        await self._line_up(rest, timeout, TaskParking(), begun=begun)
+        await self._queue_up(rest, timeout, TaskParking(), begun=begun)
 
     def post(self, message: M | Message, *, raw: bool = False) -> bool:
         """Send a message without ever waiting: what the kernel does not take now leaves later.
@@ -276,7 +276,7 @@ class SendingHalf(Generic[M]):
         if not self._open:
             return False
         outbox = self._get_outbox()
-        host = self._host
+        host = self._manager
         with host.thread.lock:
             # The hub is called in here: another thread, which need not call it for what it posts
             # now, may ask for a close next.
@@ -288,7 +288,7 @@ class SendingHalf(Generic[M]):
 
     def _get_outbox(self) -> Outbox:
         if self._outbox is None:
-            with self._host.thread.lock:  # others may just make one, too
+            with self._manager.thread.lock:  # others may just make one, too
                 if self._outbox is None:
                     self._outbox = Outbox()
         return self._outbox
@@ -301,14 +301,14 @@ class SendingHalf(Generic[M]):
         if (has_ended or self._eof_requested) and self._is_refused():
             return False
         if self._cork is not None:
-            if self._line is None and self._corked_size + len(data) < CORK_SIZE:
+            if self._send_queue is None and self._corked_size + len(data) < CORK_SIZE:
                 self._cork.append(data)
                 self._corked_size += len(data) + COLLECTED
                 self._cork_has_posts = True
                 return True
             self._keep_collected()
         sent = 0
-        if self._line is None:
+        if self._send_queue is None:
             try:
                 sent = self._send_now(data)
             except PsSendError:
@@ -391,7 +391,7 @@ class SendingHalf(Generic[M]):
                 self._send_source(source, timeout)
             else:
                 self._check_sending(in_callback=False)
-                thread = self._host.thread
+                thread = self._manager.thread
                 if not thread.run(lambda: self._released, self._send_source, source, timeout):
                     raise PsSendError(f"{self!r}: the session is closed")
             return source.sent
@@ -418,10 +418,10 @@ class SendingHalf(Generic[M]):
                 self._check_new_send()
                 if self._cork is not None:
                     self._keep_collected()
-                await self._line_up(source, timeout, TaskParking(), begun=False)
+                await self._queue_up(source, timeout, TaskParking(), begun=False)
             else:
                 self._check_sending(in_callback=False)
-                if not await self._host.thread.run_async(
+                if not await self._manager.thread.run_async(
                     lambda: self._released, self._send_source, source, timeout
                 ):
                     raise PsSendError(f"{self!r}: the session is closed")
@@ -453,12 +453,12 @@ class SendingHalf(Generic[M]):
         self._check_new_send()
         parking: Parking = GreenletParking()
         if not may_wait():
-            if self._line is not None or not source.is_small:
+            if self._send_queue is not None or not source.is_small:
                 self._refuse_to_wait(begun=False, instead="send_file_async")
             parking = _Refusal(self, source)
         if self._cork is not None:
             self._keep_collected()
-        run_in_greenlet(self._line_up(source, timeout, parking, begun=False))
+        run_in_greenlet(self._queue_up(source, timeout, parking, begun=False))
 
     @property
     def pending_bytes(self) -> int:
@@ -580,14 +580,14 @@ class SendingHalf(Generic[M]):
         if not data or self._released or self._eof_sent or self._is_broken:
             return
         sent = 0
-        if self._line is None:
+        if self._send_queue is None:
             try:
                 sent = self._send_now(data)
             except PsSendError:
                 return  # it has closed the session
             if sent == len(data):
                 return
-        limit = self._host.settings.send_timeout if timeout is DEFAULT else timeout
+        limit = self._manager.settings.send_timeout if timeout is DEFAULT else timeout
         self._get_outbox().keep(self, memoryview(data)[sent:], limit, begun=sent > 0)
 
     def send_eof(self) -> None:
@@ -598,9 +598,9 @@ class SendingHalf(Generic[M]):
         """
         if get_ident() != self._thread_ident:
             # All of it, for it must not overtake a send that another thread has begun.
-            with self._host.thread.lock:
+            with self._manager.thread.lock:
                 self._get_outbox().inbox.is_shut = True
-                self._host.thread.call_soon(self.send_eof)
+                self._manager.thread.call_soon(self.send_eof)
         else:
             self._uncork_without_waiting()
             self._eof_requested = True
@@ -653,7 +653,7 @@ class SendingHalf(Generic[M]):
             BlockingIOError: the kernel does not take that now.
             OSError: the connection is gone.
         """
-        is_complete = not (self._is_broken or self._half_sent or self._line is not None)
+        is_complete = not (self._is_broken or self._half_sent or self._send_queue is not None)
         has_failed = self._reason is PsCloseReason.FAILED
         if type(self._sock) is TlsSocket and is_complete and not has_failed:
             self._sock.close_notify()
@@ -683,8 +683,8 @@ class SendingHalf(Generic[M]):
         """A message broke off in its middle: let nothing follow it, until the session has ended."""
         if not self._is_broken:
             self._is_broken = True
-            if self._line is not None:
-                self._line.interrupt()
+            if self._send_queue is not None:
+                self._send_queue.interrupt()
 
     def _refuse_to_wait(self, *, begun: bool, instead: str = "send_async") -> NoReturn:
         error = PsSendError(
@@ -697,7 +697,7 @@ class SendingHalf(Generic[M]):
             self._log(logging.ERROR, "%s; a part of the message had left", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
 
-    def _line_up(
+    def _queue_up(
         self,
         source: Source,
         timeout: float | Default | None,
@@ -706,11 +706,11 @@ class SendingHalf(Generic[M]):
         begun: bool,
     ) -> Coroutine[Any, Any, None]:
         """Join the line of those who wait, with what is left of a message, or of several."""
-        if self._line is None:
-            self._line = SendLine(self)
-        return self._line.send(
+        if self._send_queue is None:
+            self._send_queue = SendQueue(self)
+        return self._send_queue.send(
             source,
-            self._host.settings.send_timeout if timeout is DEFAULT else timeout,
+            self._manager.settings.send_timeout if timeout is DEFAULT else timeout,
             parking,
             begun=begun,
             in_callback=sends_to_the_end(),
@@ -722,7 +722,7 @@ class SendingHalf(Generic[M]):
     def _send_from_thread(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
         """Send for a caller in another OS thread, which blocks natively meanwhile."""
         self._check_sending(in_callback=False)
-        if not self._host.thread.run(lambda: self._released, self._send_bytes, data, timeout):
+        if not self._manager.thread.run(lambda: self._released, self._send_bytes, data, timeout):
             raise PsSendError(f"{self!r}: the session is closed")
 
     async def _send_from_other_loop(
@@ -730,22 +730,22 @@ class SendingHalf(Generic[M]):
     ) -> None:
         """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
         self._check_sending(in_callback=False)
-        if not await self._host.thread.run_async(
+        if not await self._manager.thread.run_async(
             lambda: self._released, self._send_bytes, data, timeout
         ):
             raise PsSendError(f"{self!r}: the session is closed")
 
-    def _line_is_empty(self, line: SendLine) -> None:
+    def _send_queue_is_empty(self, line: SendQueue) -> None:
         """The last sender left: no more line, and what waited for that goes on."""
-        if self._line is line:
-            self._line = None
+        if self._send_queue is line:
+            self._send_queue = None
             if self._eof_requested:
                 self._shut_writing()
             if not self._open:
                 self._wake()
 
     def _shut_writing(self) -> None:
-        if self._line is not None or self._eof_sent or self._released:
+        if self._send_queue is not None or self._eof_sent or self._released:
             return
         try:
             self._shut_socket()

@@ -16,7 +16,7 @@ Rules, kept in this file, and by the parts of a session's life that are files of
   callback that waits on something else is never disturbed by an event of the socket: the read
   watcher only puts the session into a list, and is stopped when it is taken out of that while busy.
 
-What may switch: whatever runs a callback, `read` (and `receive`), the prologue and a handshake,
+What may switch: whatever runs a callback, `read` (and `receive`), the preamble and a handshake,
 `linger`, a send that waits, and the end of a turn between two messages of one read. All else,
 logging too, runs through without another greenlet in between.
 
@@ -63,7 +63,7 @@ from psofa_gevent.session.reading import read
 from psofa_gevent.session.receiving import receive_next
 from psofa_gevent.session.sending import SendingHalf
 from psofa_gevent.session.starttls import Handshake, begin_tls, begin_tls_async
-from psofa_gevent.session.tasks import Killer, spawn_work
+from psofa_gevent.session.tasks import TaskReaper, spawn_task
 from psofa_gevent.settings import (
     SessionSettings,
     check_framing,
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 
     from psofa_gevent.client import PsClient
     from psofa_gevent.multi_client import PsMultiClient
-    from psofa_gevent.owner.callbacks import Dispatch, Limit
+    from psofa_gevent.owner.callbacks import Callbacks, TimeLimit
     from psofa_gevent.owner.idle import IdleSlice
     from psofa_gevent.server import PsServer
 
@@ -102,9 +102,9 @@ class Host(Protocol):
     thread: HubThread
     ready: ReadySessions
     settings: SessionSettings
-    dispatch: Dispatch
+    callbacks: Callbacks
     peer_log: PeerLog
-    prologue: Callable[[PsSession[Any]], None] | None
+    preamble: Callable[[PsSession[Any]], None] | None
     """What comes before ``on_open``, in the session's greenlet; it may close the session."""
 
     def session_ended(self, session: PsSession[Any]) -> None:
@@ -166,9 +166,6 @@ class PsSession(SendingHalf[M]):
         "_greenlet",
         "_idle",
         "_is_opening",
-        "_keeps_watching",
-        "_killer",
-        "_limit",
         "_local_endpoint",
         "_may_linger",
         "_memberships",
@@ -176,17 +173,20 @@ class PsSession(SendingHalf[M]):
         "_opened_at",
         "_proxy",
         "_ready",
+        "_reaper",
         "_received_at",
         "_remote_endpoint",
         "_slice",
         "_started",
+        "_stays_armed",
+        "_tasks",
+        "_time_limit",
         "_tls",
         "_values",
         "_waited",
         "_waiting_since",
         "_watcher",
         "_watches",
-        "_work",
     )
 
     def __init__(
@@ -206,8 +206,8 @@ class PsSession(SendingHalf[M]):
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None
         self._ready = host.ready
-        self._keeps_watching = host.ready.keeps_watching
-        self._is_opening = host.prologue is not None
+        self._stays_armed = host.ready.stays_armed
+        self._is_opening = host.preamble is not None
         """Whether ``on_open`` has to wait for what comes before it."""
         self._connection_id: bytes | uuid.UUID = connection_id or random_bytes()
         self._opened_at = time()
@@ -216,7 +216,7 @@ class PsSession(SendingHalf[M]):
         self._waiting_since = 0.0
         self._waited = (0.0, 0)
         """Seconds that a `receive` has waited in vain, and how many bytes had come by then."""
-        self._limit: Limit | None = None
+        self._time_limit: TimeLimit | None = None
         """What ends the running callback, if anything does."""
         self._watches = False
         self._started = False
@@ -230,9 +230,9 @@ class PsSession(SendingHalf[M]):
         self._values: dict[str, Any] | None = None
         self._memberships: dict[Membership, Any] | None = None
         """What it belongs to, each with what that keeps for it."""
-        self._work: set[LibraryGreenlet] | None = None
+        self._tasks: set[LibraryGreenlet] | None = None
         """The greenlets that belong to it, beside its own."""
-        self._killer: Killer | None = None
+        self._reaper: TaskReaper | None = None
         self._slice: IdleSlice | None = None
         self._tls: TlsSocket | None = None
         self._context: Context | None = context
@@ -264,7 +264,7 @@ class PsSession(SendingHalf[M]):
     @property
     def owner(self) -> Owner:
         """The server or client that the session belongs to."""
-        return self._host.owner
+        return self._manager.owner
 
     @property
     def local_endpoint(self) -> Endpoint | None:
@@ -459,7 +459,7 @@ class PsSession(SendingHalf[M]):
             raise RuntimeError(f"{self!r}: spawn belongs to the thread of the session's hub")
         if not self._open:
             raise PsClosedError(f"{self!r}: the session is closed: it gets no more work")
-        return spawn_work(self, partial(function, *args, **kwargs))
+        return spawn_task(self, partial(function, *args, **kwargs))
 
     # What it belongs to
 
@@ -574,7 +574,7 @@ class PsSession(SendingHalf[M]):
         """Ask for the close, from any thread, and return at once."""
         if get_ident() != self._thread_ident:
             self._note_asked(reason)
-            self._host.thread.call_soon(self._request_close, reason)
+            self._manager.thread.call_soon(self._request_close, reason)
         else:
             self._request_close(reason)
 
@@ -596,7 +596,7 @@ class PsSession(SendingHalf[M]):
         if get_ident() != self._thread_ident:
             self._abort_asked = True
             self._note_asked(PsCloseReason.SELF_CLOSE)
-            self._host.thread.call_soon(self._abort)
+            self._manager.thread.call_soon(self._abort)
         else:
             self._abort()
 
@@ -611,14 +611,14 @@ class PsSession(SendingHalf[M]):
     ) -> None:
         """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
         self._may_linger = self._may_linger and linger
-        if self._host.thread.is_over():
+        if self._manager.thread.is_over():
             self._end_with_hub()
             return
         if not self._decide(reason, cause):
             return
         self._wake()
-        if self._line is not None:
-            self._line.interrupt()
+        if self._send_queue is not None:
+            self._send_queue.interrupt()
         if self._memberships:
             self._leave_all()
 
@@ -642,7 +642,7 @@ class PsSession(SendingHalf[M]):
         """
         self._decide(PsCloseReason.SELF_CLOSE)
         self._waiting_since = 0.0
-        self._line = None
+        self._send_queue = None
         self._leave_all()
         if not self._released:
             self._released = True
@@ -660,9 +660,9 @@ class PsSession(SendingHalf[M]):
             self._reason = PsCloseReason.SELF_CLOSE
         self._open = self._may_linger = self._abort_asked = self._watches = False
         self._waiting_since = 0.0
-        keep(self._line, self._outbox, self._work, self._killer, self._cork)
-        line, self._line = self._line, None
-        self._outbox = self._work = self._killer = self._cork = None
+        keep(self._send_queue, self._outbox, self._tasks, self._reaper, self._cork)
+        line, self._send_queue = self._send_queue, None
+        self._outbox = self._tasks = self._reaper = self._cork = None
         self._corked_size = 0
         while self._memberships:
             membership, state = self._memberships.popitem()
@@ -694,12 +694,12 @@ class PsSession(SendingHalf[M]):
         self._started = True
         try:
             try:
-                if self._is_opening and self._host.prologue is not None:
-                    self._host.prologue(self)
+                if self._is_opening and self._manager.preamble is not None:
+                    self._manager.preamble(self)
                     self._is_opening = not self._open
                 if not self._is_opening:
                     self._log(logging.DEBUG, "%r: opened", self)
-                    self._host.dispatch.on_open(self)
+                    self._manager.callbacks.on_open(self)
                     if self._framed is not None:  # on_open may have received messages itself
                         self._framed.hand_over(self)
                     read(self)
@@ -709,12 +709,12 @@ class PsSession(SendingHalf[M]):
             while self._reason is PsCloseReason.NONE and not self._open:
                 # Another thread's request is on its way, with what that thread has posted before.
                 self._wait_until_woken(REQUEST_LOOK)
-            self._kill_work()
+            self._kill_tasks()
             linger(self)
         except BaseException as exc:
             # Killed since the last callback; the rest does not wait.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-                self._host.thread.raise_in_main(exc)
+                self._manager.thread.raise_in_main(exc)
             self._log(logging.DEBUG, "%r: did not linger to the end: %r", self, exc)
         finally:
             self._end()
@@ -726,18 +726,18 @@ class PsSession(SendingHalf[M]):
             self._release(with_reset=self._abort_asked)
         finally:
             try:
-                self._kill_work()
-                if self._killer is not None:
-                    self._killer.wait()
-                    self._killer = None
+                self._kill_tasks()
+                if self._reaper is not None:
+                    self._reaper.wait()
+                    self._reaper = None
             finally:
                 self._greenlet = None
-                self._host.session_ended(self)
+                self._manager.session_ended(self)
 
-    def _kill_work(self) -> None:
+    def _kill_tasks(self) -> None:
         """Begin to kill what works beside the callbacks, which are through; unless that is done."""
-        if self._work and self._killer is None:
-            self._killer = Killer(self, self._wake)
+        if self._tasks and self._reaper is None:
+            self._reaper = TaskReaper(self, self._wake)
 
     def _wait_until_woken(self, seconds: float | None) -> None:
         """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
@@ -746,7 +746,7 @@ class PsSession(SendingHalf[M]):
             timer.start(self._resume)
         self._waiting_since = monotonic()
         try:
-            self._host.thread.hub.switch()
+            self._manager.thread.hub.switch()
         finally:
             self._waiting_since = 0.0
             unwatch(timer)
@@ -809,7 +809,7 @@ class PsSession(SendingHalf[M]):
         was_open = self._open
         self._request_close(PsCloseReason.FAILED, exc)
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-            self._host.thread.raise_in_main(exc)
+            self._manager.thread.raise_in_main(exc)
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
             self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
@@ -827,8 +827,8 @@ class PsSession(SendingHalf[M]):
         self._watcher.stop()
         self._watcher.close()
         self._ready.unregister()
-        if self._line is not None:
-            self._line.close()
+        if self._send_queue is not None:
+            self._send_queue.close()
         if with_reset:
             reset(self._sock)
             return

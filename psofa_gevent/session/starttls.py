@@ -22,7 +22,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
 from psofa_gevent.hub.forking import unwatch, watch
 from psofa_gevent.hub.times import NEVER, SHORTEST_TIMER
-from psofa_gevent.session.send_queue import Parking, SendLine, TaskParking, run_in_greenlet
+from psofa_gevent.session.send_queue import Parking, SendQueue, TaskParking, run_in_greenlet
 from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.tls.socket import TlsSocket
 
@@ -152,7 +152,7 @@ async def _go_over(session: PsSession[Any], handshake: Handshake, parking: Parki
     """What both do, and where it waits."""
     session._stop_watching()  # it is watched for the handshake now
     try:
-        while session._line is not None and session._open:
+        while session._send_queue is not None and session._open:
             await wait_for_peer(session, handshake.deadline, parking, writes=True)  # sent before
         if session._framed is not None and session._framed.start_anew():
             raise PsTlsError(f"{session!r}: bytes came before the TLS handshake, unencrypted")
@@ -186,7 +186,7 @@ def _holding_senders(session: PsSession[Any], parking: Parking) -> Iterator[None
     A close wakes `parking`, as it wakes all senders. If the block fails nothing is sent any more,
     also not of what was posted; and if it was broken off (by a kill, say), the session fails.
     """
-    line = session._line = SendLine(session)
+    line = session._send_queue = SendQueue(session)
     release = line.hold(parking)
     try:
         yield

@@ -1,7 +1,7 @@
 """Work that belongs to a session: greenlets and coroutines beside its callbacks, and their end.
 
 They end with their session: when its callbacks are through they are killed, and ``on_close`` comes
-when all of them have ended. The session's own greenlet waits for that (`Killer`), and passes on
+when all of them have ended. The session's own greenlet waits for that (`TaskReaper`), and passes on
 what is thrown into it meanwhile. A session whose greenlet never began counts until its work has
 ended. Where a shutdown kills a callback that does not end, it kills the work beside that, too.
 
@@ -20,14 +20,14 @@ from gevent import GreenletExit
 
 from psofa_gevent.aio.coroutines import run_task
 from psofa_gevent.hub.forking import unwatch, watch
-from psofa_gevent.hub.greenlets import LibraryGreenlet, WorkGreenlet
+from psofa_gevent.hub.greenlets import LibraryGreenlet, SessionTask
 
 if TYPE_CHECKING:
     from gevent import Greenlet
 
     from psofa_gevent.session.session import PsSession
 
-__all__ = ["Killer", "kill_work", "spawn_work"]
+__all__ = ["TaskReaper", "kill_tasks", "spawn_task"]
 
 KILL_PERIOD = 1.0
 """Seconds after which work that has not ended is killed again: it may have swallowed the first."""
@@ -35,26 +35,26 @@ LOUD_AFTER = 5
 """Kills after which that is worth a record in the log."""
 
 
-def spawn_work(session: PsSession[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
+def spawn_task(session: PsSession[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
     """Run `function` in a greenlet that belongs to `session`, soon. Does not switch."""
-    greenlet = WorkGreenlet(partial(_run, session, function))
+    greenlet = SessionTask(partial(_run, session, function))
     greenlet.gr_context = session._context
-    work: set[LibraryGreenlet] | None = session._work
+    work: set[LibraryGreenlet] | None = session._tasks
     if work is None:
-        work = session._work = set()
+        work = session._tasks = set()
     work.add(greenlet)
     greenlet.rawlink(partial(_ended, session))
     greenlet.start()
     return greenlet
 
 
-def kill_work(session: PsSession[Any]) -> None:
+def kill_tasks(session: PsSession[Any]) -> None:
     """Ask all of it to end. Does not switch."""
-    for greenlet in list(session._work or ()):
+    for greenlet in list(session._tasks or ()):
         greenlet.kill(block=False)
 
 
-class Killer:
+class TaskReaper:
     """Kills the work of a session whose callbacks are through, again and again until all has ended.
 
     It may have swallowed the first kill.
@@ -81,24 +81,24 @@ class Killer:
 
     def _kill(self) -> None:
         session = self._session
-        kill_work(session)
+        kill_tasks(session)
         self._kills += 1
         if self._kills == LOUD_AFTER:
-            left = len(session._work or ())
+            left = len(session._tasks or ())
             text = "%r: %d greenlets of its own do not end"
             session._log(logging.WARNING, text, session, left)
 
     def wait(self) -> None:
         """Wait until all has ended. In the session's own greenlet; raises nothing."""
         session = self._session
-        while session._work:
+        while session._tasks:
             try:
                 session._wait_until_woken(None)
             except BaseException as exc:
                 # Killed, in the end of a shutdown: so are they.
                 if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-                    session._host.thread.raise_in_main(exc)
-                kill_work(session)
+                    session._manager.thread.raise_in_main(exc)
+                kill_tasks(session)
         self.stop()
 
 
@@ -116,8 +116,8 @@ def _run(session: PsSession[Any], function: Callable[[], object]) -> Any:
 
 
 def _ended(session: PsSession[Any], greenlet: LibraryGreenlet) -> None:
-    work = session._work
+    work = session._tasks
     if work is not None:
         work.discard(greenlet)
-        if not work and session._killer is not None:
-            session._killer.all_ended()
+        if not work and session._reaper is not None:
+            session._reaper.all_ended()
