@@ -37,7 +37,7 @@ from psofa_gevent import (
     PsSession,
     PsSocketAddressFamily,
 )
-from psofa_gevent import farewell as farewell_module
+from psofa_gevent.listening import farewell as farewell_module
 from psofa_gevent.listening.networks import Networks, peer_address
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 

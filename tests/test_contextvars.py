@@ -29,8 +29,8 @@ from psofa_gevent import (
     PsSession,
     run_coroutine,
     spawn_coroutine,
-    work,
 )
+from psofa_gevent.session import tasks
 from psofa_gevent.testing import ClientFactory, ServerFactory, eventually
 
 NAME: contextvars.ContextVar[str] = contextvars.ContextVar("NAME", default="-")
@@ -462,7 +462,7 @@ def test_records_that_are_made_elsewhere_are_made_in_the_session_s_context_too(
     recorded: Recorded,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(work, "KILL_PERIOD", 0.01)
+    monkeypatch.setattr(tasks, "KILL_PERIOD", 0.01)
 
     def swallow(count: int) -> None:
         while count:

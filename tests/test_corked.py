@@ -18,10 +18,10 @@ from psofa_gevent import (
     PsCloseReason,
     PsSendError,
     PsSession,
-    framed,
     run_coroutine,
 )
 from psofa_gevent.framing import LengthPrefix, Line
+from psofa_gevent.session import framed
 from psofa_gevent.session.sending import CORK_SIZE, SendingHalf
 from psofa_gevent.testing import (
     ClientFactory,

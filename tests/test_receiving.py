@@ -24,11 +24,11 @@ from psofa_gevent import (
     PsHandler,
     PsMultiClient,
     PsSession,
-    framed,
     run_coroutine,
 )
 from psofa_gevent.framing import FixedSize, LengthPrefix, Line, Raw
 from psofa_gevent.net.sockopts import unacknowledged
+from psofa_gevent.session import framed
 from psofa_gevent.session.sending import SendingHalf
 from psofa_gevent.testing import (
     ClientFactory,

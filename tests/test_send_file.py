@@ -38,7 +38,6 @@ from psofa_gevent import (
     PsServer,
     PsSession,
     run_coroutine,
-    tls,
 )
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.session.files import LEAST_OF_A_TURN, TURN
@@ -51,6 +50,7 @@ from psofa_gevent.testing import (
     connected_session,
     eventually,
 )
+from psofa_gevent.tls import socket as tls_socket
 
 SIZE = 12 * 1024 * 1024 + 12_345
 CONTENT = b"".join(b"%07d\n" % number for number in range(SIZE // 8 + 1))[:SIZE]
@@ -821,7 +821,9 @@ def test_a_kill_in_the_middle_fails_the_session(path: Path, pair: Callable[..., 
 def test_a_kill_fails_the_session_also_when_all_that_has_left_is_a_part_of_a_tls_record(
     path: Path, ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "ENCRYPTED_AT_A_TIME", 2**20)  # more than the buffers take at once
+    monkeypatch.setattr(
+        tls_socket, "ENCRYPTED_AT_A_TIME", 2**20
+    )  # more than the buffers take at once
     ours, theirs = tls_contexts()
     never = gevent.event.Event()
     callback = ActingCallback()

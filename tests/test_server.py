@@ -38,8 +38,8 @@ from psofa_gevent import (
     PsServerError,
     PsSession,
     PsSocketAddressFamily,
-    logs,
 )
+from psofa_gevent.hub import logs
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

@@ -49,10 +49,10 @@ from psofa_gevent import (
     PsTlsInfo,
     await_greenlet,
     run_coroutine,
-    tls,
 )
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
+from psofa_gevent.tls import socket as tls_socket
 from psofa_gevent.tls.client_hello import server_name
 from psofa_gevent.tls.socket import TlsSocket
 
@@ -618,7 +618,7 @@ def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobo
     peer: MakePeer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tls, "MOST_UNTAKEN", 4_096)
+    monkeypatch.setattr(tls_socket, "MOST_UNTAKEN", 4_096)
 
     class Callback(RecordingCallback):
         def on_open(self, session: PsSession[Any]) -> None:

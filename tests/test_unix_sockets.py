@@ -26,9 +26,9 @@ from psofa_gevent import (
     PsMultiClient,
     PsServer,
     PsServerError,
-    unix_sockets,
 )
 from psofa_gevent.framing import Line
+from psofa_gevent.net import unix
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 
@@ -183,7 +183,7 @@ def test_a_directory_that_somebody_has_locked_is_no_hindrance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_unlocked: bool
 ) -> None:
     """As a program may that has a directory of its own in /tmp (systemd-tmpfiles(8))."""
-    monkeypatch.setattr(unix_sockets, "MOST_TURNS", 1_000 if is_unlocked else 2)
+    monkeypatch.setattr(unix, "MOST_TURNS", 1_000 if is_unlocked else 2)
     directory = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_EX)
     unlocking = gevent.spawn_later(0.02 if is_unlocked else 1_000, os.close, directory)

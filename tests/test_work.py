@@ -26,9 +26,9 @@ from psofa_gevent import (
     PsRequester,
     PsServer,
     PsSession,
-    work,
 )
 from psofa_gevent.framing import Line
+from psofa_gevent.session import tasks
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -362,7 +362,7 @@ def test_work_that_swallows_its_end_is_killed_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(work, "KILL_PERIOD", 0.02)
+    monkeypatch.setattr(tasks, "KILL_PERIOD", 0.02)
     callback = Spawning(lambda session: session.spawn(swallow_some, 20))
     server = ps_server(callback)
     client = ps_client(server)
@@ -420,7 +420,7 @@ def test_work_that_swallows_its_end_in_a_send_holds_up_nobody(
     ps_client: ClientFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(work, "KILL_PERIOD", 0.1)
+    monkeypatch.setattr(tasks, "KILL_PERIOD", 0.1)
 
     def send_on(session: PsSession[Any]) -> None:
         with contextlib.suppress(GreenletExit):
@@ -584,7 +584,7 @@ def test_work_ends_when_a_kill_hits_a_log_handler_that_tells_of_the_failure(
 def test_a_session_that_is_killed_before_it_began_counts_until_its_work_has_ended(
     ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "KILL_PERIOD", 0.02)
+    monkeypatch.setattr(tasks, "KILL_PERIOD", 0.02)
     callback = Spawning(lambda _: None)
     with PsMultiClient(callback) as client:
         session = client.connect(*ps_server(PsCallback()).address).session
