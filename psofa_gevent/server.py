@@ -32,9 +32,10 @@ from psofa_gevent.listening.binds import (
     check_reuse_port,
     open_when_free,
 )
-from psofa_gevent.listening.listener import Listeners, ListeningSocket
+from psofa_gevent.listening.listener import Listeners
 from psofa_gevent.listening.notifier import ServiceNotifier
 from psofa_gevent.listening.preamble import Preamble
+from psofa_gevent.listening.sockets import ListeningSocket
 from psofa_gevent.messages import M
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint

@@ -36,7 +36,6 @@ DELIBERATE = {
     ("LibraryGreenlet", "spawning_stack_limit"): "gevent's setting",
     ("Listener", "max_accept"): "gevent's setting",
     ("Listener", "do_handle"): "takes what do_read gives, which is ours, too",
-    ("Listener", "_timer"): "gevent's own, started with our time, and stopped by gevent",
     ("HubLoop", "_ssock"): "made and closed by asyncio, but later: _make_self_pipe",
     ("HubLoop", "_csock"): "made and closed by asyncio, but later: _make_self_pipe",
 }

@@ -27,7 +27,7 @@ import gevent
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.hub.greenlets import may_wait
-from psofa_gevent.listening.listener import ListeningSocket, bind, bind_unix, duplicate
+from psofa_gevent.listening.sockets import ListeningSocket, bind, bind_unix, duplicate
 from psofa_gevent.listening.taken import path_is_taken, port_is_taken
 from psofa_gevent.net.addresses import (
     Address,
@@ -36,7 +36,7 @@ from psofa_gevent.net.addresses import (
     check_address,
     format_address,
 )
-from psofa_gevent.net.sockopts import NAMELESS, Endpoint, endpoint
+from psofa_gevent.net.sockopts import UNNAMED, Endpoint, endpoint
 from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
 
 __all__ = [
@@ -206,7 +206,7 @@ class InheritedBind:
         try:
             with _looking_at(descriptor) as found:
                 self._check(found)
-                self.asked_for = endpoint(found.getsockname()) or NAMELESS
+                self.asked_for = endpoint(found.getsockname()) or UNNAMED
             status = os.fstat(descriptor)
             self.identity: object = status.st_dev, status.st_ino
         except OSError as exc:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARE_INHERITED",
-    "NAMELESS",
+    "UNNAMED",
     "UNSENT_LOW_WATER",
     "USER_TIMEOUT",
     "Endpoint",
@@ -57,7 +57,7 @@ class Socket(Protocol):
 
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
-NAMELESS: Endpoint = ("", 0)
+UNNAMED: Endpoint = ("", 0)
 """That of a listening socket without a name, which few systems let listen."""
 
 ARE_INHERITED = sys.platform == "linux"

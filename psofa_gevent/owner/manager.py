@@ -76,6 +76,8 @@ class SessionManager:
         self.admission: Admission | None = None
         """Who is let in; None: everyone, and nobody is counted."""
         self.pool = Pool(max_sessions)
+        self.slot_is_free: Callable[[], object] | None = None
+        """Called when the pool has room for one more again: a session's greenlet has ended."""
         self.changed = Event()
         """Set when a session ended, or the close queue ran empty: look again."""
         self.stopped = Event()
@@ -267,6 +269,11 @@ class SessionManager:
         self.closing.stop()
 
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
+        ended: Any = greenlet
+        if ended in self.pool:
+            self.pool.discard(ended)  # it would go by itself, but after this
+        if self.slot_is_free is not None:
+            self.slot_is_free()
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
         session, greenlet.session = greenlet.session, None
         if session is not None:
