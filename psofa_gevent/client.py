@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting.connector import ConnectingOwner
-from psofa_gevent.connecting.reconnect import Link, PsReconnect
+from psofa_gevent.connecting.base import ConnectingOwner
+from psofa_gevent.connecting.link import Link
+from psofa_gevent.connecting.reconnect import PsReconnect
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
@@ -235,7 +236,7 @@ class PsClient(ConnectingOwner[M]):
             if self._reconnect is None:
                 return self._connect(manager, target, timeout)
             link = self._new_link(manager, target, self._reconnect)
-            return link.wait(timeout)
+            return link.wait_connected(timeout, is_makers_wait=True)
         except BaseException:
             if link is not None:
                 link.disconnect()  # it may have connected just now

@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
-from psofa_gevent.connecting.connector import ConnectingOwner
-from psofa_gevent.connecting.reconnect import Link, PsReconnect
+from psofa_gevent.connecting.base import ConnectingOwner
+from psofa_gevent.connecting.link import Link
+from psofa_gevent.connecting.reconnect import PsReconnect
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
@@ -277,7 +278,7 @@ class PsMultiClient(ConnectingOwner[M]):
             return PsMultiClientConnection(host, port, session, None)
         link = self._new_link(manager, target, self._reconnect)
         try:
-            link.wait(timeout)
+            link.wait_connected(timeout, is_makers_wait=True)
         except BaseException:
             link.disconnect()  # it may have connected just now
             raise

@@ -291,7 +291,7 @@ class PsServer(SessionOwner[M]):
             )
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
-        self._service: ServiceNotifier | None = None
+        self._notifier: ServiceNotifier | None = None
         self._left_in: int | None = None
         """In a child process: the one in which it ran at the fork, until it is started anew."""
 
@@ -410,7 +410,7 @@ class PsServer(SessionOwner[M]):
             if manager is not None:
                 manager.thread.call_soon(gevent.spawn, shut_down)
 
-        with ask_on_signals(ask), self._telling_the_manager() as ready:
+        with ask_on_signals(ask), self._telling_the_service_manager() as ready:
             try:
                 self._forget_if_hub_is_gone()
                 if self._manager is None:
@@ -425,24 +425,24 @@ class PsServer(SessionOwner[M]):
                 self.shutdown(shutdown_timeout, drain=drain)
 
     @contextlib.contextmanager
-    def _telling_the_manager(self) -> Iterator[Callable[[], None]]:
-        if self._service is not None:  # another greenlet is in `serve_forever`, and tells
+    def _telling_the_service_manager(self) -> Iterator[Callable[[], None]]:
+        if self._notifier is not None:  # another greenlet is in `serve_forever`, and tells
             yield lambda: None
             return
-        service = self._service = ServiceNotifier(gevent.get_hub().loop)
+        notifier = self._notifier = ServiceNotifier(gevent.get_hub().loop)
 
         def ready() -> None:
             if self.started:
                 where = [format_address(*address[:2]) for address in self.addresses]
-                service.ready(", ".join(where))
+                notifier.ready(", ".join(where))
             if not self.started:  # any more: a signal handler has shut it down meanwhile
-                service.stopping()
+                notifier.stopping()
 
         try:
             yield ready
         finally:
-            self._service = None
-            service.close()
+            self._notifier = None
+            notifier.close()
 
     def stop_accepting(self) -> None:
         """Let new connections wait in the backlog; the open sessions go on.
@@ -563,7 +563,7 @@ class PsServer(SessionOwner[M]):
                 self._listeners.let_go(has_hub=has_hub)
                 self._listeners = None
             self._admission.let_go(has_hub=has_hub)
-        self._service = None
+        self._notifier = None
         super()._let_go(hub)
 
     def _set_entrance(self, manager: SessionManager) -> None:
@@ -582,8 +582,8 @@ class PsServer(SessionOwner[M]):
             )
 
     def _bar_entrance(self) -> None:
-        if self._service is not None:
-            self._service.stopping()
+        if self._notifier is not None:
+            self._notifier.stopping()
         # A flag for each, and no more: this may be in the middle of an accept, or of closing them.
         self.stop_accepting()
 

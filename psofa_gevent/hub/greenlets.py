@@ -156,8 +156,8 @@ class ServiceGreenlet:
         self.greenlet = None
         self.ensure()
 
-    def is_me(self) -> bool:
-        """Whether the caller is the worker's greenlet: not one that was given up."""
+    def is_current(self) -> bool:
+        """Whether the caller is the greenlet: not one that was given up."""
         return getcurrent() is self.greenlet
 
     def stop(self) -> None:

@@ -72,7 +72,7 @@ class CloseQueue:
         self._since = 0.0
         self._kills = 0
         self._killed_since = 0.0
-        self._worker = ServiceGreenlet(self._deliver_for_ever, self._has_work)
+        self._service = ServiceGreenlet(self._deliver_for_ever, self._has_work)
         self.pending = 0
         """Calls that were put in and have not ended."""
         self._given_up = 0
@@ -89,9 +89,9 @@ class CloseQueue:
         """Have `function` called, which must not block, after all that was put in before."""
         self._put(_call, function)
 
-    def is_me(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the caller is the close greenlet."""
-        return self._worker.is_me()
+        return self._service.is_current()
 
     def hurry(self, deadline: float) -> float:
         """End the running call if it has had its share of the time until `deadline`.
@@ -110,9 +110,9 @@ class CloseQueue:
                 self._killed_since = now
             if self._kills >= KILLS_BEFORE_GIVING_UP and now - self._killed_since >= DYING_TIME:
                 self._give_up()
-            elif self._worker.greenlet is not None:
+            elif self._service.greenlet is not None:
                 self._kills += 1
-                self._worker.greenlet.kill(block=False)
+                self._service.greenlet.kill(block=False)
         return half_share / KILLS_BEFORE_GIVING_UP
 
     def abandon(self) -> int:
@@ -155,32 +155,32 @@ class CloseQueue:
         all_begun.wait()
 
     def _kill_all(self, begun: list[LibraryGreenlet]) -> None:
-        running = self._worker.greenlet
+        running = self._service.greenlet
         for greenlet in [*begun, *([running] if self._subject is not None and running else [])]:
             if not greenlet.dead:
                 greenlet.kill(block=False)
 
     def stop(self) -> None:
         """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
-        self._worker.stop()
+        self._service.stop()
 
     def let_go(self) -> None:
         """Deliver nothing more: it is the parent process's to deliver."""
-        self._worker.let_go()
+        self._service.let_go()
         self._subject = None
         self.pending = 0
 
     def _put(self, call: Callable[..., None], subject: object, *args: object) -> None:
         self.pending += 1
         self._queue.put((call, subject, args))
-        self._worker.ensure()
+        self._service.ensure()
 
     def _give_up(self) -> None:
         """Leave the running call behind, and let another greenlet go on with the queue."""
         log(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
         self._subject = None
         self._given_up += 1
-        self._worker.replace()
+        self._service.replace()
         self._one_less()
 
     def _has_work(self) -> bool:
@@ -188,7 +188,7 @@ class CloseQueue:
 
     def _deliver_for_ever(self) -> None:
         turn_since = monotonic()
-        while self._worker.is_me():
+        while self._service.is_current():
             self._deliver(*self._queue.get())
             if self._since - turn_since >= TURN and not self._queue.empty():
                 # Thousands may have ended at once. (Zero would come before all sockets.)
@@ -200,7 +200,7 @@ class CloseQueue:
         try:
             self._call(call, subject, args)
         finally:
-            if self._worker.is_me():
+            if self._service.is_current():
                 self._subject = None
                 self._one_less()
 

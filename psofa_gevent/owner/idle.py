@@ -66,7 +66,7 @@ class IdleTimer:
         self._count = 0
         self._added = 0
         self._not_empty = Event()
-        self._worker = ServiceGreenlet(self._scan_for_ever, self._has_work)
+        self._service = ServiceGreenlet(self._scan_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""
@@ -78,7 +78,7 @@ class IdleTimer:
         self._count += 1
         if self._count == 1:
             self._not_empty.set()
-            self._worker.ensure()
+            self._service.ensure()
 
     def discard(self, session: PsSession[Any]) -> None:
         """Look at `session` no more."""
@@ -91,11 +91,11 @@ class IdleTimer:
 
     def stop(self) -> None:
         """End the greenlet. Waits for it, so not from within it."""
-        self._worker.stop()
+        self._service.stop()
 
     def let_go(self) -> None:
         """Look at nobody any more: the sessions are the parent process's."""
-        self._worker.let_go()
+        self._service.let_go()
 
     def _has_work(self) -> bool:
         return self._count > 0
