@@ -291,7 +291,7 @@ class PsClient(ConnectingOwner[M]):
     def _check_idle(self) -> None:
         """Raise unless it may begin to connect."""
         self._forget_if_hub_is_gone()
-        if self._is_stopping:
+        if self._is_shutting_down:
             raise PsClientError(
                 f"the client of {self._asked_for} is disconnecting, so it does not connect"
             )
@@ -320,7 +320,7 @@ class PsClient(ConnectingOwner[M]):
         Raises:
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
-        self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
+        self._shut_down(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
         self._forget_if_hub_is_gone()

@@ -373,7 +373,7 @@ class PsMultiClient(ConnectingOwner[M]):
         Raises:
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
-        self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
+        self._shut_down(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
         self._forget_if_hub_is_gone()
@@ -403,7 +403,7 @@ class PsMultiClient(ConnectingOwner[M]):
     def _running_manager(self) -> SessionManager:
         self._forget_if_hub_is_gone()
         manager = self._manager
-        if manager is None or manager.stop is not None:
+        if manager is None or manager.shutdown is not None:
             raise PsMultiClientError(f"{self!r}: call init_bundle first")
         if not manager.has_started:
             raise PsMultiClientError(f"{self!r} is starting: on_start has not returned")

@@ -297,7 +297,7 @@ class PsServer(SessionOwner[M]):
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
-        if self._is_stopping:
+        if self._is_shutting_down:
             state = "shutting down"
         more = f" and {len(self._places) - 1} more" if len(self._places) > 1 else ""
         return f"<PsServer {format_address(*self.address[:2])}{more} {state}>"
@@ -322,10 +322,10 @@ class PsServer(SessionOwner[M]):
         with self._starting(manager):
             opened = self._open(manager)
             try:
-                if manager.stop is not None:
+                if manager.shutdown is not None:
                     raise PsServerError(f"{self!r} was shut down while it started")
-                self._set_entrance(manager)
-                listeners = self._listeners = Listeners(opened, manager)
+                admission = self._admit_by_rules(manager)
+                listeners = self._listeners = Listeners(opened, manager, admission)
             except BaseException:
                 for each in opened:
                     each.close()
@@ -362,7 +362,7 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         if manager is None and self._left_in is None:
             return True
-        starts = manager is not None and getcurrent() in manager.entering
+        starts = manager is not None and getcurrent() in manager.starters
         is_elsewhere = manager is not None and not manager.thread.is_current()
         if starts or is_elsewhere or not may_wait_for_callbacks():
             raise PsServerError(
@@ -496,7 +496,7 @@ class PsServer(SessionOwner[M]):
             TypeError: a time is not a number.
             ValueError: a time is negative.
         """
-        self._stop_all(PsCloseReason.SHUTDOWN, timeout, drain)
+        self._shut_down(PsCloseReason.SHUTDOWN, timeout, drain)
         if self._left_in is not None and self._manager is None:
             self._left_in = self._bound_to = None
 
@@ -549,7 +549,7 @@ class PsServer(SessionOwner[M]):
             places,
             self._bind_options,
             left_in=self._left_in,
-            is_wanted=lambda: manager.stop is None and manager.process == os.getpid(),
+            is_wanted=lambda: manager.shutdown is None and manager.process == os.getpid(),
             told=tell,
         )
 
@@ -557,7 +557,7 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         if manager is not None:
             has_hub = hub is manager.thread.hub
-            if manager.has_started and manager.stop is None:
+            if manager.has_started and manager.shutdown is None:
                 self._left_in = manager.process
             if self._listeners is not None:
                 self._listeners.let_go(has_hub=has_hub)
@@ -566,12 +566,12 @@ class PsServer(SessionOwner[M]):
         self._notifier = None
         super()._let_go(hub)
 
-    def _set_entrance(self, manager: SessionManager) -> None:
-        """Say who is let in, and what comes before ``on_open``."""
+    def _admit_by_rules(self, manager: SessionManager) -> Admission | None:
+        """Set what comes before ``on_open``. Returns the rules for the hub; ``None``: no rules."""
         admission = self._admission
         if admission.has_rules:
             admission.begin()
-            manager.admission = admission
+            manager.counter = admission
         asks = manager.callbacks.on_accept is not None
         if self._ssl_context is not None or admission.proxy_protocol or asks:
             manager.preamble = Preamble(
@@ -580,14 +580,15 @@ class PsServer(SessionOwner[M]):
                 admission.admits,
                 proxy_protocol=admission.proxy_protocol,
             )
+        return admission if admission.has_rules else None
 
-    def _bar_entrance(self) -> None:
+    def _stop_admitting(self) -> None:
         if self._notifier is not None:
             self._notifier.stopping()
         # A flag for each, and no more: this may be in the middle of an accept, or of closing them.
         self.stop_accepting()
 
-    def _close_entrance(self) -> None:
+    def _close_listeners_or_attempts(self) -> None:
         if self._listeners is not None:
             self._listeners.close()
             self._listeners = None

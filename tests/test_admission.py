@@ -342,7 +342,7 @@ def test_what_was_refused_is_counted_since_the_server_was_made() -> None:
 def test_without_rules_nothing_is_asked_or_counted(ps_server: ServerFactory) -> None:
     server = ps_server(echo())
     assert server._manager is not None
-    assert server._manager.admission is None
+    assert server._manager.counter is None
     assert server._manager.preamble is None
     assert server._manager.callbacks.on_accept is None
     assert server.refused == dict.fromkeys(PsRefusal, 0)

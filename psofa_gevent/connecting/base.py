@@ -100,7 +100,7 @@ class ConnectingOwner(SessionOwner[M]):
         began = monotonic()
         errors: list[PsError] = []
         try:
-            with manager.entrance():
+            with manager.starting():
                 for untried in range(len(target.endpoints), 0, -1):
                     share, limit = each, f"after {each:g} s" if each is not None else ""
                     if timeout is not None:
@@ -171,7 +171,7 @@ class ConnectingOwner(SessionOwner[M]):
         self._links.discard(link)
 
     def _is_still_wanted(self, manager: SessionManager) -> bool:
-        return self._manager is manager and manager.stop is None
+        return self._manager is manager and manager.shutdown is None
 
     def _check_still_wanted(self, manager: SessionManager, where: str) -> None:
         if not self._is_still_wanted(manager):
@@ -187,14 +187,14 @@ class ConnectingOwner(SessionOwner[M]):
             link.let_go()
             self._link_ended(link)
 
-    def _bar_entrance(self) -> None:
+    def _stop_admitting(self) -> None:
         for link in list(self._links):
             link.stop()
         for connector in list(self._connectors):
             connector.abort()
 
-    def _close_entrance(self) -> None:
-        self._bar_entrance()
+    def _close_listeners_or_attempts(self) -> None:
+        self._stop_admitting()
 
     def _stopped(self) -> None:
         super()._stopped()

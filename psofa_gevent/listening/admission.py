@@ -190,8 +190,8 @@ class Admission:
         if has_words:
             say(session._sock, self._farewell)
         session._request_close(PsCloseReason.SELF_CLOSE, linger=has_words)
-        host = session._manager
-        self._tell(host.peer_log, host.owner, reason, peer, session._context)
+        manager = session._manager
+        self._tell(manager.peer_log, manager.owner, reason, peer, session._context)
         return False
 
     def _tell(

@@ -41,6 +41,7 @@ from gevent.server import StreamServer
 
 from psofa_gevent.hub.forking import keep
 from psofa_gevent.hub.logs import log
+from psofa_gevent.listening.admission import Admission
 from psofa_gevent.listening.balance import SharedLoad
 from psofa_gevent.listening.sockets import ListeningSocket
 from psofa_gevent.net.addresses import format_address
@@ -63,7 +64,7 @@ LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 ACCEPTS_OF_SHARED = 8
 """Accepts in one round of the hub from a socket that other processes accept from, too: a burst of
 clients is for all of them. One would be fairest, and took 15 % more time for each connection."""
-ACCEPTS = 100
+ACCEPTS_PER_ROUND = 100
 """The same from any other socket, and slots of a full pool that are given away; as gevent's."""
 
 
@@ -103,7 +104,7 @@ class AcceptQueue:
     def _give(self) -> None:
         """Give away the slots that are free, one to each listener in its order."""
         self._is_due = False
-        for _ in range(ACCEPTS):
+        for _ in range(ACCEPTS_PER_ROUND):
             if not self._waiting or self._pool.full():
                 break
             listener = self._waiting.popleft()
@@ -116,8 +117,20 @@ class Listener(StreamServer):
     """Accepts connections and hands them to a manager, while its pool has room."""
 
     def __init__(
-        self, listening: ListeningSocket, manager: SessionManager, queue: AcceptQueue
+        self,
+        listening: ListeningSocket,
+        manager: SessionManager,
+        admission: Admission | None,
+        queue: AcceptQueue,
     ) -> None:
+        """Make it; `start` begins.
+
+        Args:
+            listening: where it accepts. It is this object's to close.
+            manager: gets the connections.
+            admission: the rules that may refuse one; ``None``: there are none.
+            queue: that of all listeners of the manager.
+        """
         self._listening = listening
         self._manager = manager
         self._queue = queue
@@ -131,8 +144,8 @@ class Listener(StreamServer):
         knows = self.endpoint[0] not in EVERY_ADDRESS
         self._local_endpoint = self.endpoint if knows else None
         """That of all accepted sockets, if the server listens on one address only."""
-        self._admission = manager.admission
-        self._refuses_when_full = self._admission is not None and self._admission.refuse_when_full
+        self._admission = admission
+        self._refuses_when_full = admission is not None and admission.refuse_when_full
         self._set_options = set_options
         self._has_options = ARE_INHERITED
         """Whether accepted sockets have their options by themselves."""
@@ -179,7 +192,7 @@ class Listener(StreamServer):
         """Accepts in one round of the hub, at most. gevent asks at the begin of each."""
         if self._load is not None and self._load.has_others:
             return ACCEPTS_OF_SHARED
-        return ACCEPTS
+        return ACCEPTS_PER_ROUND
 
     def _count(self) -> int:
         return len(self._manager.sessions)
@@ -321,11 +334,16 @@ class Listener(StreamServer):
 class Listeners:
     """All listeners of one server."""
 
-    def __init__(self, opened: Sequence[ListeningSocket], manager: SessionManager) -> None:
+    def __init__(
+        self,
+        opened: Sequence[ListeningSocket],
+        manager: SessionManager,
+        admission: Admission | None,
+    ) -> None:
         queue = AcceptQueue(manager)
         self._manager = manager
         manager.slot_is_free = queue.slot_is_free
-        self._all = [Listener(listening, manager, queue) for listening in opened]
+        self._all = [Listener(listening, manager, admission, queue) for listening in opened]
         self.endpoints = [listener.endpoint for listener in self._all]
         """What they are bound to."""
 

@@ -23,7 +23,7 @@ import gevent
 
 __all__ = ["UnixFile", "is_unix", "make_room", "starting_in_turn", "unix_endpoint", "unix_path"]
 
-PREFIX = "unix:"
+UNIX_PREFIX = "unix:"
 LONGEST_PATH = 107
 """Bytes (unix(7): sun_path has 108, with a null byte). macOS has 104."""
 TURN_PERIOD = 0.01
@@ -34,7 +34,7 @@ MOST_TURNS = 100
 
 def is_unix(host: object) -> bool:
     """Whether a host is a Unix socket, of whatever name: also one that nobody could ask for."""
-    return isinstance(host, str) and host.startswith(PREFIX)
+    return isinstance(host, str) and host.startswith(UNIX_PREFIX)
 
 
 def unix_path(host: str) -> str | None:
@@ -43,9 +43,9 @@ def unix_path(host: str) -> str | None:
     Raises:
         ValueError: it is too long, or none.
     """
-    if not host.startswith(PREFIX):
+    if not host.startswith(UNIX_PREFIX):
         return None
-    path = host.removeprefix(PREFIX)
+    path = host.removeprefix(UNIX_PREFIX)
     size = len(os.fsencode(path))
     if not 1 <= size <= LONGEST_PATH:
         raise ValueError(
@@ -58,7 +58,7 @@ def unix_endpoint(name: object) -> tuple[str, int] | None:
     """What the socket module says of a Unix socket, as a host and a port; unnamed: ``None``."""
     if isinstance(name, bytes):  # in Linux's abstract namespace
         name = os.fsdecode(name.replace(b"\0", b"@"))
-    return (PREFIX + name, 0) if isinstance(name, str) and name else None
+    return (UNIX_PREFIX + name, 0) if isinstance(name, str) and name else None
 
 
 class UnixFile(NamedTuple):
