@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psofa_gevent.checks import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.errors import PsError
-from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 
 __all__ = ["PsReconnect", "check_reconnect"]
 

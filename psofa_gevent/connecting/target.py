@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from psofa_gevent.checks import check_hostname, check_instance, check_ssl_context
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.net.addresses import Address, TcpAddress, UnixAddress, check_address
-from psofa_gevent.settings import check_hostname, check_instance, check_ssl_context
 
 __all__ = ["Target", "check_context"]
 
