@@ -29,6 +29,7 @@ from greenlet import greenlet
 
 from psofa_gevent.hub.calls import close_watcher
 from psofa_gevent.hub.forking import keep, leave_behind, left_behind, not_woken, release
+from psofa_gevent.hub.greenlets import StepGreenlet
 from psofa_gevent.hub.ready import ready_sessions
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 _switch = greenlet.switch
 
 
-class LoopGreenlet(greenlet):
+class LoopGreenlet(StepGreenlet):
     """Runs a `HubLoop`, and hides it while it is switched out."""
 
     # Found faster than in a dictionary, several times for each coroutine.

@@ -15,7 +15,6 @@ from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
 from greenlet import greenlet
 
-from psofa_gevent.aio.coroutines import in_coroutine
 from psofa_gevent.hub.forking import leave_behind, left_behind, not_woken, track
 from psofa_gevent.hub.logs import LogGreenlet
 
@@ -23,7 +22,9 @@ __all__ = [
     "LibraryGreenlet",
     "ServiceGreenlet",
     "SessionTask",
+    "StepGreenlet",
     "in_callback",
+    "in_coroutine",
     "may_wait",
     "may_wait_for_callbacks",
     "sends_to_the_end",
@@ -75,6 +76,27 @@ class SessionTask(LibraryGreenlet):
     """One that a session has beside its own: no callback that a shutdown would let finish."""
 
     __slots__ = ()
+
+
+class StepGreenlet(greenlet):
+    """One that runs steps of coroutines: a wait in gevent's way holds all of them."""
+
+    __slots__ = ()
+
+
+def in_coroutine() -> bool:
+    """Whether the caller runs inside a step (or callback) of the loop of this thread's hub.
+
+    In a greenlet that such a step runs and waits for by itself, as SQLAlchemy does, too.
+    """
+    current: greenlet | None = getcurrent()
+    while current is not None:
+        if isinstance(current, StepGreenlet):
+            return True
+        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
+            return False
+        current = current.parent
+    return False
 
 
 def sends_to_the_end() -> bool:

@@ -34,7 +34,7 @@ from psofa_gevent.settings import SessionSettings
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["SessionOwner"]
 

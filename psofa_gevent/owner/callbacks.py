@@ -23,7 +23,8 @@ from psofa_gevent.net.sockopts import Endpoint
 from psofa_gevent.owner.time_limit import TimeLimit
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
 __all__ = ["Callbacks"]
 

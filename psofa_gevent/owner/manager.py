@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from gevent.hub import Hub
 
     from psofa_gevent.owner.shutdown import Shutdown
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["SessionManager"]
 
