@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("net",),
     ("hub",),
     ("checks", "errors", "messages"),
-    ("enums",),
+    ("enums", "public"),
     ("typing",),
 )
 """From top to bottom: a package imports from layers below its own, and no neighbour in its own."""
@@ -69,14 +69,21 @@ class Module:
 
 def read_modules(root: Path = ROOT) -> dict[str, Module]:
     """All modules of the package, by name."""
-    modules = {}
+    sources = {}
     for path in sorted((root / NAME).rglob("*.py")):
         parts = path.relative_to(root / NAME).with_suffix("").parts
         if len(parts) > 1 and parts[-1] == "__init__":
             parts = parts[:-1]
-        source = path.read_text()
-        name = ".".join(parts)
-        modules[name] = Module(name, source.count("\n"), ast.parse(source, str(path)))
+        sources[".".join(parts)] = path.read_text(encoding="utf-8")
+    return parse_modules(sources)
+
+
+def parse_modules(sources: Mapping[str, str]) -> dict[str, Module]:
+    """The same of a package that has these modules."""
+    modules = {
+        name: Module(name, source.count("\n"), ast.parse(source, name))
+        for name, source in sources.items()
+    }
     for module in modules.values():
         _find_imports(module.tree, module, modules, is_checked=False)
     return modules
