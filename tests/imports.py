@@ -301,7 +301,7 @@ def report(modules: Mapping[str, Module]) -> Iterator[str]:
     for title, graph in (
         ("packages, types included", without(with_types, ())),
         ("packages, at run time", without(at_run_time, ())),
-        ("files, types included", _file_graph(modules)),
+        ("files, types included", file_graph(modules)),
     ):
         found = circles(graph)
         yield f"Circles of {title}: {len(found)}"
@@ -333,7 +333,8 @@ def per_thousand(count: int, modules: Mapping[str, Module]) -> float:
     return 1_000 * count / sum(module.lines for module in modules.values())
 
 
-def _file_graph(modules: Mapping[str, Module]) -> dict[str, set[str]]:
+def file_graph(modules: Mapping[str, Module]) -> dict[str, set[str]]:
+    """Each file, and those that it imports from, types included; less those of `LOOKS_UP`."""
     return {
         module.name: set() if module.package in LOOKS_UP else module.runs | module.checks
         for module in modules.values()

@@ -198,7 +198,7 @@ def run_task(
         context: The context to run in; by default a copy of the caller's.
         name: The name of the task.
         in_turn: For callers that wait for something else next, as sessions do for bytes: it begins
-            after those that are ready, and the hub has its turn only then.
+            after those that are ready, and the hub runs only then.
 
     Raises:
         RuntimeError: as `run_coroutine`.
@@ -214,7 +214,7 @@ def run_task(
         except RuntimeError:
             coro.close()
             raise
-    return Run(loop, coro, current, context, name).wait(in_turn=in_turn)
+    return Run(loop.greenlet, coro, current, context, name).wait(in_turn=in_turn)
 
 
 def _check_caller(current: greenlet, loop: HubLoop) -> None:

@@ -1,6 +1,6 @@
 """The greenlets of the library, and the question whether a caller may wait.
 
-`LibraryGreenlet` marks them: users' callbacks run in some, and all of them are needed for a stop to
+`LibraryGreenlet` marks them: users' callbacks run in some, and a shutdown needs all of them to
 come to its end. A call that waits for that end must not wait in one of them, nor in the hub:
 `may_wait_for_callbacks` tells. (A signal handler runs in whichever greenlet runs just then.)
 """
@@ -119,7 +119,7 @@ def may_wait() -> bool:
 def may_wait_for_callbacks() -> bool:
     """Whether the caller may wait until callbacks have ended: it is none, and may wait at all.
 
-    No log handler, as the end of a stop waits for those.
+    No log handler, as the end of a shutdown waits for those.
     """
     current = getcurrent()
     is_hub = current is get_hub_if_exists()

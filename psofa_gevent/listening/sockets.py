@@ -20,7 +20,7 @@ from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.hub.forking import track
 from psofa_gevent.net.addresses import SocketAddress, socket_family
 from psofa_gevent.net.sockopts import set_options
-from psofa_gevent.net.unix import UnixFile, make_room, starting_in_turn
+from psofa_gevent.net.unix import UnixFile, make_room, starting_alone
 from psofa_gevent.settings import SessionSettings
 
 __all__ = ["ListeningSocket", "bind", "bind_unix", "duplicate"]
@@ -108,7 +108,7 @@ def bind_unix(path: str, *, backlog: int, mode: int | None) -> ListeningSocket:
     Raises:
         OSError: a server listens there, or another file is there, or it can't be made.
     """
-    with starting_in_turn(path):
+    with starting_alone(path):
         make_room(path)
         listening = _SystemSocket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         made: UnixFile | None = None

@@ -5,7 +5,7 @@ They are hosts that begin with ``unix:``, as in ``unix:/run/app.sock``; the port
 Resource handling: the file belongs to the server that made it, which removes it when it stops. A
 file that is left of a server that ended without a word is replaced; one on which a server listens,
 or that is no socket, is refused. Between bind(2) and listen(2) a server's file looks like one that
-is left: so servers that start in one directory take turns (`starting_in_turn`).
+is left: so servers that start in one directory wait for each other (`starting_alone`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import NamedTuple
 
 import gevent
 
-__all__ = ["UnixFile", "is_unix", "make_room", "starting_in_turn", "unix_endpoint", "unix_path"]
+__all__ = ["UnixFile", "is_unix", "make_room", "starting_alone", "unix_endpoint", "unix_path"]
 
 UNIX_PREFIX = "unix:"
 LONGEST_PATH = 107
 """Bytes (unix(7): sun_path has 108, with a null byte). macOS has 104."""
-TURN_PERIOD = 0.01
-"""Seconds between two looks whether it is our turn to start."""
-MOST_TURNS = 100
-"""Looks, then it goes without: who has the lock for so long is no server that starts."""
+LOCK_PERIOD = 0.01
+"""Seconds between two tries to lock the directory."""
+MOST_LOCK_TRIES = 100
+"""Tries, then it goes without: who has the lock for so long is no server that starts."""
 
 
 def is_unix(host: object) -> bool:
@@ -86,7 +86,7 @@ class UnixFile(NamedTuple):
 
 
 @contextlib.contextmanager
-def starting_in_turn(path: str) -> Iterator[None]:
+def starting_alone(path: str) -> Iterator[None]:
     """The time in which a server makes the file `path` and begins to listen. Switches, to wait.
 
     Its directory is locked (flock(2)), which leaves nothing behind; where it can't be, it goes
@@ -96,11 +96,11 @@ def starting_in_turn(path: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             directory = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
             unlocking.callback(os.close, directory)
-            for _ in range(MOST_TURNS):
+            for _ in range(MOST_LOCK_TRIES):
                 try:
                     fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    gevent.sleep(TURN_PERIOD)
+                    gevent.sleep(LOCK_PERIOD)
                 else:
                     # By itself, too: a child process may have a duplicate of the directory.
                     unlocking.callback(fcntl.flock, directory, fcntl.LOCK_UN)

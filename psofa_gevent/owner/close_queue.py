@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["CloseQueue"]
 
 DYING_TIME = 0.05
-"""Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
+"""Seconds that a killed callback has to end, at least: an async one needs a round of its loop."""
 LAST_DYING_TIME = 0.5
 """Grace, in seconds, for the calls that are killed together at the end."""
 LATE_CALL_TIME = 0.01
@@ -110,7 +110,7 @@ class CloseQueue:
     def hurry(self, deadline: float) -> float:
         """End the running call if it has had its share of the time until `deadline`.
 
-        For the end of a shutdown, called again and again, so that every pending call gets its turn:
+        For the end of a shutdown, called again and again, so that every pending call begins:
         half of its share is its own time, and in the other half it is killed, again and again. One
         that does not let itself be ended is left behind, and another greenlet goes on.
 

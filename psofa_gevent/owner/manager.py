@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gevent import GreenletExit, getcurrent
 from gevent.event import Event
@@ -46,10 +46,11 @@ from psofa_gevent.tls.socket import TlsSocket
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.owner.shutdown import Shutdown
     from psofa_gevent.typing import Owner
 
 __all__ = ["SessionManager"]
+
+T = TypeVar("T")
 
 
 class SessionCounter(Protocol):
@@ -93,9 +94,9 @@ class SessionManager:
         """Set when the shutdown is over: no callback runs any more."""
         self.starters: set[object] = {getcurrent()}
         """The greenlets in `start` and ``connect``: a shutdown waits for them, not they for it."""
-        self.shutdown: Shutdown | None = None
-        """What shuts this manager down, once that has begun."""
-        self._shutdowns: list[Shutdown] = []
+        self.shutdown: object = None
+        """What shuts this manager down, once that has begun (`psofa_gevent.owner.shutdown`)."""
+        self._shutdowns: list[Any] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
         self.sessions = Registry()
@@ -157,11 +158,12 @@ class SessionManager:
                 return session
         return None
 
-    def set_shutdown(self, shutdown: Shutdown) -> Shutdown:
+    def set_shutdown(self, shutdown: T) -> T:
         """Keep `shutdown`, unless there is one: return the one that stays. In one atomic step."""
         self._shutdowns.append(shutdown)
-        self.shutdown = self._shutdowns[0]
-        return self._shutdowns[0]
+        first: T = self._shutdowns[0]
+        self.shutdown = first
+        return first
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
