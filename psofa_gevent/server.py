@@ -29,7 +29,7 @@ from psofa_gevent.listening.binds import (
     PATIENCE,
     BindOptions,
     Given,
-    check_places,
+    check_binds,
     check_reuse_port,
     open_when_free,
 )
@@ -250,9 +250,9 @@ class PsServer(SessionOwner[M]):
         if unix_mode is not None:
             check_int("unix_mode", unix_mode, 0, 0o777)
         check_bool("reuse_port", reuse_port)
-        self._places = check_places(listener, host, port, socket_address_family)
+        self._binds = check_binds(listener, host, port, socket_address_family)
         if reuse_port:
-            check_reuse_port(self._places)
+            check_reuse_port(self._binds)
         self._bind_options = BindOptions(
             backlog=backlog,
             receive_buffer_size=receive_buffer_size,
@@ -291,7 +291,7 @@ class PsServer(SessionOwner[M]):
         state = "started" if self.started else "stopped"
         if self._is_shutting_down:
             state = "shutting down"
-        more = f" and {len(self._places) - 1} more" if len(self._places) > 1 else ""
+        more = f" and {len(self._binds) - 1} more" if len(self._binds) > 1 else ""
         return f"<PsServer {format_address(*self.address[:2])}{more} {state}>"
 
     def start(self) -> None:
@@ -511,7 +511,7 @@ class PsServer(SessionOwner[M]):
     @property
     def addresses(self) -> list[Endpoint]:
         """The same of all listeners, in the order in which they were given."""
-        return list(self._bound_to or [place.asked_for for place in self._places])
+        return list(self._bound_to or [each.asked_for for each in self._binds])
 
     def __enter__(self) -> Self:
         self._forget_if_hub_is_gone()
@@ -529,16 +529,16 @@ class PsServer(SessionOwner[M]):
 
     def _open(self, manager: SessionManager) -> list[ListeningSocket]:
         """Listen; in a child of a process that did, at the same addresses, when that has ended."""
-        places = self._places
+        binds = self._binds
         if self._left_in is not None:
-            bound = zip(places, self.addresses, strict=True)
-            places = [place.where(endpoint) for place, endpoint in bound]
+            bound = zip(binds, self.addresses, strict=True)
+            binds = [each.where(endpoint) for each, endpoint in bound]
 
         def tell(why: str) -> None:
             log(logging.WARNING, "%r: %s: trying again for %g s", self, why, PATIENCE)
 
         return open_when_free(
-            places,
+            binds,
             self._bind_options,
             left_in=self._left_in,
             is_wanted=lambda: manager.shutdown is None and manager.process == os.getpid(),

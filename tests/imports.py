@@ -45,6 +45,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LOOKS_UP = frozenset({"typing"})
 """Packages whose arrows count as none: aliases for type checkers, which nothing runs."""
 
+FOREIGN = frozenset({("aio.loop", "_wait"), ("hub.calls", "_callbacks")})
+"""Where a name is one of asyncio's or gevent's, though some file of ours has the same one."""
+
 Arrow = tuple[str, str]
 """Who imports, and whom."""
 
@@ -225,7 +228,7 @@ def private_accesses(modules: Mapping[str, Module]) -> list[Access]:
 def _kind(
     module: Module, receiver: str, name: str, own: set[str], where: Mapping[str, set[str]]
 ) -> str | None:
-    packages = where.get(name, set())
+    packages = set() if (module.name, name) in FOREIGN else where.get(name, set())
     if module.package == "session" and (not packages or "session" in packages):
         return None if packages or receiver.rpartition(".")[2] == "session" else "foreign"
     is_of_session = receiver.rpartition(".")[2].lstrip("_") == "session"

@@ -56,7 +56,7 @@ OPEN_CIRCLES = [
     }
 ]
 """Files that import each other, types included: each part of a session names `PsSession`."""
-MOST_OF_A_SESSION = 141
+MOST_OF_A_SESSION = 140
 """Private names of a session that are touched outside of ``session/``. The aim is 0."""
 MOST_PER_THOUSAND = 2.0
 """The same of anything else that another file has, per 1,000 lines of code."""

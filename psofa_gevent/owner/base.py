@@ -201,7 +201,8 @@ class SessionOwner(Generic[M]):
             self._stopped()
 
     def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
-        return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
+        owner = cast("Owner", self)
+        return SessionManager(owner, self._callback, self._settings, self._peer_log, max_sessions)
 
     @contextlib.contextmanager
     def _starting(self, manager: SessionManager) -> Iterator[None]:

@@ -30,6 +30,7 @@ from gevent.pool import Pool
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub.forking import keep, leave_behind, track
+from psofa_gevent.hub.logs import PeerLog
 from psofa_gevent.hub.ready import ready_sessions
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.net.sockopts import Endpoint
@@ -71,6 +72,7 @@ class SessionManager:
         owner: Owner,
         callback: PsCallback[Any],
         settings: SessionSettings,
+        peer_log: PeerLog,
         max_sessions: int | None = None,
     ) -> None:
         self.owner = owner
@@ -81,7 +83,7 @@ class SessionManager:
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.callbacks = Callbacks(callback, settings.callback_timeout)
-        self.peer_log = owner._peer_log
+        self.peer_log = peer_log
         self.preamble: Callable[[PsSession[Any]], None] | None = None
         self.counter: SessionCounter | None = None
         """What is told of each session; None: nobody wants to know."""
