@@ -55,10 +55,10 @@ from psofa_gevent.errors import (
 )
 from psofa_gevent.hub.forking import keep, unwatch, watch
 from psofa_gevent.hub.greenlets import may_wait
+from psofa_gevent.hub.parking import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.hub.thread import get_ident
 from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.messages import M, Message
-from psofa_gevent.session.send_queue import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import check_instance, check_seconds
 

@@ -49,7 +49,7 @@ from psofa_gevent.tls.socket import TlsSocket
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["ConnectingOwner", "Target"]
 

@@ -30,7 +30,8 @@ from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
 __all__ = ["Admission"]
 

@@ -20,9 +20,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub.parking import run_in_greenlet
 from psofa_gevent.hub.times import NEVER
 from psofa_gevent.net.proxy_protocol import PsProxyInfo, parse
-from psofa_gevent.session.send_queue import run_in_greenlet
 from psofa_gevent.session.starttls import Handshake, SessionParking, wait_for_peer
 
 if TYPE_CHECKING:

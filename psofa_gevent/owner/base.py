@@ -32,7 +32,7 @@ from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["SessionOwner"]
 

@@ -27,7 +27,8 @@ from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.net.sockopts import Endpoint
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
 __all__ = ["Callbacks", "TimeLimit"]
 

@@ -30,7 +30,8 @@ from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.owner.callbacks import Callbacks
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
 __all__ = ["CloseQueue"]
 

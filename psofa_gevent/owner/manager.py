@@ -38,7 +38,8 @@ from psofa_gevent.owner.close_queue import CloseQueue
 from psofa_gevent.owner.heartbeat import Heartbeats
 from psofa_gevent.owner.idle import IdleTimer
 from psofa_gevent.owner.registry import Registry
-from psofa_gevent.session.session import PsSession, SessionGreenlet
+from psofa_gevent.session.life import SessionGreenlet
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.session.tasks import TaskReaper, kill_tasks
 from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tls.socket import TlsSocket
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from psofa_gevent.listening.admission import Admission
     from psofa_gevent.owner.shutdown import Stop
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["SessionManager"]
 
