@@ -18,7 +18,7 @@ from psofa_gevent.hub.forking import keep, release
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.net.sockopts import end
 
-__all__ = ["LONGEST_FAREWELL", "Farewells", "say"]
+__all__ = ["LONGEST_FAREWELL", "Farewells"]
 
 LONGEST_FAREWELL = 4_096
 """Bytes: any send buffer that is empty takes them."""
@@ -30,12 +30,6 @@ MOST_BYTES = 65_536
 READ_SIZE = 4_096
 READ = 1
 """The event mask of gevent's io watchers."""
-
-
-def say(sock: _socket.socket, words: bytes) -> None:
-    """Send the words, as far as a non-blocking socket takes them now, which is all of them."""
-    with contextlib.suppress(OSError):
-        sock.send(words)
 
 
 class Farewells:

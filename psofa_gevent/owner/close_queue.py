@@ -80,7 +80,7 @@ class CloseQueue:
 
     def put(self, session: PsSession[Any]) -> None:
         """Have ``on_close`` called for a session that has ended."""
-        self._put(self._dispatch.on_close, session, session._reason)
+        self._put(self._dispatch.on_close, session, session.close_reason)
 
     def put_stop(self, owner: Owner) -> None:
         """Have ``on_stop`` called, after all that was put in before."""

@@ -7,7 +7,7 @@ Rules:
   session where the session waits on its own socket, and interrupts its senders. It never switches.
   A close from another thread is decided there and then (`Connection._ask_to_close`), and carried
   out in the hub.
-- The session waits in one way: `_waiting_since` is not 0 while its greenlet is switched out in a
+- The session waits in one way: `waiting_since` is not 0 while its greenlet is switched out in a
   wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.hub.ready`). No
   event of the socket disturbs a callback that waits on something else: the read watcher only puts
   the session into the run queue, and is stopped when a busy session is taken out of the queue.
@@ -141,7 +141,12 @@ class Membership(Protocol):
 
 
 class Connection(Generic[M]):
-    """The state of one session. Parts of the session read it directly, and nobody else does."""
+    """The state of one session. Parts of the session read it directly, and nobody else does.
+
+    `greenlet`, `waiting_since` and `stop_watching` are not for users either: they have their names
+    from the run queue's protocol (`psofa_gevent.hub.ready.Ready`). All other files ask by
+    `psofa_gevent.session.inside`.
+    """
 
     __slots__ = (  # noqa: RUF023 - grouped by the part that changes them
         "__weakref__",
@@ -164,7 +169,7 @@ class Connection(Generic[M]):
         "_watches",
         "_released",
         # Life: changed by the session's greenlet (`psofa_gevent.session.life`) and the manager.
-        "_greenlet",
+        "greenlet",
         "_started",
         "_is_opening",
         "_time_limit",
@@ -179,7 +184,7 @@ class Connection(Generic[M]):
         "_abort_asked",
         "_memberships",
         # Receiving: changed by `psofa_gevent.session.receiving`, and by `_wait_until_woken`.
-        "_waiting_since",
+        "waiting_since",
         "_waited",
         "_received_at",
         "_bytes_received",
@@ -238,7 +243,7 @@ class Connection(Generic[M]):
         self._released = False
         """The watcher and the socket are closed."""
 
-        self._greenlet: Any = None
+        self.greenlet: Any = None
         """Its own, a `SessionGreenlet`; None: the session has ended."""
         self._started = False
         """Whether that greenlet has begun to run."""
@@ -262,7 +267,7 @@ class Connection(Generic[M]):
         self._memberships: dict[Membership, Any] | None = None
         """What it belongs to, each with what that keeps for it."""
 
-        self._waiting_since = 0.0
+        self.waiting_since = 0.0
         """Since when its greenlet waits, on the monotonic clock; 0: it does not wait."""
         self._waited = (0.0, 0)
         """Seconds that a `receive` has waited in vain, and how many bytes had come by then."""
@@ -396,7 +401,7 @@ class Connection(Generic[M]):
         From any thread. No callback hears of it; watchers and timers went with the hub.
         """
         self._decide(PsCloseReason.SELF_CLOSE)
-        self._waiting_since = 0.0
+        self.waiting_since = 0.0
         self._send_queue = None
         self._leave_all()
         if not self._released:
@@ -414,7 +419,7 @@ class Connection(Generic[M]):
         if self._reason is PsCloseReason.NONE:
             self._reason = PsCloseReason.SELF_CLOSE
         self._open = self._may_linger = self._abort_asked = self._watches = False
-        self._waiting_since = 0.0
+        self.waiting_since = 0.0
         keep(self._send_queue, self._outbox, self._tasks, self._reaper, self._cork)
         line, self._send_queue = self._send_queue, None
         self._outbox = self._tasks = self._reaper = self._cork = None
@@ -422,8 +427,8 @@ class Connection(Generic[M]):
         while self._memberships:
             membership, state = self._memberships.popitem()
             membership._let_go(self, state)
-        if self._greenlet is not None:
-            leave_behind(self._greenlet)
+        if self.greenlet is not None:
+            leave_behind(self.greenlet)
         if self._released:
             return
         self._released = True
@@ -467,11 +472,11 @@ class Connection(Generic[M]):
         timer = None if seconds is None else watch(self._loop.timer(seconds))
         if timer is not None:
             timer.start(self._resume)
-        self._waiting_since = monotonic()
+        self.waiting_since = monotonic()
         try:
             self._manager.thread.hub.switch()
         finally:
-            self._waiting_since = 0.0
+            self.waiting_since = 0.0
             unwatch(timer)
 
     def _give_up_turn(self) -> None:
@@ -479,21 +484,21 @@ class Connection(Generic[M]):
 
         In the session's own greenlet, between two messages. What was collected leaves before.
         """
-        self._stop_watching()  # its socket is readable, as a rule
+        self.stop_watching()  # its socket is readable, as a rule
         self._ready.resume_later(self)
         self._wait_until_woken(None)
 
     def _wake(self) -> None:
-        if self._waiting_since:
+        if self.waiting_since:
             self._loop.run_callback(self._resume)
 
     def _resume(self) -> None:
         # Since the wake-up the greenlet may have gone on, and be in a callback now.
-        if self._waiting_since and self._greenlet is not None:
+        if self.waiting_since and self.greenlet is not None:
             self._ready.now = time()  # there may be bytes to read
-            switch(self._greenlet)
+            switch(self.greenlet)
 
-    def _stop_watching(self) -> None:
+    def stop_watching(self) -> None:
         """Until the next wait: a socket that stays readable would keep the hub busy."""
         if self._watches:
             self._watches = False
@@ -503,7 +508,7 @@ class Connection(Generic[M]):
 
     def _use_tls(self, sock: TlsSocket) -> None:
         """From now on all bytes go through `sock`."""
-        self._stop_watching()
+        self.stop_watching()
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
         self._tls = self._sock = sock
 

@@ -64,7 +64,7 @@ class SessionLife(ReceivingHalf[M]):
 
     __slots__ = ()
 
-    _greenlet: SessionGreenlet | None
+    greenlet: SessionGreenlet | None
     _reaper: TaskReaper | None
 
     def __init__(
@@ -83,11 +83,11 @@ class SessionLife(ReceivingHalf[M]):
                 self._framed = FramedReceiver(framing)
             if type(sock) is TlsSocket:
                 self._use_tls(sock)
-            self._greenlet = SessionGreenlet(self)
+            self.greenlet = SessionGreenlet(self)
             self._ready.register()
         except BaseException:
             self._watcher.close()
-            self._greenlet = None
+            self.greenlet = None
             raise
 
     def _live(self) -> None:
@@ -133,7 +133,7 @@ class SessionLife(ReceivingHalf[M]):
                     self._reaper.wait()
                     self._reaper = None
             finally:
-                self._greenlet = None
+                self.greenlet = None
                 self._manager.session_ended(self)
 
     def _kill_tasks(self) -> None:
@@ -178,7 +178,7 @@ class SessionLife(ReceivingHalf[M]):
         self._context = None
         self._leave_all()
         self._release()
-        greenlet, self._greenlet = self._greenlet, None
+        greenlet, self.greenlet = self.greenlet, None
         if greenlet is not None:
             greenlet.session = None
             greenlet.kill(block=False)

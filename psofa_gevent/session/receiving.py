@@ -70,7 +70,7 @@ class ReceivingHalf(SendingHalf[M]):
             RuntimeError: called in another greenlet than the session's own, or in a coroutine.
             ValueError: `timeout` is negative.
         """
-        if getcurrent() is not self._greenlet:
+        if getcurrent() is not self.greenlet:
             raise RuntimeError(
                 f"{self!r}: receive belongs to the greenlet of the session itself: a PsHandler, or "
                 "a sync callback"
@@ -153,9 +153,9 @@ class ReceivingHalf(SendingHalf[M]):
         waited, received = self._waited
         if waited and received == self._bytes_received:
             # With no bytes in between it is still the same wait.
-            self._waiting_since = monotonic() - waited
+            self.waiting_since = monotonic() - waited
             if self._slice is not None:
-                self._slice.due = min(self._slice.due, self._waiting_since + self._idle)
+                self._slice.due = min(self._slice.due, self.waiting_since + self._idle)
 
     def _uncork_before_wait(self, *, waits: bool) -> None:
         if not waits:
@@ -201,31 +201,31 @@ class ReceivingHalf(SendingHalf[M]):
         on_message = self._manager.callbacks.on_message
         try:
             while self._open:
-                if not self._waiting_since:
-                    self._waiting_since = monotonic()
+                if not self.waiting_since:
+                    self.waiting_since = monotonic()
                 if not self._watches:
                     self._watches = True
                     self._watcher.start(become_ready, self)
                 while ready:
                     other = ready.pop()
-                    if other._waiting_since:
-                        greenlet = other._greenlet
+                    if other.waiting_since:
+                        greenlet = other.greenlet
                         del other  # a wait must not hold another session
                         switch(greenlet)
                         break
-                    other._stop_watching()
+                    other.stop_watching()
                 else:
                     switch(hub)
                 if not self._open:
                     return None  # type: ignore[unreachable]  # others ran since the last look
                 if not self._stays_armed:
-                    self._stop_watching()
+                    self.stop_watching()
                 try:
                     message: bytes | None = self._sock.recv(size)
                 except BlockingIOError:
                     message = None
                 except OSError as exc:
-                    self._waiting_since = 0.0
+                    self.waiting_since = 0.0
                     self._request_close(PsCloseReason.FAILED, exc, linger=False)
                     self._log(logging.DEBUG, "%r: receive failed: %s", self, exc)
                     return None
@@ -235,12 +235,12 @@ class ReceivingHalf(SendingHalf[M]):
                     if receive_deadline and monotonic() >= receive_deadline:
                         return None
                     continue
-                self._waiting_since = 0.0
+                self.waiting_since = 0.0
                 self._bytes_received += len(message)
                 if receive_deadline:
                     return message
                 if not message:
-                    self._stop_watching()
+                    self.stop_watching()
                     self._receive_eof()
                     return None
                 self._received_at = of_hub.now
@@ -253,10 +253,10 @@ class ReceivingHalf(SendingHalf[M]):
                     self._framed.hand_over(self)
                 del message  # a session that waits owns no buffer
         finally:
-            if receive_deadline and self._waiting_since:
-                self._waited = (monotonic() - self._waiting_since, self._bytes_received)
-            self._waiting_since = 0.0
-            self._stop_watching()
+            if receive_deadline and self.waiting_since:
+                self._waited = (monotonic() - self.waiting_since, self._bytes_received)
+            self.waiting_since = 0.0
+            self.stop_watching()
         return None
 
     def _receive_eof(self) -> None:
@@ -280,7 +280,7 @@ class ReceivingHalf(SendingHalf[M]):
         """
         look = watch(self._loop.timer(HALF_OPEN_LOOK, HALF_OPEN_LOOK))
         look.start(self._resume)
-        self._waiting_since = monotonic()
+        self.waiting_since = monotonic()
         try:
             while self._open:
                 if error := self._sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR):
@@ -288,20 +288,20 @@ class ReceivingHalf(SendingHalf[M]):
                     self._request_close(PsCloseReason.FAILED, cause, linger=False)
                 elif self._is_idle():
                     self._be_idle()
-                    self._waiting_since = monotonic()
+                    self.waiting_since = monotonic()
                 else:
                     self._manager.thread.hub.switch()
         finally:
-            self._waiting_since = 0.0
+            self.waiting_since = 0.0
             unwatch(look)
 
     def _look_at_clock(self, *, is_pulled: bool) -> None:
         """No bytes are there. `is_pulled`: a callback waits for them."""
         if self._tls is not None and self._tls.has_progress:  # but a part of a record
             self._tls.has_progress = False
-            self._waiting_since = monotonic()
+            self.waiting_since = monotonic()
         if self._framed is not None and monotonic() >= self._frame_deadline:
-            self._waiting_since = 0.0
+            self.waiting_since = 0.0
             self._framed.time_out(self)
         elif self._is_idle():
             self._be_idle(may_call=not is_pulled)
@@ -312,7 +312,7 @@ class ReceivingHalf(SendingHalf[M]):
         if on_idle is None or not may_call:
             self._request_close(PsCloseReason.TIMEOUT)
             return
-        self._waiting_since = 0.0
+        self.waiting_since = 0.0
         self._waited = (0.0, 0)
         if self._framed is not None:
             self._framed.stop_clock(self)  # what a callback takes is not the peer's time
@@ -322,4 +322,4 @@ class ReceivingHalf(SendingHalf[M]):
             self._framed.hand_over(self)  # it may have received messages itself
 
     def _is_idle(self) -> bool:
-        return monotonic() - self._waiting_since >= self._idle
+        return monotonic() - self.waiting_since >= self._idle

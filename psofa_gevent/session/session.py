@@ -193,7 +193,7 @@ class PsSession(SessionLife[M]):
             TypeError: that is no framing.
             RuntimeError: the session waits for bytes, so this is no callback of it.
         """
-        if self._waiting_since:
+        if self.waiting_since:
             raise RuntimeError(f"{self!r}: set_framing must be called in a callback of the session")
         if self._framed is None:
             check_framing("framing", framing)
@@ -307,8 +307,8 @@ class PsSession(SessionLife[M]):
         check_idle("idle_milliseconds", idle_milliseconds)
         self._idle = NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
         self._waited = (0.0, 0)
-        if self._waiting_since:
-            self._waiting_since = monotonic()
+        if self.waiting_since:
+            self.waiting_since = monotonic()
         if self._slice is not None:
             self._slice.due = 0.0  # it may be shorter than what was before
 

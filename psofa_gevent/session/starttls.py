@@ -110,7 +110,7 @@ class Handshake:
 
 def begin_tls(session: ReceivingHalf[Any], handshake: Handshake) -> None:
     """Go over to TLS in the middle of a session: see `PsSession.start_tls`."""
-    if getcurrent() is not session._greenlet or session._waiting_since:
+    if getcurrent() is not session.greenlet or session.waiting_since:
         raise RuntimeError(
             f"{session!r}: start_tls must be called in a sync callback of the session "
             "(start_tls_async in an async one)"
@@ -141,7 +141,7 @@ def _is_awaited_by(session: ReceivingHalf[Any]) -> bool:
     """
     task = asyncio.current_task()
     waiting = None if task is None else greenlet_that_waits(task)
-    return waiting is not None and waiting is session._greenlet
+    return waiting is not None and waiting is session.greenlet
 
 
 def _check_is_plain(session: ReceivingHalf[Any]) -> None:
@@ -151,7 +151,7 @@ def _check_is_plain(session: ReceivingHalf[Any]) -> None:
 
 async def _go_over(session: ReceivingHalf[Any], handshake: Handshake, parking: Parking) -> None:
     """What both do, and where it waits."""
-    session._stop_watching()  # it is watched for the handshake now
+    session.stop_watching()  # it is watched for the handshake now
     try:
         while session._send_queue is not None and session._open:
             await wait_for_peer(session, handshake.deadline, parking, writes=True)  # sent before
