@@ -29,7 +29,7 @@ from psofa_gevent.hub.native import new_local
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.messages import M, Message, as_bytes
-from psofa_gevent.session.sending import COLLECTED
+from psofa_gevent.session import inside
 from psofa_gevent.session.session import PsSession
 
 __all__ = ["PsGroup", "post_to_all"]
@@ -78,12 +78,12 @@ class PsGroup(Generic[M]):
         check_instance("session", session, PsSession)
         if session not in self._members:
             self._members[session] = None
-            session._join(self, None)
+            inside.join(session, self, None)
 
     def leave(self, session: PsSession[M]) -> None:
         """Remove a session; without effect when it is not in the group."""
         if session in self._members:
-            session._leave(self)
+            inside.leave(session, self)
 
     def post(
         self,
@@ -132,10 +132,11 @@ def post_to_all(
     encode: object = alike  # none yet
     thread = None
     framed: dict[object, bytes] = {}
+    encoder_of, thread_of = inside.encoder_of, inside.thread_of
     for session in sessions:
-        own: Any = session._encode
-        if own != encode or session._manager.thread is not thread:
-            encode, thread = own, session._manager.thread
+        own, its_thread = encoder_of(session), thread_of(session)
+        if own != encode or its_thread is not thread:
+            encode, thread = own, its_thread
             if encode not in framed:
                 framed[encode] = as_bytes(message if raw or own is None else own(message))
             receivers = []
@@ -146,7 +147,7 @@ def post_to_all(
             _post_to_each(receivers, data)
         else:
             for session in receivers:
-                session._post_from_thread(data)
+                inside.post_encoded_from_thread(session, data)
 
 
 def _post_to_each(sessions: list[PsSession[Any]], data: bytes) -> None:
@@ -159,8 +160,9 @@ def _post_to_each(sessions: list[PsSession[Any]], data: bytes) -> None:
 def _post_for_a_turn(sessions: list[PsSession[Any]], data: bytes) -> int:
     """Post to as many as there is time for: how many that are."""
     end = monotonic() + TURN
+    post_encoded = inside.post_encoded
     for number, session in enumerate(sessions, 1):
-        session._post_here(data)
+        post_encoded(session, data)
         if number % AT_A_TIME == 0 and monotonic() >= end:
             return number
     return len(sessions)
@@ -186,13 +188,8 @@ class _LatePosts:
 
     def post(self, session: PsSession[Any], data: bytes) -> None:
         """Post to a session: it leaves later, unless that is quick or others wait already."""
-        is_corked = session._cork is not None or session._send_queue is not None
-        if is_corked or not session._open or session._eof_requested:
-            session._post_here(data)
+        if not inside.collect_post(session, data):
             return
-        session._cork = [data]
-        session._corked_size = len(data) + COLLECTED
-        session._cork_has_posts = True
         self._sessions.append(session)
         if len(self._sessions) == 1:
             self._wait_for_turn()
@@ -210,7 +207,7 @@ class _LatePosts:
         try:
             while sessions:
                 for _ in range(min(AT_A_TIME, len(sessions))):
-                    sessions[0]._uncork_without_waiting()
+                    inside.flush(sessions[0])
                     sessions.popleft()
                 if monotonic() >= end:
                     return

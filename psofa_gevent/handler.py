@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.errors import PsCallbackError, PsClosedError
 from psofa_gevent.messages import M
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
@@ -87,7 +88,7 @@ class PsHandler(PsCallback[M]):
         try:
             self.handle(session)
         except PsClosedError:
-            if session._open and not session._eof_received:
+            if inside.may_receive(session):
                 raise  # it is about another one
         session.close()
 

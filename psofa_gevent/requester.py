@@ -56,10 +56,10 @@ from psofa_gevent.errors import (
 )
 from psofa_gevent.hub.forking import keep, unwatch, watch
 from psofa_gevent.hub.greenlets import may_wait
-from psofa_gevent.hub.thread import get_ident
+from psofa_gevent.hub.parking import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.messages import M, Message
-from psofa_gevent.session.send_queue import GreenletParking, Parking, TaskParking, run_in_greenlet
+from psofa_gevent.session import inside
 from psofa_gevent.session.session import PsSession
 
 __all__ = ["PsRequester"]
@@ -181,14 +181,14 @@ class PsRequester(Generic[M]):
         """
         check_instance("session", session, PsSession)
         check_seconds("timeout", timeout)
-        if get_ident() == session._thread_ident:
+        if inside.thread_of(session).is_current():
             return self._request_here(session, message, timeout)
         replies: list[M] = []
 
         def ask() -> None:
             replies.append(self._request_here(session, message, timeout))
 
-        if not session._manager.thread.run(lambda: session._released, ask):
+        if not inside.run_in_its_thread(session, ask):
             raise _closed(session)
         return replies[0]
 
@@ -198,14 +198,14 @@ class PsRequester(Generic[M]):
         """`request` for coroutines, in any asyncio loop of any thread."""
         check_instance("session", session, PsSession)
         check_seconds("timeout", timeout)
-        if get_ident() == session._thread_ident:
+        if inside.thread_of(session).is_current():
             return await self._request_async_here(session, message, timeout)
         replies: list[M] = []
 
         def ask() -> None:
             replies.append(self._request_here(session, message, timeout))
 
-        if not await session._manager.thread.run_async(lambda: session._released, ask):
+        if not await inside.run_in_its_thread_async(session, ask):
             raise _closed(session)
         return replies[0]
 
@@ -247,7 +247,7 @@ class PsRequester(Generic[M]):
             if not request.is_over:
                 session.send(message)
                 request.left()
-                session._uncork_without_waiting()
+                inside.flush(session)
                 run_in_greenlet(request.wait())
         except Timeout as exc:
             if exc is not limit:
@@ -281,7 +281,7 @@ class PsRequester(Generic[M]):
                 if not request.is_over:
                     await session.send_async(message)
                     request.left()
-                    session._uncork_without_waiting()
+                    inside.flush(session)
                     await request.wait()
         except TimeoutError:
             if not limit.expired():
@@ -300,7 +300,7 @@ class PsRequester(Generic[M]):
 
     def _pending(self, session: PsSession[M]) -> _Pending[M]:
         """What waits for replies of `session`."""
-        if not session._open:
+        if not session.is_open:
             raise _closed(session)
         pending: _Pending[M] | None = _pending_of(self, session)
         if pending is None:
@@ -309,7 +309,7 @@ class PsRequester(Generic[M]):
                 if self._key is None
                 else _ByKey()
             )
-            session._join(self, pending)
+            inside.join(session, self, pending)
         return pending
 
     def _new_request(self, message: Any, timeout: float | None, parking: Parking) -> _Request[M]:
@@ -385,7 +385,9 @@ class _Request(Generic[T]):
         if not self.held_until:
             await self._parking
             return
-        timer = watch(session._loop.timer(max(self.held_until - monotonic(), SHORTEST_TIMER)))
+        timer = watch(
+            inside.thread_of(session).loop.timer(max(self.held_until - monotonic(), SHORTEST_TIMER))
+        )
         timer.start(self.wake)
         try:
             await self._parking
@@ -403,8 +405,8 @@ class _Request(Generic[T]):
             has_looked = True
             self.wake()
 
-        session._wake()
-        session._loop.run_callback(look_is_over)  # after that: they come in order
+        inside.wake(session)
+        inside.thread_of(session).loop.run_callback(look_is_over)  # after that: they come in order
         while not (self.is_over or has_looked):
             await self._parking
 
@@ -603,7 +605,7 @@ class _InOrder(_Pending[T]):
     def _start_timer(self) -> None:
         next_at = min(request.late_at for request in self._send_queue if request.late_at)
         seconds = max(next_at - monotonic(), SHORTEST_TIMER)
-        self._timer = watch(self._session._loop.timer(seconds, ref=False))
+        self._timer = watch(inside.thread_of(self._session).loop.timer(seconds, ref=False))
         self._timer.start(self._give_places_up)
 
     def _stop_timer(self) -> None:
@@ -635,11 +637,11 @@ class _InOrder(_Pending[T]):
             f"{session!r}: a request had no reply within its time, nor within "
             f"late_timeout={self._late_timeout:g} s after that"
         )
-        session._request_close(PsCloseReason.FAILED, error)
-        session._log(logging.DEBUG, "%s", error)
+        inside.request_close(session, PsCloseReason.FAILED, error)
+        inside.log(session, logging.DEBUG, "%s", error)
 
     def fail(self, error: Callable[[], PsRequestError]) -> None:
-        if self._session._manager.thread.is_over():
+        if inside.thread_of(self._session).is_over():
             self._timer = None  # it went with the hub
         self._stop_timer()
         self._trial = None
@@ -684,12 +686,11 @@ class _ByKey(_Pending[T]):
 
 
 def _pending_of(requester: PsRequester[M], session: PsSession[M]) -> Any:
-    memberships = session._memberships
-    return None if memberships is None else memberships.get(requester)
+    return inside.kept_for(session, requester)
 
 
 def _check_waits_for_other(session: PsSession[Any], greenlet: object) -> None:
-    if greenlet is not None and greenlet is session._greenlet:
+    if inside.runs_in(session, greenlet):
         raise PsRequestError(
             f"{session!r}: a callback of this session would wait for itself, as the reply can only "
             "come when it has returned: ask in another greenlet (session.spawn)"

@@ -415,8 +415,8 @@ def by_idleness(_client: ScriptedClient, session: PsSession) -> None:
 
 
 def by_kill(_client: ScriptedClient, session: PsSession) -> None:
-    assert session._greenlet is not None
-    session._greenlet.kill(block=False)
+    assert session.greenlet is not None
+    session.greenlet.kill(block=False)
 
 
 def by_error(client: ScriptedClient, _session: PsSession) -> None:
@@ -478,8 +478,8 @@ def test_a_session_that_never_started_leaves_no_trace(ps_server: ServerFactory) 
             session: PsSession = manager.open(sock, (LOOPBACK, 1), None)
             assert counted_peers(server) == {b"\x7f\0\0\x01": 1}
             if end == "kill":
-                assert session._greenlet is not None
-                session._greenlet.kill(block=False)
+                assert session.greenlet is not None
+                session.greenlet.kill(block=False)
             else:
                 manager.drop_unstarted()
             eventually(lambda: not server.get_session_count())

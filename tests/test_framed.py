@@ -378,7 +378,7 @@ def test_the_framing_is_switched_in_callbacks_only(
     server = ps_server(RecordingCallback(), framing=Line())
     ps_client(server)
     (session,) = eventually(lambda: server.sessions)
-    eventually(lambda: session._waiting_since)
+    eventually(lambda: session.waiting_since)
     with pytest.raises(RuntimeError, match="in a callback of the session"):
         session.set_framing(Line())
 

@@ -28,8 +28,9 @@ from psofa_gevent.net.sockopts import endpoint
 from psofa_gevent.owner.heartbeat import Heartbeats
 from psofa_gevent.owner.idle import IdleTimer
 from psofa_gevent.owner.manager import SessionManager
-from psofa_gevent.session.sending import SendingHalf
-from psofa_gevent.session.session import PsSession, SessionGreenlet
+from psofa_gevent.session.connection import Connection
+from psofa_gevent.session.life import SessionGreenlet, SessionLife
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.testing import ClientFactory, ScriptedClient, ServerFactory, eventually
 from psofa_gevent.tls.socket import TlsSocket, TlsWatcher
 
@@ -37,9 +38,9 @@ MAKING: set[CodeType] = {
     function.__code__
     for function in (
         SessionManager.open,
-        PsSession.__init__,
-        PsSession._use_tls,
-        SendingHalf.__init__,
+        SessionLife.__init__,
+        Connection.__init__,
+        Connection._use_tls,
         SessionGreenlet.__init__,
         TlsWatcher.__init__,
         ReadySessions.register,
@@ -222,7 +223,7 @@ def test_a_session_that_can_t_end_its_work_ends_all_the_same(
     def no_memory(*_args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("psofa_gevent.session.session.TaskReaper", no_memory)
+    monkeypatch.setattr("psofa_gevent.session.life.TaskReaper", no_memory)
     callback = echo()
     server = ps_server(callback)
     client = ps_client(server)

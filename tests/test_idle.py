@@ -607,7 +607,7 @@ class LookedAt:
 
     _open = True
     _frame_deadline = float("inf")
-    _waiting_since = 1e-9
+    waiting_since = 1e-9
 
     def __init__(self, idle: float) -> None:
         self.idle = idle
@@ -641,7 +641,7 @@ def test_sessions_that_cannot_be_idle_yet_are_not_looked_at(
     assert looks_at(11) == [2, 2]
     assert [session.wakes for session in sessions] == [0, 1]
     # It has got its bytes just then, and waits anew.
-    sessions[1]._waiting_since = 11.0
+    sessions[1].waiting_since = 11.0
     assert looks_at(12) == [3, 3]
     assert looks_at(20) == [3, 3]
     assert looks_at(22) == [4, 4]

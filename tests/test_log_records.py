@@ -436,7 +436,7 @@ def test_a_kill_while_a_handler_waits_loses_no_record_and_leaves_no_cycle(
     assert session is not None
     logs.flush()
     holding.go_on.clear()
-    session_greenlet: Any = session._greenlet
+    session_greenlet: Any = session.greenlet
     gone = weakref.ref(session)
     gc.disable()
     try:

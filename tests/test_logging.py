@@ -671,7 +671,7 @@ class Waiting(logging.Handler):
             self.problems.append(f"in the hub, which must not wait: {record.getMessage()}")
             return
         for session in filter(is_a_session, record.args or ()):
-            if session._waiting_since:
+            if session.waiting_since:
                 self.problems.append(f"while the session waits: {record.getMessage()}")
         gevent.sleep(0.005)
         self.ended.append(record)

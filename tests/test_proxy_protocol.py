@@ -676,8 +676,8 @@ def test_a_wait_for_a_header_that_a_stranger_kills_fails_and_leaves_nothing(
         gevent.sleep(0.01)
         assert server._manager is not None
         (session,) = server._manager.sessions
-        assert session._greenlet is not None
-        session._greenlet.kill(block=False)
+        assert session.greenlet is not None
+        session.greenlet.kill(block=False)
         balancer.expect_eof()
     callback.wait_for("on_close")
     assert close_reasons(callback) == [PsCloseReason.FAILED]

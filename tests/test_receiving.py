@@ -70,7 +70,7 @@ def acknowledged(client: ScriptedClient) -> None:
 
 def is_handled(session: PsSession[Any], count: int) -> bool:
     """Whether so many messages came, and the session waits for the peer again."""
-    waits = session._waiting_since or session._send_queue is not None
+    waits = session.waiting_since or session._send_queue is not None
     return session.messages_received == count and bool(waits)
 
 
@@ -301,8 +301,8 @@ def test_a_handler_that_is_killed_fails_the_session(
     server = ps_server(handler)
     ps_client(server)
     (session,) = eventually(lambda: server.sessions)
-    eventually(lambda: session._waiting_since)
-    greenlet: Any = session._greenlet
+    eventually(lambda: session.waiting_since)
+    greenlet: Any = session.greenlet
     greenlet.kill()
     assert handler.reason() is PsCloseReason.FAILED
     assert isinstance(session.close_cause, GreenletExit)
@@ -360,7 +360,7 @@ def test_a_timeout_that_comes_with_half_a_message_is_not_lost(
     server = ps_server(PsHandler(handle), framing=Line())
     client = ps_client(server)
     (session,) = eventually(lambda: server.sessions)
-    eventually(lambda: session._waiting_since)
+    eventually(lambda: session.waiting_since)
     client.send("half")
     blocking_sleep(0.1)  # so that both are due in the same round of the loop
     client.expect("timed out\n")

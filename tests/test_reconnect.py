@@ -842,8 +842,8 @@ def test_a_session_that_is_killed_before_it_begins_is_replaced(
         session = open_it(manager, *args, **kwargs)
         opened.append(session)
         if len(opened) == 1:
-            assert session._greenlet is not None
-            session._greenlet.kill(block=False)
+            assert session.greenlet is not None
+            session.greenlet.kill(block=False)
         return session
 
     monkeypatch.setattr(SessionManager, "open", open_and_kill_the_first)

@@ -519,7 +519,7 @@ def test_a_request_in_a_corked_block_leaves_before_it_waits(
     answering: tuple[PsRequester[Any], PsSession[Any]],
 ) -> None:
     requester, session = answering
-    eventually(lambda: session._waiting_since)  # its beginning would take the cork off
+    eventually(lambda: session.waiting_since)  # its beginning would take the cork off
     with session.corked():
         session.send({"id": None})
         assert requester.request(session, {"id": 1}, timeout=2) == {"id": 1}

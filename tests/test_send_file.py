@@ -40,8 +40,8 @@ from psofa_gevent import (
     run_coroutine,
 )
 from psofa_gevent.framing import LengthPrefix, Line
+from psofa_gevent.hub.parking import GreenletParking, run_in_greenlet
 from psofa_gevent.session.files import LEAST_OF_A_TURN, TURN
-from psofa_gevent.session.send_queue import GreenletParking, run_in_greenlet
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

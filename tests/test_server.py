@@ -1340,7 +1340,7 @@ def test_connection_that_cannot_be_started_is_logged_and_costs_no_other(
     with ScriptedClient(server.address) as open_one:
         open_one.send("before")
         open_one.expect("before")
-        monkeypatch.setattr("psofa_gevent.session.session.random_bytes", fail)
+        monkeypatch.setattr("psofa_gevent.session.connection.random_bytes", fail)
         with ScriptedClient(server.address) as client:
             client.receive_until_eof()
         assert server.get_session_count() == 1

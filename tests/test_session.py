@@ -150,7 +150,7 @@ def test_text_that_is_no_utf_8_is_refused_and_the_session_stays_open(
     text = "half a pair: \ud800"
     with connected_session(callback, framing=framing) as connected:
         session = connected.session
-        eventually(lambda: session._waiting_since)
+        eventually(lambda: session.waiting_since)
         group: PsGroup[bytes] = PsGroup()
         group.join(session)
         ways: dict[str, Callable[[], object]] = {
@@ -799,7 +799,7 @@ def test_the_close_reason_changes_with_is_open_also_where_another_thread_asks(
 def test_a_session_that_never_began_has_a_close_reason_too(ps_server: ServerFactory) -> None:
     with PsMultiClient(RecordingCallback()) as bundle:
         session = bundle.connect(*ps_server(RecordingCallback()).address).session
-        greenlet: Any = session._greenlet
+        greenlet: Any = session.greenlet
         greenlet.kill()
         eventually(lambda: not session.is_open)
     assert session.close_reason is PsCloseReason.FAILED

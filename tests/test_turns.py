@@ -103,8 +103,8 @@ def ticking() -> Iterator[Ticks]:
 
 def throw_soon(session: PsSession, error: BaseException) -> None:
     """Throw `error` into the session's greenlet when the hub has its turn."""
-    assert session._greenlet is not None
-    gevent.get_hub().loop.run_callback(session._greenlet.throw, error)
+    assert session.greenlet is not None
+    gevent.get_hub().loop.run_callback(session.greenlet.throw, error)
 
 
 class Rig:
@@ -208,8 +208,8 @@ def test_who_closes_the_session_in_a_turn_of_others_ends_it_there(
         elif how == "thread":
             NativeThread(session.close).join()
         elif how == "kill":
-            assert session._greenlet is not None
-            session._greenlet.kill(block=False)
+            assert session.greenlet is not None
+            session.greenlet.kill(block=False)
         else:
             shutting_down.append(gevent.spawn(server.shutdown))
 
@@ -413,7 +413,7 @@ class Many:
         self.peers: dict[PsSession, ScriptedClient] = {}
         peers = {peer.local_endpoint: peer for peer in (ps_client(server) for _ in range(count))}
         eventually(lambda: server.get_session_count() == count)
-        eventually(lambda: all(session._waiting_since for session in server.sessions))
+        eventually(lambda: all(session.waiting_since for session in server.sessions))
         for session in server.sessions:
             self.peers[session] = peers[session.remote_endpoint]
         self.sessions = list(self.peers)

@@ -407,8 +407,8 @@ def test_a_kill_of_the_session_is_passed_on_to_its_work(
     client.close()
     eventually(lambda: session._released)
     for _ in range(3):
-        if session._greenlet is not None:
-            session._greenlet.kill(block=False)
+        if session.greenlet is not None:
+            session.greenlet.kill(block=False)
         gevent.sleep(0.01)
     callback.wait_for("on_close", timeout=0.5)
 
@@ -588,7 +588,7 @@ def test_a_session_that_is_killed_before_it_began_counts_until_its_work_has_ende
     callback = Spawning(lambda _: None)
     with PsMultiClient(callback) as client:
         session = client.connect(*ps_server(PsCallback()).address).session
-        greenlet: Any = session._greenlet
+        greenlet: Any = session.greenlet
         spawned = session.spawn(swallow_some, 5)
         greenlet.kill(block=False)
         eventually(lambda: not session.is_open)

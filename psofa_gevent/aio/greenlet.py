@@ -262,26 +262,28 @@ class LoopGreenlet(StepGreenlet):
             self._is_queued = True
             self.run_queue.add([self])
 
-    # As `psofa_gevent.hub.ready` knows those who wait:
-
-    @property
-    def _greenlet(self) -> LoopGreenlet:
-        return self
-
-    @property
-    def _waiting_since(self) -> float:
-        return 1.0 if self.parked else 0.0
-
-    def _stop_watching(self) -> None:
-        """Its turn has come while it is held. What is to begin begins afterwards."""
-        self._is_queued = False
-
     def greenlet_that_waits(self, task: Task[Any]) -> greenlet | None:
         """The greenlet that waits for `task` in gevent's way, if one does."""
         run = self.runs.get(task)
         if run is None and self._begins is not None and self._begins.task is task:
             run = self._begins
         return None if run is None else run.waiting_greenlet
+
+    # As `psofa_gevent.hub.ready` knows those who wait:
+
+    @property
+    def greenlet(self) -> LoopGreenlet:
+        """What to switch to."""
+        return self
+
+    @property
+    def waiting_since(self) -> float:
+        """Not 0 while it is parked."""
+        return 1.0 if self.parked else 0.0
+
+    def stop_watching(self) -> None:
+        """Its turn has come while it is held. What is to begin begins afterwards."""
+        self._is_queued = False
 
     def wake(self) -> None:
         """Let the loop go on, if it is parked, soon. In the hub's thread."""

@@ -41,13 +41,13 @@ class Run(Generic[T]):
         "_context",
         "_coro",
         "_failure",
-        "_greenlet",
         "_loop_greenlet",
         "_name",
-        "_waiting_since",
+        "greenlet",
         "has_ended",
         "is_cancelled",
         "task",
+        "waiting_since",
     )
 
     def __init__(
@@ -69,8 +69,8 @@ class Run(Generic[T]):
         """Whether it is to be cancelled when it has begun."""
         self.has_ended = False
         # As `psofa_gevent.hub.ready` knows those who wait:
-        self._greenlet = current
-        self._waiting_since = 0.0
+        self.greenlet = current
+        self.waiting_since = 0.0
 
     def __repr__(self) -> str:
         # A task forgets its coroutine when that ends in an eager first step.
@@ -93,7 +93,7 @@ class Run(Generic[T]):
             else:
                 loop_greenlet.begin(self)
             while not self.has_ended:
-                self._waiting_since = 1.0
+                self.waiting_since = 1.0
                 try:
                     if in_turn:
                         loop_greenlet.run_queue.switch_on()
@@ -104,7 +104,7 @@ class Run(Generic[T]):
                         thrown = exc
                     loop_greenlet.cancel(self)
                 finally:
-                    self._waiting_since = 0.0
+                    self.waiting_since = 0.0
             if self._failure is not None:
                 raise self._failure
             task = self.task
@@ -156,12 +156,12 @@ class Run(Generic[T]):
     @property
     def waiting_greenlet(self) -> greenlet:
         """The greenlet that waits for it."""
-        return self._greenlet
+        return self.greenlet
 
     def waits(self) -> None:
         """The coroutine waits for something, and so does its greenlet. Does not switch."""
         # gevent calls it only where the greenlet switches to the hub itself.
-        switch_out = getattr(self._greenlet, "switch_out", None)
+        switch_out = getattr(self.greenlet, "switch_out", None)
         if switch_out is not None:
             switch_out()
 
@@ -194,7 +194,7 @@ class Run(Generic[T]):
         """Never begin: the loop has ended."""
         self._coro.close()
 
-    def _stop_watching(self) -> None:
+    def stop_watching(self) -> None:
         """There is nothing: it was thrown out of its wait, and is not ready any more."""
 
 

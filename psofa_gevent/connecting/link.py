@@ -26,6 +26,7 @@ from psofa_gevent.errors import PsError, cut_traceback
 from psofa_gevent.hub.greenlets import ServiceGreenlet, may_wait
 from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.times import SHORTEST_TIMER
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager
@@ -146,7 +147,7 @@ class Link:
         if not self.manager.thread.is_current() or self.manager.thread.is_over():
             return "wait_connected belongs to the client's own thread"
         current = getcurrent()
-        if self.session is not None and self.session._greenlet is current:
+        if self.session is not None and inside.runs_in(self.session, current):
             return "the session that has closed can't wait for the next one"
         is_mine = self._service is not None and self._service.is_current()
         if is_mine or not may_wait() or self.manager.closing.is_current():
@@ -201,10 +202,10 @@ class Link:
         again = " again" if self.session is not None else ""
         if again or self._last_error is not None:  # the log has it that there is none
             text = "%s: connected%s: %r"
-            session._log(logging.INFO, text, self._name, again, session)
+            inside.log(session, logging.INFO, text, self._name, again, session)
         self._last_error = None
         self.session = session
-        self._context = session._context
+        self._context = inside.context_of(session)
         if self.has_ended:  # it was stopped in the moment in which the peer answered
             session.close()
         self._tell()
@@ -274,4 +275,5 @@ class Link:
 
 def _how_it_ended(session: PsSession[Any]) -> str:
     cause = session.close_cause
-    return session._reason.name if cause is None else f"{session._reason.name} ({cause!r})"
+    reason = session.close_reason.name
+    return reason if cause is None else f"{reason} ({cause!r})"

@@ -36,14 +36,14 @@ class Ready(Protocol):
     """One that may be ready: a session, or another greenlet that waits."""
 
     @property
-    def _greenlet(self) -> Any:
+    def greenlet(self) -> Any:
         """What to switch to."""
 
     @property
-    def _waiting_since(self) -> float:
+    def waiting_since(self) -> float:
         """Not 0 while it waits for its turn, and may be switched to."""
 
-    def _stop_watching(self) -> None:
+    def stop_watching(self) -> None:
         """Called when it has come to its turn, and does not wait."""
 
 
@@ -149,12 +149,12 @@ class ReadySessions:
         sessions: list[Any] = self.sessions  # whoever waits has a greenlet
         while sessions:
             other = sessions.pop()
-            if other._waiting_since:
-                greenlet = other._greenlet
+            if other.waiting_since:
+                greenlet = other.greenlet
                 del other  # a wait must not hold another session
                 switch(greenlet)
                 return
-            other._stop_watching()
+            other.stop_watching()
         switch(self.hub)
 
     def _runs_a_round(self) -> Callable[[], None]:
@@ -183,10 +183,10 @@ class ReadySessions:
             self.now = time()
         while sessions:
             session = sessions.pop()
-            if session._waiting_since and session._greenlet is not None:
-                switch(session._greenlet)
+            if session.waiting_since and session.greenlet is not None:
+                switch(session.greenlet)
             else:
-                session._stop_watching()
+                session.stop_watching()
 
 
 def _do_nothing() -> None:

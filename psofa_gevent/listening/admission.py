@@ -23,10 +23,11 @@ from gevent import GreenletExit
 from psofa_gevent.checks import MAX_BUFFER, check_bool, check_int
 from psofa_gevent.enums import PsCloseReason, PsRefusal
 from psofa_gevent.hub.logs import PeerLog
-from psofa_gevent.listening.farewell import LONGEST_FAREWELL, Farewells, say
+from psofa_gevent.listening.farewell import LONGEST_FAREWELL, Farewells
 from psofa_gevent.listening.networks import Networks, peer_address
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint, end, endpoint
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager
@@ -163,7 +164,7 @@ class Admission:
     def _count(self, session: PsSession[Any]) -> None:
         if self._most is None:
             return
-        key = peer_address(session._remote_endpoint)
+        key = peer_address(session.remote_endpoint)
         if key is not None:
             self._keys[session] = key
             self._counts[key] = self._counts.get(key, 0) + 1
@@ -176,23 +177,24 @@ class Admission:
         May switch: a callback runs.
         """
         reason = None
-        peer = session._remote_endpoint
+        peer = session.remote_endpoint
         if self.proxy_protocol:
             reason = self._why_not(peer)
             if reason is None:
                 self._count(session)
         if reason is None and not _is_accepted(session):
             reason = PsRefusal.CALLBACK
-        if not session._open:  # closed meanwhile
+        if not session.is_open:  # closed meanwhile
             return False
         if reason is None:
             return True
         has_words = reason is PsRefusal.PEER and self._farewell != b""
         if has_words:
-            say(session._sock, self._farewell)
-        session._request_close(PsCloseReason.SELF_CLOSE, linger=has_words)
-        manager = session._manager
-        self._tell(manager.peer_log, manager.owner, reason, peer, session._context)
+            inside.say(session, self._farewell)
+        inside.request_close(session, PsCloseReason.SELF_CLOSE, linger=has_words)
+        manager = inside.manager_of(session)
+        context = inside.context_of(session)
+        self._tell(manager.peer_log, manager.owner, reason, peer, context)
         return False
 
     def _tell(
@@ -214,18 +216,20 @@ class Admission:
 
 def _is_accepted(session: PsSession[Any]) -> bool:
     """Ask ``on_accept``, if there is one. What it raises is logged, and is a refusal."""
-    ask = session._manager.callbacks.on_accept
+    ask = inside.manager_of(session).callbacks.on_accept
     if ask is None:
         return True
     try:
-        return ask(session, session._remote_endpoint) is not False
+        return ask(session, session.remote_endpoint) is not False
     except BaseException as exc:
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-            session._manager.thread.raise_in_main(exc)
-        if isinstance(exc, GreenletExit) and not session._open:
-            session._log(logging.WARNING, "%r: on_accept was ended", session, exc_info=exc)
+            inside.thread_of(session).raise_in_main(exc)
+        if isinstance(exc, GreenletExit) and not session.is_open:
+            inside.log(session, logging.WARNING, "%r: on_accept was ended", session, exc_info=exc)
         else:
-            session._log(logging.ERROR, "%r: on_accept failed: %r", session, exc, exc_info=exc)
+            inside.log(
+                session, logging.ERROR, "%r: on_accept failed: %r", session, exc, exc_info=exc
+            )
         return False
 
 

@@ -19,7 +19,7 @@ from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.watchers import READ
 from psofa_gevent.net.sockopts import end
 
-__all__ = ["LONGEST_FAREWELL", "Farewells", "say"]
+__all__ = ["LONGEST_FAREWELL", "Farewells"]
 
 LONGEST_FAREWELL = 4_096
 """Bytes: any send buffer that is empty takes them."""
@@ -29,12 +29,6 @@ LONGEST_FAREWELL_TIME = 1.0
 """Seconds."""
 MOST_BYTES = 65_536
 DROPPED_AT_A_TIME = 4_096
-
-
-def say(sock: _socket.socket, words: bytes) -> None:
-    """Send the words, as far as a non-blocking socket takes them now, which is all of them."""
-    with contextlib.suppress(OSError):
-        sock.send(words)
 
 
 class Farewells:

@@ -13,16 +13,16 @@ byte of what follows.
 
 from __future__ import annotations
 
-import _socket
 import ssl
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub.parking import run_in_greenlet
 from psofa_gevent.hub.times import NEVER
 from psofa_gevent.net.proxy_protocol import PsProxyInfo, parse
-from psofa_gevent.session.send_queue import run_in_greenlet
+from psofa_gevent.session import inside
 from psofa_gevent.session.starttls import Handshake, SessionParking, wait_for_peer
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class Preamble:
                 handshake = Handshake(context, deadline, server_side=True)
                 run_in_greenlet(handshake.shake_hands(session, SessionParking(session)))
         except _SilentPeerError:
-            session._request_close(PsCloseReason.PEER_CLOSE, linger=False)
+            inside.request_close(session, PsCloseReason.PEER_CLOSE, linger=False)
         except OSError as exc:
-            if session._open:
-                session._request_close(PsCloseReason.FAILED, exc)
+            if session.is_open:
+                inside.request_close(session, PsCloseReason.FAILED, exc)
                 text = "%r: the TLS handshake failed: %s"
-                session._log_peer("the TLS handshake failed", text, session, exc)
+                inside.log_peer(session, "the TLS handshake failed", text, session, exc)
 
 
 class _SilentPeerError(Exception):
@@ -82,15 +82,15 @@ def _read_header(session: PsSession[Any], deadline: float) -> bool:
     """Read the header of the PROXY protocol, and no byte more; whether it is good."""
     try:
         _wait_for_word(session, deadline)
-        session._use_proxy(_header(session, deadline))
+        inside.use_proxy(session, _header(session, deadline))
     except _SilentPeerError:
-        session._request_close(PsCloseReason.PEER_CLOSE, linger=False)
+        inside.request_close(session, PsCloseReason.PEER_CLOSE, linger=False)
     except (OSError, ValueError) as exc:
-        if session._open:
-            session._request_close(PsCloseReason.FAILED, exc, linger=False)
+        if session.is_open:
+            inside.request_close(session, PsCloseReason.FAILED, exc, linger=False)
             text = "%r: the PROXY protocol header failed: %s"
-            session._log_peer("the PROXY protocol header failed", text, session, exc)
-    return session._open
+            inside.log_peer(session, "the PROXY protocol header failed", text, session, exc)
+    return session.is_open
 
 
 def _wait_for_word(session: PsSession[Any], deadline: float) -> None:
@@ -115,10 +115,10 @@ def _header(session: PsSession[Any], deadline: float) -> PsProxyInfo:
         if not seen:
             raise ConnectionResetError("the peer closed the connection in it")
         received += seen
-        found = parse(received, session._remote_endpoint)
+        found = parse(received, session.remote_endpoint)
         left = len(seen) if found is None else found[1] - (len(received) - len(seen))
         while left > 0:
-            data = session._sock.recv(left)
+            data = inside.take(session, left)
             if not data:  # a system that drops what was there at a reset
                 raise ConnectionResetError("the peer reset the connection in it")
             left -= len(data)
@@ -130,7 +130,7 @@ def _peek(session: PsSession[Any], deadline: float, size: int) -> bytes:
     """What has come, at most `size` bytes, which stay there. Waits for the first one."""
     while True:
         try:
-            seen: bytes = session._sock.recv(size, _socket.MSG_PEEK)
+            seen = inside.peek(session, size)
         except BlockingIOError:
             parking = SessionParking(session)
             run_in_greenlet(wait_for_peer(session, deadline, parking, writes=False))

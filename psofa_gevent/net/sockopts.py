@@ -29,6 +29,7 @@ else:
 
 __all__ = [
     "ARE_INHERITED",
+    "SENDFILE_REFUSALS",
     "UNNAMED",
     "UNSENT_LOW_WATER",
     "USER_TIMEOUT",
@@ -73,6 +74,24 @@ Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
 UNNAMED: Endpoint = ("", 0)
 """That of a listening socket without a name, which few systems let listen."""
+SENDFILE_REFUSALS = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.ENOTSOCK,
+        errno.ESPIPE,
+        errno.EOVERFLOW,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EBUSY,
+        errno.EIO,
+        errno.ENOMEM,
+    }
+)
+"""What sendfile(2) says where it can't send that file, or to that socket. Nothing has left then; if
+something is wrong with the file, a read will tell."""
 
 ARE_INHERITED = sys.platform == "linux"
 """Whether an accepted socket has the options of its listener."""

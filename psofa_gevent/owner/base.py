@@ -28,6 +28,7 @@ from psofa_gevent.messages import M, Message
 from psofa_gevent.owner.keys import Keys
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.owner.shutdown import Shutdown
+from psofa_gevent.session import inside
 from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import SessionSettings
 
@@ -75,11 +76,7 @@ class SessionOwner(Generic[M]):
         manager = self._manager
         if manager is None:
             return []
-        return [
-            session
-            for session in list(manager.sessions)
-            if session._open and not session._is_opening
-        ]
+        return inside.usable_of(list(manager.sessions))
 
     # Many sessions
 

@@ -21,6 +21,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub.logs import log
 from psofa_gevent.net.sockopts import Endpoint
 from psofa_gevent.owner.time_limit import TimeLimit
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
@@ -61,9 +62,10 @@ class Callbacks:
     ) -> Callable[..., Any]:
         if self._is_async:
             method = getattr(callback, f"{name}_async")
+            context_of = inside.context_of
 
             def call(session: PsSession[Any], *args: Any) -> Any:
-                return run_task(method(session, *args), context=session._context, in_turn=True)
+                return run_task(method(session, *args), context=context_of(session), in_turn=True)
 
         else:
             call = getattr(callback, name)
@@ -82,7 +84,7 @@ class Callbacks:
         def ask(session: PsSession[Any], peer: Endpoint | None) -> object:
             if not self._is_async:
                 return method(peer)
-            return run_task(method(peer), context=session._context, in_turn=True)
+            return run_task(method(peer), context=inside.context_of(session), in_turn=True)
 
         return ask if self._timeout is None else _limited_answer(ask, self._timeout)
 
@@ -108,15 +110,11 @@ def _do_nothing(_owner: object) -> None:
 def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:
     def call_limited(session: PsSession[Any], *args: Any) -> Any:
         def expired(error: TimeoutError) -> None:
-            session._request_close(PsCloseReason.FAILED, error)
-            session._log(logging.WARNING, "%r: %s", session, error)
+            inside.request_close(session, PsCloseReason.FAILED, error)
+            inside.log(session, logging.WARNING, "%r: %s", session, error)
 
         with TimeLimit(name, timeout, expired) as limit:
-            session._time_limit = limit
-            try:
-                return call(session, *args)
-            finally:
-                session._time_limit = None
+            return inside.call_limited(session, limit, call, args)
 
     return call_limited
 
@@ -141,7 +139,7 @@ def _limited_answer(
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
     def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
         def expired(error: TimeoutError) -> None:
-            context = subject._context if args else None
+            context = inside.context_of(subject) if args else None
             log(logging.WARNING, "%r: %s", subject, error, context=context)
 
         with TimeLimit(name, timeout, expired):

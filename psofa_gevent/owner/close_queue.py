@@ -28,6 +28,7 @@ from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.owner.callbacks import Callbacks
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
@@ -92,7 +93,7 @@ class CloseQueue:
 
     def put(self, session: PsSession[Any]) -> None:
         """Have ``on_close`` called for a session that has ended."""
-        on_close = partial(self._callbacks.on_close, session, session._reason)
+        on_close = partial(self._callbacks.on_close, session, session.close_reason)
         self._put(_Call("on_close", session, on_close, session))
 
     def put_on_stop(self, owner: Owner) -> None:
@@ -226,7 +227,7 @@ class CloseQueue:
         # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
         current: Any = getcurrent()
         before = current.gr_context
-        current.gr_context = self._context if session is None else session._context
+        current.gr_context = self._context if session is None else inside.context_of(session)
         try:
             call.function()
         except GreenletExit as exc:
@@ -238,7 +239,7 @@ class CloseQueue:
         finally:
             current.gr_context = before
             if session is not None:
-                session._context = None
+                inside.forget_context(session)
                 if session.close_cause is not None:
                     cut_traceback(session.close_cause)
 

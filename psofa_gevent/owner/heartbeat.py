@@ -26,6 +26,7 @@ from psofa_gevent.aio.coroutines import run_task
 from psofa_gevent.errors import PsClosedError
 from psofa_gevent.hub.greenlets import ServiceGreenlet
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from gevent import Greenlet
@@ -90,14 +91,14 @@ class Heartbeats:
         now = monotonic()
         due = []
         for session, quiet in self._quiet.items():
-            if session._bytes_sent != quiet.sent or session._is_opening or not session._started:
-                quiet.sent, quiet.since = session._bytes_sent, now
+            if not inside.is_quiet(session, quiet.sent):
+                quiet.sent, quiet.since = session.bytes_sent, now
             elif now - quiet.since >= self._seconds:
                 due.append((session, quiet))
         turn_since = monotonic()
         for session, quiet in due:
             quiet.since = now
-            if session._open and session._send_queue is None and session._bytes_sent == quiet.sent:
+            if inside.has_nothing_to_send(session) and session.bytes_sent == quiet.sent:
                 self._beat(session, quiet)
             if monotonic() - turn_since >= TURN:
                 # Thousands that began together take 0.1 s. (Zero would come before all sockets.)
@@ -105,8 +106,6 @@ class Heartbeats:
                 turn_since = monotonic()
 
     def _beat(self, session: PsSession[Any], quiet: _Quiet) -> None:
-        if session._eof_requested:
-            return
         heartbeat = self._heartbeat
         if callable(heartbeat.message):
             if quiet.asked is None or quiet.asked.dead:
@@ -116,7 +115,7 @@ class Heartbeats:
         try:
             session.post(heartbeat.message, raw=heartbeat.raw)
         except Exception as exc:  # the session has gone over to a framing that can't carry it
-            session._fail(exc)
+            inside.fail(session, exc)
 
 
 class _Quiet:
@@ -137,6 +136,6 @@ def _ask_and_post(session: PsSession[Any], heartbeat: PsHeartbeat) -> None:
     """Post what its function, plain or ``async``, makes of the session; ``None``: nothing."""
     message = heartbeat.message(session)
     if asyncio.iscoroutine(message):
-        message = run_task(message, context=session._context)
+        message = run_task(message, context=inside.context_of(session))
     if message is not None:
         session.post(message, raw=heartbeat.raw)

@@ -23,6 +23,7 @@ from gevent.event import Event
 
 from psofa_gevent.hub.greenlets import ServiceGreenlet
 from psofa_gevent.hub.times import NEVER
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
@@ -45,14 +46,7 @@ class IdleSlice:
         now = monotonic()
         if now < self.due:
             return
-        due = NEVER
-        for session in self.sessions:
-            deadline = (session._waiting_since or now) + session._idle
-            deadline = min(deadline, session._frame_deadline)
-            due = min(due, deadline)
-            if deadline <= now and session._open:
-                session._wake()
-        self.due = due
+        self.due = inside.wake_overdue(self.sessions, now)
 
 
 class IdleTimer:
@@ -71,9 +65,9 @@ class IdleTimer:
     def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""
         own = self._slices[self._added % len(self._slices)]
-        own.due = min(own.due, monotonic() + session._idle)
+        own.due = min(own.due, monotonic() + inside.idle_seconds(session))
+        inside.set_idle_slice(session, own)
         own.sessions.add(session)
-        session._slice = own
         self._added += 1
         self._count += 1
         if self._count == 1:
@@ -82,8 +76,8 @@ class IdleTimer:
 
     def discard(self, session: PsSession[Any]) -> None:
         """Look at `session` no more."""
-        own, session._slice = session._slice, None
-        if own is not None:
+        own = inside.set_idle_slice(session, None)
+        if own is not None and session in own.sessions:
             own.sessions.discard(session)
             self._count -= 1
             if self._count == 0:

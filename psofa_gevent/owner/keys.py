@@ -17,6 +17,7 @@ from psofa_gevent.errors import PsKeyTakenError
 from psofa_gevent.hub.forking import keep
 from psofa_gevent.hub.thread import new_lock
 from psofa_gevent.messages import M
+from psofa_gevent.session import inside
 from psofa_gevent.session.session import PsSession
 
 __all__ = ["Keys"]
@@ -33,27 +34,27 @@ class Keys(Generic[M]):
         """Let `key` lead to `session`. See `PsServer.bind`."""
         with self._lock:
             old = self._sessions.get(key)
-            if not session._open or old is session:
+            if not session.is_open or old is session:
                 return
-            if old is not None and old._open and not replace:
+            if old is not None and old.is_open and not replace:
                 raise PsKeyTakenError(f"the key {key!r} belongs to {old!r}: give replace=True")
             self._sessions[key] = session
-            session._join(_Binding(self, key), None)
+            inside.join(session, _Binding(self, key), None)
         if old is not None:
-            old._leave(_Binding(self, key))
-            old._ask_to_close(PsCloseReason.REPLACED)
+            inside.leave(old, _Binding(self, key))
+            inside.ask_to_close(old, PsCloseReason.REPLACED)
 
     def unbind(self, key: Hashable) -> None:
         """Forget `key`."""
         with self._lock:
             session = self._sessions.get(key)
             if session is not None:
-                session._leave(_Binding(self, key))
+                inside.leave(session, _Binding(self, key))
 
     def find(self, key: Hashable) -> PsSession[M] | None:
         """The open session that `key` leads to."""
         session = self._sessions.get(key)
-        return session if session is not None and session._open else None
+        return session if session is not None and session.is_open else None
 
     def let_go(self) -> None:
         """Forget all keys: the sessions are the parent process's. Their locks may be held there."""

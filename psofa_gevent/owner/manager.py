@@ -39,8 +39,9 @@ from psofa_gevent.owner.close_queue import CloseQueue
 from psofa_gevent.owner.heartbeat import Heartbeats
 from psofa_gevent.owner.idle import IdleTimer
 from psofa_gevent.owner.registry import Registry
-from psofa_gevent.session.session import PsSession, SessionGreenlet
-from psofa_gevent.session.tasks import TaskReaper, kill_tasks
+from psofa_gevent.session import inside
+from psofa_gevent.session.life import SessionGreenlet
+from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import PsHeartbeat, SessionSettings
 from psofa_gevent.tls.socket import TlsSocket
 
@@ -138,7 +139,7 @@ class SessionManager:
         own = copy_context() if context is None else context.copy()
         session = PsSession(self, sock, remote_endpoint, connection_id, local_endpoint, own)
         try:
-            greenlet: Any = session._greenlet
+            greenlet: Any = inside.greenlet_of(session)
             greenlet.rawlink(self._greenlet_ended)
             self.sessions.add(session)
             self._idle.add(session)
@@ -156,7 +157,7 @@ class SessionManager:
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
         """The open session with that id; the last one of several. From any thread."""
         for session in self.sessions.find(connection_id):
-            if session._open and not session._is_opening:
+            if inside.is_usable(session):
                 return session
         return None
 
@@ -182,14 +183,14 @@ class SessionManager:
         """The session's greenlet is at its end, and its socket is released."""
         if self.forget(session):
             # No callback hears of one that was closed before it opened, unless that failed.
-            if not session._is_opening or session._reason is PsCloseReason.FAILED:
+            if inside.has_on_close(session):
                 self.closing.put(session)
             else:
-                session._context = None
+                inside.forget_context(session)
             self._tell_that_over(session)
-            session._log(logging.DEBUG, "%r: closed", session)
+            inside.log(session, logging.DEBUG, "%r: closed", session)
         else:  # it was abandoned, and is through after all
-            session._context = None
+            inside.forget_context(session)
 
     def when_over(self, session: PsSession[Any], function: Callable[[float], object]) -> None:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.
@@ -223,42 +224,33 @@ class SessionManager:
 
     def drop_unstarted(self) -> None:
         """End the sessions whose greenlets have not run yet: no callback hears of them."""
-        for session in [session for session in self.sessions if not session._started]:
+        for session in [session for session in self.sessions if not inside.has_begun(session)]:
             self._drop(session, PsCloseReason.SHUTDOWN)
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
         for session in list(self.sessions):
-            session._request_close(reason)
+            inside.request_close(session, reason)
 
     def kill_sessions(self, *, again: bool) -> None:
-        """Throw `GreenletExit` into whatever the sessions still do.
-
-        `again`: callbacks that run have swallowed one, so what works beside them gets one as well;
-        at first it is left for the session to kill, once its callback has ended.
-        """
+        """Throw `GreenletExit` into whatever the sessions still do (`inside.kill`)."""
         for session in list(self.sessions):
-            if session._greenlet is not None:
-                session._greenlet.kill(block=False)
-            if session._greenlet is None or (again and session._reaper is None):
-                kill_tasks(session)
+            inside.kill(session, again=again)
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
         stuck = list(self.sessions)
         for session in stuck:
             self.forget(session)
-            session._release()
-            if session._reaper is not None:
-                session._reaper.stop()
+            inside.abandon(session)
             text = "%r: its callback does not end: left behind, without on_close"
-            session._log(logging.ERROR, text, session)
+            inside.log(session, logging.ERROR, text, session)
         return len(stuck)
 
     def end_with_hub(self) -> None:
         """Close the sockets of all sessions: the hub was destroyed. From any thread."""
         for session in list(self.sessions):
-            session._end_with_hub()
+            inside.end_with_hub(session)
 
     def _let_go(self, hub: Hub | None) -> None:
         """In a child process: leave all of it to the parent (`psofa_gevent.hub.forking`)."""
@@ -266,7 +258,7 @@ class SessionManager:
         for greenlet in self.pool.greenlets:  # also those of sessions that were left behind
             leave_behind(greenlet)
         for session in list(self.sessions):
-            session._let_go(has_hub=hub is self.thread.hub)
+            inside.let_go(session, has_hub=hub is self.thread.hub)
         self.sessions.clear()
         self._when_over.clear()
         self.closing.let_go()
@@ -299,15 +291,9 @@ class SessionManager:
 
         Again without effect.
         """
-        session._drop(reason, cause)
-        if session._tasks and session._reaper is None:
-            session._reaper = TaskReaper(session, partial(self._dropped, session))
-        elif not session._tasks:
-            self._dropped(session)
+        inside.drop(session, reason, cause, partial(self._dropped, session))
 
     def _dropped(self, session: PsSession[Any]) -> None:
-        if session._reaper is not None:
-            session._reaper.stop()
-            session._reaper = None
+        inside.stop_reaper(session)
         self.forget(session)
         self._tell_that_over(session)

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from psofa_gevent.session.connection_id import bytes_of
+from psofa_gevent.session.inside import id_bytes
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
@@ -44,7 +44,7 @@ class Registry:
 
     def add(self, session: PsSession[Any]) -> None:
         """Keep one more session."""
-        key = bytes_of(session._connection_id)
+        key = id_bytes(session)
         # Also where the first one has left: of those that have the id, the last is to be found.
         if key in self._sessions or (self._later and key in self._later.values()):
             self._later[session] = key
@@ -54,7 +54,7 @@ class Registry:
 
     def discard(self, session: PsSession[Any]) -> bool:
         """Forget a session; false if it is not here."""
-        key = bytes_of(session._connection_id)
+        key = id_bytes(session)
         if self._sessions.get(key) is session:
             del self._sessions[key]
             return True

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.sending import SendingHalf
+    from psofa_gevent.session.connection import Connection
 
 __all__ = ["Block", "Buffers", "Source", "Step"]
 
@@ -54,7 +54,7 @@ class Source(Protocol):
     offered_at: float
     """When it last had to wait for something else than the peer (monotonic clock); 0: never."""
 
-    def give(self, session: SendingHalf[Any]) -> Step:
+    def give(self, session: Connection[Any]) -> Step:
         """Give the session's socket some of it, and nothing more after having switched.
 
         Whatever it raises ends the message: the session closes with FAILED if a part has left.
@@ -107,7 +107,7 @@ class Buffers:
         """That of the messages of which nothing has left; only where they can be dropped."""
         return self.weight - len(self._front)
 
-    def give(self, session: SendingHalf[Any]) -> Step:
+    def give(self, session: Connection[Any]) -> Step:
         """As much as the kernel takes now. Does not switch."""
         while self.size:
             data = self._first()

@@ -34,9 +34,9 @@ from psofa_gevent.session.buffers import Step
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.sending import SendingHalf
+    from psofa_gevent.session.connection import Connection
 
-__all__ = ["REFUSALS", "File", "FileSource", "Progress", "Readable"]
+__all__ = ["File", "FileSource", "Progress", "Readable"]
 
 TURN = 1_048_576
 """Bytes after which other sessions have their turn, though the kernel would take more."""
@@ -44,24 +44,6 @@ LEAST_OF_A_TURN = 8_192
 """Bytes that each piece counts as, at least: a tiny one takes 10 to 25 µs, too."""
 MAX_SIZE = 2**63 - 1
 """Bytes: what a file's size and positions are counted in (off_t)."""
-REFUSALS = frozenset(
-    {
-        errno.EINVAL,
-        errno.ENOSYS,
-        errno.ENOTSUP,
-        errno.EOPNOTSUPP,
-        errno.ENOTSOCK,
-        errno.ESPIPE,
-        errno.EOVERFLOW,
-        errno.EPERM,
-        errno.EACCES,
-        errno.EBUSY,
-        errno.EIO,
-        errno.ENOMEM,
-    }
-)
-"""What sendfile(2) says where it can't send that file, or to that socket. Nothing has left then; if
-something is wrong with the file, a read will tell."""
 HAS_SENDFILE = hasattr(os, "sendfile")
 
 Progress = Callable[[int, int | None], object]
@@ -151,7 +133,7 @@ class FileSource:
         """Whether it may leave at once, in one piece."""
         return self._left is not None and self._left <= self._piece_size
 
-    def give(self, session: SendingHalf[Any]) -> Step:
+    def give(self, session: Connection[Any]) -> Step:
         """See `psofa_gevent.session.buffers.Source`."""
         if self._pending_size:
             return self._give_piece(session)
@@ -161,7 +143,7 @@ class FileSource:
             return self._give_by_kernel(session)
         return self._read_piece(session)
 
-    def _give_by_kernel(self, session: SendingHalf[Any]) -> Step:
+    def _give_by_kernel(self, session: Connection[Any]) -> Step:
         assert self._left is not None
         file = self._input
         assert isinstance(file, _RegularFile)
@@ -178,7 +160,7 @@ class FileSource:
         self._count(taken)
         return Step.SOME if self._left else Step.ALL
 
-    def _read_piece(self, session: SendingHalf[Any]) -> Step:
+    def _read_piece(self, session: Connection[Any]) -> Step:
         size = self._piece_size if self._left is None else min(self._piece_size, self._left)
         piece = self._input.read(size)
         if self._encode is not None and 0 < len(piece) < size:
@@ -202,7 +184,7 @@ class FileSource:
             left -= len(more)
         return b"".join(parts)
 
-    def _give_piece(self, session: SendingHalf[Any]) -> Step:
+    def _give_piece(self, session: Connection[Any]) -> Step:
         taken = session._send_now(self._pending)
         self._turn += max(taken, LEAST_OF_A_TURN)
         if taken < len(self._pending):
@@ -230,7 +212,7 @@ class FileSource:
             self._progress(self.sent, self.total)
             self.offered_at = monotonic()
 
-    def _ended_early(self, session: SendingHalf[Any]) -> PsSendError:
+    def _ended_early(self, session: Connection[Any]) -> PsSendError:
         error = PsSendError(f"{session!r}: the file ended after {self.sent} of {self.total} bytes")
         if self.begun:
             session._break_stream()

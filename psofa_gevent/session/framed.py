@@ -27,7 +27,7 @@ from psofa_gevent.hub.times import NEVER, TURN
 from psofa_gevent.settings import check_framing
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.session.sending import SendingHalf
 
 __all__ = ["NOTHING", "FramedReceiver"]
 
@@ -86,13 +86,13 @@ class FramedReceiver:
         if not (isinstance(framing, Raw) and framing.size is not None):
             self.framing = framing
 
-    def feed(self, session: PsSession[Any], data: bytes) -> None:
+    def feed(self, session: SendingHalf[Any], data: bytes) -> None:
         """More has come. All messages before were taken."""
         self._look = self._turn_look = session._messages_received + 2  # one needs no clock
         self._turn_since = 0.0
         self._messages = iter(self._decoder.feed(data))
 
-    def hand_over(self, session: PsSession[Any]) -> None:
+    def hand_over(self, session: SendingHalf[Any]) -> None:
         """Call ``on_message`` with each message that is whole."""
         try:
             while self._messages is not None and session._open:
@@ -107,7 +107,7 @@ class FramedReceiver:
             session._uncork()
         self.set_deadline(session)
 
-    def _hand_over(self, session: PsSession[Any], messages: Iterator[Any]) -> None:
+    def _hand_over(self, session: SendingHalf[Any], messages: Iterator[Any]) -> None:
         """As long as they are the messages to be handed over: a callback may go on to others.
 
         A read may have thousands of them, so one comparison tells of everything that may come in
@@ -145,13 +145,13 @@ class FramedReceiver:
         self._look = 0
         self._turn_since = 0.0
 
-    def _look_around(self, session: PsSession[Any]) -> None:
+    def _look_around(self, session: SendingHalf[Any]) -> None:
         if session._messages_received >= self._turn_look or not self._turn_since:
             self._look_at_clock(session)
         # Before anyone looks whether the session is open: another thread may close it just now.
         self._look = self._turn_look
 
-    def _look_at_clock(self, session: PsSession[Any]) -> None:
+    def _look_at_clock(self, session: SendingHalf[Any]) -> None:
         """Let others have their turn if this session's is over; plan the next look before it is.
 
         That is after one more message, two more, four more, and so on: as many as there have been,
@@ -176,7 +176,7 @@ class FramedReceiver:
             self._turn_since, self._turn_first = monotonic(), received
         self._turn_look = received + step
 
-    def take(self, session: PsSession[Any]) -> Any:
+    def take(self, session: SendingHalf[Any]) -> Any:
         """The next message, or `NOTHING`: it is not whole, or the session has closed."""
         self._look = 0  # in the middle of an ``on_message`` maybe, which handed over others
         if self._messages is not None and session._messages_received >= self._turn_look:
@@ -202,7 +202,7 @@ class FramedReceiver:
             if left:
                 self._messages = iter(self._decoder.feed(left))
 
-    def set_deadline(self, session: PsSession[Any]) -> None:
+    def set_deadline(self, session: SendingHalf[Any]) -> None:
         """A message that has begun must be whole in time, however its bytes trickle in.
 
         To be called before a wait for bytes. What callbacks take is their time, and not the peer's.
@@ -226,18 +226,18 @@ class FramedReceiver:
         elif monotonic() >= session._frame_deadline:
             self.time_out(session)
 
-    def _set_deadline(self, session: PsSession[Any], seconds: float) -> None:
+    def _set_deadline(self, session: SendingHalf[Any], seconds: float) -> None:
         session._frame_deadline = monotonic() + seconds
         if session._slice is not None:
             session._slice.due = min(session._slice.due, session._frame_deadline)
 
-    def stop_clock(self, session: PsSession[Any]) -> None:
+    def stop_clock(self, session: SendingHalf[Any]) -> None:
         """Nobody waits for the message that has begun, until the next `set_deadline`."""
         if session._frame_deadline != NEVER:
             self._left = max(session._frame_deadline - monotonic(), 0.0)
             session._frame_deadline = NEVER
 
-    def time_out(self, session: PsSession[Any]) -> None:
+    def time_out(self, session: SendingHalf[Any]) -> None:
         """The message that has begun did not come in time."""
         timeout = session._manager.settings.frame_timeout
         kept = self._decoder.kept
@@ -253,7 +253,7 @@ class FramedReceiver:
         self._decoder = _decoder(self.framing)
         return left
 
-    def end(self, session: PsSession[Any]) -> None:
+    def end(self, session: SendingHalf[Any]) -> None:
         """The peer sends no more."""
         if self._decoder.has_begun:
             text = "%r: the peer closed after %d bytes of a message"
@@ -261,7 +261,7 @@ class FramedReceiver:
             session._log_peer(kind, text, session, self._decoder.kept)
 
 
-def _fail(session: PsSession[Any], cause: Exception) -> None:
+def _fail(session: SendingHalf[Any], cause: Exception) -> None:
     session._request_close(PsCloseReason.FAILED, cause)
     session._log_peer("malformed message", "%r: malformed message: %s", session, cause)
 

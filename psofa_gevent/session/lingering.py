@@ -20,7 +20,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.net.sockopts import unacknowledged
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.session.sending import SendingHalf
 
 __all__ = ["linger"]
 
@@ -31,10 +31,8 @@ FIRST_LOOK = 0.001
 LONGEST_LOOK = 0.05
 
 
-def linger(session: PsSession[Any]) -> None:
+def linger(session: SendingHalf[Any]) -> None:
     """Let the peer take what was sent. The session's close was requested."""
-    if session._abort_asked:  # by another thread; its request is on its way
-        session._abort()
     session._uncork_without_waiting()  # of a block in another greenlet
     deadline = monotonic() + session._manager.settings.linger_timeout
     try:
@@ -52,7 +50,7 @@ def linger(session: PsSession[Any]) -> None:
         session._log(logging.DEBUG, "%r: lingering ended: %s", session, exc)
 
 
-def _sends_on(session: PsSession[Any], deadline: float) -> bool:
+def _sends_on(session: SendingHalf[Any], deadline: float) -> bool:
     """Wait for what was posted or collected, and has not left; whether there may be more of it.
 
     Also after the peer's FIN: it may have closed its half only.
@@ -70,13 +68,13 @@ def _sends_on(session: PsSession[Any], deadline: float) -> bool:
     return _lets_callbacks_finish(session)
 
 
-def _lets_callbacks_finish(session: PsSession[Any]) -> bool:
+def _lets_callbacks_finish(session: SendingHalf[Any]) -> bool:
     """Whether callbacks of other sessions send to this one, and SHUTDOWN lets them finish."""
     is_let = session._may_linger and session._reason is PsCloseReason.SHUTDOWN
     return is_let and session._send_queue is not None and session._send_queue.holds_callbacks
 
 
-def _drain(session: PsSession[Any], deadline: float) -> None:
+def _drain(session: SendingHalf[Any], deadline: float) -> None:
     """Shut down writing, then read and drop, until the peer has taken all that was sent."""
     look = FIRST_LOOK
     while not session._eof_sent:
@@ -102,7 +100,7 @@ def _drain(session: PsSession[Any], deadline: float) -> None:
         look = min(look * 2, LONGEST_LOOK)
 
 
-def _read_and_drop(session: PsSession[Any]) -> bytes | None:
+def _read_and_drop(session: SendingHalf[Any]) -> bytes | None:
     """Some of what has come; empty: the peer's FIN; ``None``: nothing is there."""
     try:
         data: bytes = session._sock.recv(DRAIN_SIZE)
@@ -111,7 +109,7 @@ def _read_and_drop(session: PsSession[Any]) -> bytes | None:
     return data
 
 
-def _wait(session: PsSession[Any], seconds: float, *, readable: bool = False) -> None:
+def _wait(session: SendingHalf[Any], seconds: float, *, readable: bool = False) -> None:
     """Wait, at most so long; ends early when the session is woken, or (`readable`) bytes come.
 
     Raises:

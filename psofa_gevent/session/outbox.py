@@ -18,15 +18,18 @@ cycle.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.enums import PsCloseReason, PsOverflow
 from psofa_gevent.errors import PsSendError
+from psofa_gevent.hub.parking import Parking
+from psofa_gevent.session.batch import Batch
 from psofa_gevent.session.buffers import Buffers
-from psofa_gevent.session.send_queue import Batch, Parking
+from psofa_gevent.session.send_queue import queue_up
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.sending import SendingHalf
+    from psofa_gevent.session.connection import Connection
     from psofa_gevent.settings import SessionSettings
 
 __all__ = ["Inbox", "Outbox"]
@@ -118,7 +121,7 @@ class Outbox:
 
     def keep(
         self,
-        session: SendingHalf[Any],
+        session: Connection[Any],
         data: bytes | memoryview,
         timeout: float | None,
         *,
@@ -143,7 +146,7 @@ class Outbox:
         buffers = Buffers(data, droppable=droppable and drops_oldest, must_stay=must_stay)
         self._queue_up(session, buffers, timeout, droppable=droppable)
 
-    def post(self, session: SendingHalf[Any], data: bytes | memoryview, *, begun: bool) -> bool:
+    def post(self, session: Connection[Any], data: bytes | memoryview, *, begun: bool) -> bool:
         """Send `data` after all that waits now, if there is room for it; whether it was taken."""
         if not data:
             return True
@@ -154,7 +157,7 @@ class Outbox:
             wanted += self.inbox.weight
         if wanted > 0 and not begun and self._batches:
             if settings.overflow is PsOverflow.CLOSE:
-                self._overflow(session, self.size + self.inbox.size, len(data))
+                self.overflow(session, self.size + self.inbox.size, len(data))
                 return False
             if not drops_oldest or not self._make_room(wanted):
                 self._dropped += 1
@@ -162,22 +165,21 @@ class Outbox:
         self.keep(session, data, None, begun=begun, droppable=True)
         return True
 
-    def take_inbox(self, session: SendingHalf[Any]) -> None:
-        """Send what other threads have posted, after all that waits now."""
-        with session._manager.thread.lock:
+    def empty_inbox(self, lock: AbstractContextManager[object]) -> tuple[Buffers | None, int, int]:
+        """Take what other threads have posted out of the inbox.
+
+        Returns:
+            The messages, if there are any; bytes of the post that was too much, or 0; and bytes
+            that waited then, in the inbox and the queue.
+        """
+        with lock:
             inbox = self.inbox
             size, refused = self.size + inbox.size, inbox.refused
             buffers, inbox.buffers, inbox.refused = inbox.buffers, None, 0
-        if session._refuses_posts():
-            return
-        if refused:
-            self._overflow(session, size, refused)
-        elif buffers is not None:
-            self._send_on(session, buffers)
+        return buffers, refused, size
 
-    def _send_on(self, session: SendingHalf[Any], buffers: Buffers) -> None:
-        if session._cork is not None:
-            session._keep_collected()
+    def send_on(self, session: Connection[Any], buffers: Buffers) -> None:
+        """Send what came out of the inbox, after all that waits now."""
         if session._send_queue is None:
             try:
                 buffers.give(session)  # most often the kernel takes all
@@ -197,7 +199,7 @@ class Outbox:
             self._queue_up(session, buffers, None, droppable=True)
 
     def _last_like(
-        self, session: SendingHalf[Any], timeout: float | None, *, droppable: bool
+        self, session: Connection[Any], timeout: float | None, *, droppable: bool
     ) -> Batch | None:
         """The last batch, if one more message may become a part of it."""
         if not self._batches or session._send_queue is None:
@@ -208,7 +210,7 @@ class Outbox:
 
     def _queue_up(
         self,
-        session: SendingHalf[Any],
+        session: Connection[Any],
         buffers: Buffers,
         timeout: float | None,
         *,
@@ -216,7 +218,7 @@ class Outbox:
     ) -> None:
         batch = Batch(session._loop, buffers, timeout, droppable=droppable)
         self._batches.append(batch)
-        batch.start(session._queue_up(buffers, timeout, batch, begun=True), self._stepped)
+        batch.start(queue_up(session, buffers, timeout, batch, begun=True), self._stepped)
 
     def _make_room(self, wanted: int) -> bool:
         """Drop the oldest for `wanted` bytes, or all that wait; if neither is enough, nothing."""
@@ -236,7 +238,8 @@ class Outbox:
                 dropped += weight
         return dropped
 
-    def _overflow(self, session: SendingHalf[Any], waiting: int, size: int) -> None:
+    def overflow(self, session: Connection[Any], waiting: int, size: int) -> None:
+        """Close `session`: `size` bytes more than the `waiting` ones are beyond ``high_water``."""
         error = PsSendError(
             f"{session!r}: {waiting} bytes wait for the peer, and {size} more are beyond "
             f"high_water={session._manager.settings.high_water}"
@@ -247,7 +250,7 @@ class Outbox:
             batch.buffers.clear()
         session._log_peer("more posts than high_water wait", "%s", error)
 
-    async def wait(self, session: SendingHalf[Any], parking: Parking, *, in_callback: bool) -> None:
+    async def wait(self, session: Connection[Any], parking: Parking, *, in_callback: bool) -> None:
         """Wait until all that is kept now has left. It leaves also if the wait is broken off.
 
         There must be something, and the last of it must not be droppable.

@@ -20,38 +20,34 @@ What a sender sends is a `Source` (`psofa_gevent.session.buffers`): `Buffers` of
 (`psofa_gevent.session.files`), which gives the session some of it whenever it is its turn.
 
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
-is the `Parking` that it awaits: `GreenletParking` switches to the hub and never suspends the
-coroutine, `TaskParking` awaits a future, and a `Batch` is resumed by the hub.
+is the `Parking` that it awaits (`psofa_gevent.hub.parking`). The hub resumes that of a `Batch`
+(`psofa_gevent.session.batch`).
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from gevent import get_hub, getcurrent
+from gevent import getcurrent
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import release, unwatch, watch
+from psofa_gevent.hub.greenlets import sends_to_the_end
+from psofa_gevent.hub.parking import Parking
 from psofa_gevent.net.sockopts import unacknowledged
+from psofa_gevent.session.batch import Batch
 from psofa_gevent.session.buffers import Buffers, Source, Step
+from psofa_gevent.settings import DEFAULT, Default
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.sending import SendingHalf
+    from psofa_gevent.session.connection import Connection
 
-__all__ = [
-    "Batch",
-    "GreenletParking",
-    "Parking",
-    "SendQueue",
-    "TaskParking",
-    "run_in_greenlet",
-]
+__all__ = ["SendQueue", "queue_up"]
 
 WRITE = 2
 """The event mask of gevent's io watchers (libev's EV_WRITE)."""
@@ -61,168 +57,6 @@ LONGEST_SAMPLE = 1.0
 """Seconds between two looks at most, for a long timeout."""
 SHORTEST_SAMPLE = 0.001
 """Seconds between two looks at least: a timeout of zero must not spin."""
-
-
-class Parking(Protocol):
-    """A place to wait: awaited by one sender, woken by anyone in the hub's thread.
-
-    A wake-up when nobody waits is lost, and one may come without a cause: look, then wait again.
-    """
-
-    def __await__(self) -> Generator[Any, None, None]: ...
-
-    def wake(self) -> bool:
-        """Let the sender go on, soon; false when it never can any more. Does not switch."""
-
-
-class GreenletParking:
-    """Waits by switching to the hub."""
-
-    __slots__ = ("_greenlet", "_hub", "_is_woken")
-
-    def __init__(self) -> None:
-        self._hub = get_hub()
-        self._greenlet: Any = None
-        self._is_woken = False
-        """Whether a switch is on its way: another one would end the next wait."""
-
-    def __await__(self) -> Generator[Any, None, None]:
-        self._greenlet = getcurrent()
-        try:
-            self._hub.switch()
-        finally:
-            self._greenlet = None
-        yield from ()
-
-    def wake(self) -> bool:
-        """Switch back, soon."""
-        if self._greenlet is not None and not self._is_woken:
-            self._is_woken = True
-            self._hub.loop.run_callback(self._switch)
-        return True
-
-    def _switch(self) -> None:
-        self._is_woken = False
-        # Since the wake-up the greenlet may have gone on, and wait for something else now.
-        if self._greenlet is not None:
-            self._greenlet.switch()
-
-
-class TaskParking:
-    """Waits by awaiting a future of the running asyncio loop, in the hub's thread."""
-
-    __slots__ = ("_future", "_loop")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[None] | None = None
-
-    def __await__(self) -> Generator[Any, None, None]:
-        self._future = self._loop.create_future()
-        try:
-            yield from self._future
-        finally:
-            self._future = None
-
-    def wake(self) -> bool:
-        """Resolve the future, soon; false when its loop was closed."""
-        if self._future is not None:
-            try:
-                # The loop may be another one than the hub's: then only this call wakes it.
-                self._loop.call_soon_threadsafe(_resolve, self._future)
-            except RuntimeError:
-                return False
-        return True
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-class Batch:
-    """Messages that nobody waits for, in line together: their own parking, resumed by the hub."""
-
-    __slots__ = (
-        "_coroutine",
-        "_loop",
-        "_stepped",
-        "_waits",
-        "buffers",
-        "droppable",
-        "has_ended",
-        "timeout",
-    )
-
-    def __init__(
-        self, loop: Any, buffers: Buffers, timeout: float | None, *, droppable: bool
-    ) -> None:
-        self._loop = loop
-        self.buffers = buffers
-        self.timeout = timeout
-        self.droppable = droppable
-        self._coroutine: Coroutine[Any, None, None] | None = None
-        self._stepped: Callable[[Batch], None] | None = None
-        self._waits = False
-        self.has_ended = False
-        """All of it has left, or never will."""
-
-    def start(
-        self, coroutine: Coroutine[Any, None, None], stepped: Callable[[Batch], None]
-    ) -> None:
-        """Begin to send, in any greenlet of the hub's thread. Does not switch.
-
-        Args:
-            coroutine: what sends the buffers, with this as its parking.
-            stepped: called when some of them may have left, and at the end.
-        """
-        self._coroutine = coroutine
-        self._stepped = stepped
-        self._waits = True
-        self._go_on()
-
-    def __await__(self) -> Generator[Any, None, None]:
-        self._waits = True
-        yield
-
-    def wake(self) -> bool:
-        """Go on, soon."""
-        if self._waits:
-            self._loop.run_callback(self._go_on)
-        return True
-
-    def _go_on(self) -> None:
-        # Since the wake-up it may have gone on, or ended.
-        if self._coroutine is None or not self._waits:
-            return
-        self._waits = False
-        try:
-            self._coroutine.send(None)
-        except (StopIteration, PsSendError):
-            # Whatever was wrong has closed the session, which has the reason.
-            self._end()
-        except BaseException:
-            self._end()
-            raise
-        finally:
-            if self._stepped is not None:
-                self._stepped(self)
-
-    def _end(self) -> None:
-        self._coroutine = None
-        self.buffers.clear()
-        self.has_ended = True
-
-
-def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
-    """Run a coroutine that waits in a `GreenletParking` only, in the calling greenlet."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    finally:
-        coroutine.close()
-    raise RuntimeError("the coroutine suspended outside its parking")
 
 
 class _Sender:
@@ -259,7 +93,7 @@ class SendQueue:
         "_watcher",
     )
 
-    def __init__(self, session: SendingHalf[Any]) -> None:
+    def __init__(self, session: Connection[Any]) -> None:
         self._session = session
         self._senders: deque[_Sender] = deque()
         self._progress_at = monotonic()
@@ -445,3 +279,27 @@ class SendQueue:
             self._leave(holder)
 
         return release
+
+
+def queue_up(
+    session: Connection[Any],
+    source: Source,
+    timeout: float | Default | None,
+    parking: Parking,
+    *,
+    begun: bool,
+) -> Coroutine[Any, Any, None]:
+    """Send `source` after all senders of `session` that wait now: the coroutine to run.
+
+    Arguments as of `SendQueue.send`; by default `timeout` is the owner's ``send_timeout``.
+    """
+    queue: SendQueue | None = session._send_queue
+    if queue is None:
+        queue = session._send_queue = SendQueue(session)
+    return queue.send(
+        source,
+        session._manager.settings.send_timeout if timeout is DEFAULT else timeout,
+        parking,
+        begun=begun,
+        in_callback=sends_to_the_end(),
+    )

@@ -14,42 +14,27 @@ hub's thread. Only a send that has to wait switches, and what a user gave for a 
 
 from __future__ import annotations
 
-import _socket
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Coroutine, Generator, Iterator
-from contextvars import Context
-from typing import TYPE_CHECKING, Any, Generic, NoReturn
+from collections.abc import Generator, Iterator
+from typing import Any, NoReturn
 
 from psofa_gevent.checks import check_seconds
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.hub.forking import unwatch, watch
 from psofa_gevent.hub.greenlets import may_wait, sends_to_the_end
-from psofa_gevent.hub.logs import log
+from psofa_gevent.hub.parking import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.hub.thread import get_ident
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
-from psofa_gevent.session.buffers import Block, Buffers, Source
-from psofa_gevent.session.files import REFUSALS, File, FileSource, Progress
+from psofa_gevent.session.buffers import Buffers, Source
+from psofa_gevent.session.connection import Connection
+from psofa_gevent.session.files import File, FileSource, Progress
 from psofa_gevent.session.outbox import Outbox
-from psofa_gevent.session.send_queue import (
-    GreenletParking,
-    Parking,
-    SendQueue,
-    TaskParking,
-    run_in_greenlet,
-)
+from psofa_gevent.session.send_queue import SendQueue, queue_up
 from psofa_gevent.settings import DEFAULT, Default
-from psofa_gevent.tls.socket import TlsSocket
-
-if TYPE_CHECKING:
-    from psofa_gevent.session.session import Host
 
 __all__ = ["SendingHalf"]
 
-SHUT_AGAIN = 0.02
-"""Seconds after which a full kernel is asked again to take the end of a TLS stream."""
 PIECE_SIZE = 65_536
 """Bytes of a file that are read at a time, where the kernel can't send it by itself."""
 CORK_SIZE = 65_536
@@ -58,85 +43,13 @@ COLLECTED = 48
 """Bytes that each message counts then beside its own: what a bytes object in a list takes."""
 
 
-class SendingHalf(Generic[M]):
-    """What of a session sends. `PsSession` adds how it lives, and how it closes."""
+class SendingHalf(Connection[M]):
+    """The half of a session that sends."""
 
-    __slots__ = (
-        "_asked_reason",
-        "_bytes_sent",
-        "_cork",
-        "_cork_has_posts",
-        "_corked_size",
-        "_encode",
-        "_eof_received",
-        "_eof_requested",
-        "_eof_sent",
-        "_is_broken",
-        "_loop",
-        "_manager",
-        "_open",
-        "_outbox",
-        "_reason",
-        "_released",
-        "_send_queue",
-        "_shuts_later",
-        "_sock",
-        "_thread_ident",
-    )
+    __slots__ = ()
 
-    def __init__(self, host: Host, sock: _socket.socket | TlsSocket) -> None:
-        self._manager = host
-        self._thread_ident = host.thread.ident
-        self._loop = host.thread.loop
-        self._sock: Any = sock
-        self._open = True
-        self._released = False
-        self._reason = PsCloseReason.NONE
-        self._asked_reason = PsCloseReason.NONE
-        """What another thread has asked for, whose request may be on its way."""
-        self._eof_requested = False
-        self._eof_sent = False
-        self._shuts_later = False
-        self._eof_received = False
-        self._bytes_sent = 0
-        self._is_broken = False
-        """A message broke off in its middle: nothing may follow it."""
-        self._send_queue: SendQueue | None = None
-        self._cork: list[bytes] | None = None
-        """What was sent while corked; None: the session is not."""
-        self._corked_size = 0
-        """Bytes that this takes."""
-        self._cork_has_posts = False
-        """Whether posts are among it: then it leaves without waiting."""
-        self._outbox: Outbox | None = None
-        """What was taken for sending, and nobody waits for."""
-        framing = host.settings.framing
-        self._encode: Callable[[Any], bytes] | None = None if framing is None else framing.encode
-
-    _abort_asked: bool
-    """Whether another thread has asked for an abort, which is on its way."""
-
-    def _request_close(
-        self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
-    ) -> None:
-        raise NotImplementedError
-
-    def _wake(self) -> None:
-        raise NotImplementedError
-
-    _context: Context | None
-    """The context variables of the session."""
-
-    def _log(
-        self, level: int, message: str, *args: object, exc_info: BaseException | None = None
-    ) -> None:
-        """Log about the session, in its context: `psofa_gevent.hub.logs.log`."""
-        log(level, message, *args, exc_info=exc_info, context=self._context, stacklevel=2)
-
-    def _log_peer(self, kind: str, message: str, *args: object) -> None:
-        """Log what the peer did: `PeerLog.tell`."""
-        host = self._manager
-        host.peer_log.tell(host.owner, kind, message, *args, context=self._context, stacklevel=2)
+    _send_queue: SendQueue | None
+    _outbox: Outbox | None
 
     def send(  # noqa: C901 - each call more would be felt
         self,
@@ -198,7 +111,7 @@ class SendingHalf(Generic[M]):
         if not may_wait():
             self._refuse_to_wait(begun=begun)
         rest = Buffers(memoryview(data)[sent:])
-        run_in_greenlet(self._queue_up(rest, timeout, GreenletParking(), begun=begun))
+        run_in_greenlet(queue_up(self, rest, timeout, GreenletParking(), begun=begun))
 
     async def send_async(
         self,
@@ -236,7 +149,7 @@ class SendingHalf(Generic[M]):
                 return
             begun = sent > 0 or self._half_sent > 0
         rest = Buffers(memoryview(data)[sent:])
-        await self._queue_up(rest, timeout, TaskParking(), begun=begun)
+        await queue_up(self, rest, timeout, TaskParking(), begun=begun)
 
     def post(self, message: M | Message, *, raw: bool = False) -> bool:
         """Send a message without ever waiting: what the kernel does not take now leaves later.
@@ -277,15 +190,28 @@ class SendingHalf(Generic[M]):
         if not self._open:
             return False
         outbox = self._get_outbox()
-        host = self._manager
-        with host.thread.lock:
+        manager = self._manager
+        with manager.thread.lock:
             # The hub is called in here: another thread, which need not call it for what it posts
             # now, may ask for a close next.
             comes = outbox.inbox.buffers is not None or outbox.inbox.refused > 0
-            is_taken = outbox.inbox.put(data, host.settings, outbox.weight)
+            is_taken = outbox.inbox.put(data, manager.settings, outbox.weight)
             if not comes and (outbox.inbox.buffers is not None or outbox.inbox.refused):
-                host.thread.call_soon(outbox.take_inbox, self)
+                manager.thread.call_soon(self._take_inbox)
         return is_taken
+
+    def _take_inbox(self) -> None:
+        """Send what other threads have posted, after all that waits now. In the hub."""
+        outbox = self._get_outbox()
+        buffers, refused, size = outbox.empty_inbox(self._manager.thread.lock)
+        if self._refuses_posts():
+            return
+        if refused:
+            outbox.overflow(self, size, refused)
+        elif buffers is not None:
+            if self._cork is not None:
+                self._keep_collected()
+            outbox.send_on(self, buffers)
 
     def _get_outbox(self) -> Outbox:
         if self._outbox is None:
@@ -419,7 +345,7 @@ class SendingHalf(Generic[M]):
                 self._check_new_send()
                 if self._cork is not None:
                     self._keep_collected()
-                await self._queue_up(source, timeout, TaskParking(), begun=False)
+                await queue_up(self, source, timeout, TaskParking(), begun=False)
             else:
                 self._check_sending(in_callback=False)
                 if not await self._manager.thread.run_async(
@@ -459,7 +385,7 @@ class SendingHalf(Generic[M]):
             parking = _Refusal(self, source)
         if self._cork is not None:
             self._keep_collected()
-        run_in_greenlet(self._queue_up(source, timeout, parking, begun=False))
+        run_in_greenlet(queue_up(self, source, timeout, parking, begun=False))
 
     @property
     def pending_bytes(self) -> int:
@@ -607,86 +533,6 @@ class SendingHalf(Generic[M]):
             self._eof_requested = True
             self._shut_writing()
 
-    def _send_now(self, data: Block) -> int:
-        """Give the kernel what it takes of `data` now; return how many bytes that were."""
-        try:
-            sent: int = self._sock.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError as exc:
-            self._send_failed(exc)
-        self._bytes_sent += sent
-        return sent
-
-    def _send_file_now(self, descriptor: int, offset: int, count: int) -> int | None:
-        """Give the kernel what it takes of a file now: how many bytes that were; 0 at its end.
-
-        Returns:
-            None: it takes nothing now.
-
-        Raises:
-            OSError: the kernel can't do that. Nothing has left.
-        """
-        try:
-            sent = os.sendfile(self._sock.fileno(), descriptor, offset, count)
-        except BlockingIOError:
-            return None
-        except OSError as exc:
-            if exc.errno in REFUSALS:
-                raise
-            self._send_failed(exc)
-        self._bytes_sent += sent
-        return sent
-
-    def _send_failed(self, exc: OSError) -> NoReturn:
-        self._request_close(PsCloseReason.FAILED, exc, linger=False)
-        raise PsSendError(f"{self!r}: send failed: {exc}") from exc
-
-    @property
-    def _wire_sent(self) -> int:
-        """Bytes that the kernel took, as they are on the wire."""
-        return self._sock.wire_sent if type(self._sock) is TlsSocket else self._bytes_sent
-
-    def _shut_socket(self) -> None:
-        """Send no more: with TLS the peer is told that it got all, if it did.
-
-        Raises:
-            BlockingIOError: the kernel does not take that now.
-            OSError: the connection is gone.
-        """
-        is_complete = not (self._is_broken or self._half_sent or self._send_queue is not None)
-        has_failed = self._reason is PsCloseReason.FAILED
-        if type(self._sock) is TlsSocket and is_complete and not has_failed:
-            self._sock.close_notify()
-        self._eof_sent = True
-        self._sock.shutdown(_socket.SHUT_WR)
-
-    @property
-    def _half_sent(self) -> int:
-        """Bytes of the message that is on its way, and counts as not sent, but can't be another."""
-        return self._sock.half_sent if type(self._sock) is TlsSocket else 0
-
-    def _check_new_send(self) -> None:
-        """Raise `PsSendError` where no send may begin."""
-        self._check_sending(in_callback=sends_to_the_end())
-        if self._eof_requested:
-            raise PsSendError(f"{self!r}: send after send_eof")
-
-    def _check_sending(self, *, in_callback: bool, is_batch: bool = False) -> None:
-        """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
-        if self._open:
-            return
-        goes_on = is_batch or (in_callback and self._reason is PsCloseReason.SHUTDOWN)
-        if self._released or self._eof_sent or self._is_broken or not goes_on:
-            raise PsSendError(f"{self!r}: the session is closed")
-
-    def _break_stream(self) -> None:
-        """A message broke off in its middle: let nothing follow it, until the session has ended."""
-        if not self._is_broken:
-            self._is_broken = True
-            if self._send_queue is not None:
-                self._send_queue.interrupt()
-
     def _refuse_to_wait(self, *, begun: bool, instead: str = "send_async") -> NoReturn:
         error = PsSendError(
             f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
@@ -697,25 +543,6 @@ class SendingHalf(Generic[M]):
             self._request_close(PsCloseReason.FAILED, error)
             self._log(logging.ERROR, "%s; a part of the message had left", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
-
-    def _queue_up(
-        self,
-        source: Source,
-        timeout: float | Default | None,
-        parking: Parking,
-        *,
-        begun: bool,
-    ) -> Coroutine[Any, Any, None]:
-        """Join the line of those who wait, with what is left of a message, or of several."""
-        if self._send_queue is None:
-            self._send_queue = SendQueue(self)
-        return self._send_queue.send(
-            source,
-            self._manager.settings.send_timeout if timeout is DEFAULT else timeout,
-            parking,
-            begun=begun,
-            in_callback=sends_to_the_end(),
-        )
 
     def _send_bytes(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
         self.send(data, timeout, raw=True)
@@ -735,40 +562,6 @@ class SendingHalf(Generic[M]):
             lambda: self._released, self._send_bytes, data, timeout
         ):
             raise PsSendError(f"{self!r}: the session is closed")
-
-    def _send_queue_is_empty(self, line: SendQueue) -> None:
-        """The last sender left: no more line, and what waited for that goes on."""
-        if self._send_queue is line:
-            self._send_queue = None
-            if self._eof_requested:
-                self._shut_writing()
-            if not self._open:
-                self._wake()
-
-    def _shut_writing(self) -> None:
-        if self._send_queue is not None or self._eof_sent or self._released:
-            return
-        try:
-            self._shut_socket()
-        except BlockingIOError:
-            self._shut_later()
-            return
-        except OSError as exc:
-            self._request_close(PsCloseReason.FAILED, exc, linger=False)
-            return
-        if self._eof_received:
-            self._request_close(PsCloseReason.PEER_CLOSE)
-
-    def _shut_later(self) -> None:
-        def shut() -> None:
-            unwatch(timer)
-            self._shuts_later = False
-            self._shut_writing()
-
-        if not self._shuts_later:
-            self._shuts_later = True
-            timer = watch(self._loop.timer(SHUT_AGAIN, ref=False))
-            timer.start(shut)
 
 
 class _Refusal:

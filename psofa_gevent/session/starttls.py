@@ -22,12 +22,13 @@ from psofa_gevent.checks import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
 from psofa_gevent.hub.forking import unwatch, watch
+from psofa_gevent.hub.parking import Parking, TaskParking, run_in_greenlet
 from psofa_gevent.hub.times import NEVER, SHORTEST_TIMER
-from psofa_gevent.session.send_queue import Parking, SendQueue, TaskParking, run_in_greenlet
+from psofa_gevent.session.send_queue import SendQueue
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.session.receiving import ReceivingHalf
 
 __all__ = ["Handshake", "SessionParking", "begin_tls", "begin_tls_async", "wait_for_peer"]
 
@@ -40,7 +41,7 @@ class SessionParking:
 
     __slots__ = ("_session",)
 
-    def __init__(self, session: PsSession[Any]) -> None:
+    def __init__(self, session: ReceivingHalf[Any]) -> None:
         self._session = session
 
     def __await__(self) -> Generator[Any, None, None]:
@@ -83,7 +84,7 @@ class Handshake:
         deadline = NEVER if timeout is None else monotonic() + timeout
         return cls(ssl_context, deadline, server_side, server_hostname)
 
-    async def shake_hands(self, session: PsSession[Any], parking: Parking) -> None:
+    async def shake_hands(self, session: ReceivingHalf[Any], parking: Parking) -> None:
         """Go over to TLS. Waits for the peer there.
 
         Raises:
@@ -107,9 +108,9 @@ class Handshake:
                 return
 
 
-def begin_tls(session: PsSession[Any], handshake: Handshake) -> None:
+def begin_tls(session: ReceivingHalf[Any], handshake: Handshake) -> None:
     """Go over to TLS in the middle of a session: see `PsSession.start_tls`."""
-    if getcurrent() is not session._greenlet or session._waiting_since:
+    if getcurrent() is not session.greenlet or session.waiting_since:
         raise RuntimeError(
             f"{session!r}: start_tls must be called in a sync callback of the session "
             "(start_tls_async in an async one)"
@@ -119,7 +120,7 @@ def begin_tls(session: PsSession[Any], handshake: Handshake) -> None:
     run_in_greenlet(_go_over(session, handshake, SessionParking(session)))
 
 
-async def begin_tls_async(session: PsSession[Any], handshake: Handshake) -> None:
+async def begin_tls_async(session: ReceivingHalf[Any], handshake: Handshake) -> None:
     """Go over to TLS in an async callback: see `PsSession.start_tls_async`.
 
     The session's own greenlet waits for that callback, and leaves the read watcher alone.
@@ -133,24 +134,24 @@ async def begin_tls_async(session: PsSession[Any], handshake: Handshake) -> None
     await _go_over(session, handshake, TaskParking())
 
 
-def _is_awaited_by(session: PsSession[Any]) -> bool:
+def _is_awaited_by(session: ReceivingHalf[Any]) -> bool:
     """Whether the running task is that of a callback of `session`.
 
     (Its error keeps the frames that it came through, so none of those may keep the task.)
     """
     task = asyncio.current_task()
     waiting = None if task is None else greenlet_that_waits(task)
-    return waiting is not None and waiting is session._greenlet
+    return waiting is not None and waiting is session.greenlet
 
 
-def _check_is_plain(session: PsSession[Any]) -> None:
+def _check_is_plain(session: ReceivingHalf[Any]) -> None:
     if session._tls is not None:
         raise RuntimeError(f"{session!r} has TLS already")
 
 
-async def _go_over(session: PsSession[Any], handshake: Handshake, parking: Parking) -> None:
+async def _go_over(session: ReceivingHalf[Any], handshake: Handshake, parking: Parking) -> None:
     """What both do, and where it waits."""
-    session._stop_watching()  # it is watched for the handshake now
+    session.stop_watching()  # it is watched for the handshake now
     try:
         while session._send_queue is not None and session._open:
             await wait_for_peer(session, handshake.deadline, parking, writes=True)  # sent before
@@ -168,7 +169,7 @@ async def _go_over(session: PsSession[Any], handshake: Handshake, parking: Parki
         raise _failed(session, PsTlsError(error)) from exc
 
 
-def _failed(session: PsSession[Any], error: PsTlsError) -> PsTlsError:
+def _failed(session: ReceivingHalf[Any], error: PsTlsError) -> PsTlsError:
     """Close the session with `error`, unless it is closed, and return it, to be raised.
 
     In the frame that raises it, a name for it would be a cycle.
@@ -180,7 +181,7 @@ def _failed(session: PsSession[Any], error: PsTlsError) -> PsTlsError:
 
 
 @contextlib.contextmanager
-def _holding_senders(session: PsSession[Any], parking: Parking) -> Iterator[None]:
+def _holding_senders(session: ReceivingHalf[Any], parking: Parking) -> Iterator[None]:
     """What others send in the block waits for its end: it must not leave unencrypted.
 
     A close wakes `parking`, as it wakes all senders. If the block fails nothing is sent any more,
@@ -200,7 +201,7 @@ def _holding_senders(session: PsSession[Any], parking: Parking) -> Iterator[None
 
 
 async def wait_for_peer(
-    session: PsSession[Any], deadline: float, parking: Parking, *, writes: bool
+    session: ReceivingHalf[Any], deadline: float, parking: Parking, *, writes: bool
 ) -> None:
     """Wait until something may have come; with `writes`, until something may leave.
 
@@ -227,6 +228,6 @@ async def wait_for_peer(
         raise ConnectionAbortedError("the session was closed meanwhile")
 
 
-def _become_readable(session: PsSession[Any], parking: Parking) -> None:
+def _become_readable(session: ReceivingHalf[Any], parking: Parking) -> None:
     session._watcher.stop()  # it would tell of it again until someone reads
     parking.wake()

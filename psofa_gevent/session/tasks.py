@@ -25,7 +25,7 @@ from psofa_gevent.hub.greenlets import LibraryGreenlet, SessionTask
 if TYPE_CHECKING:
     from gevent import Greenlet
 
-    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.session.connection import Connection
 
 __all__ = ["TaskReaper", "kill_tasks", "spawn_task"]
 
@@ -35,7 +35,7 @@ LOUD_AFTER = 5
 """Kills after which that is worth a record in the log."""
 
 
-def spawn_task(session: PsSession[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
+def spawn_task(session: Connection[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
     """Run `function` in a greenlet that belongs to `session`, soon. Does not switch."""
     greenlet = SessionTask(partial(_run, session, function))
     greenlet.gr_context = session._context
@@ -48,7 +48,7 @@ def spawn_task(session: PsSession[Any], function: Callable[[], object]) -> Green
     return greenlet
 
 
-def kill_tasks(session: PsSession[Any]) -> None:
+def kill_tasks(session: Connection[Any]) -> None:
     """Ask all of it to end. Does not switch."""
     for greenlet in list(session._tasks or ()):
         greenlet.kill(block=False)
@@ -60,7 +60,7 @@ class TaskReaper:
     It may have swallowed the first kill.
     """
 
-    def __init__(self, session: PsSession[Any], all_ended: Callable[[], object]) -> None:
+    def __init__(self, session: Connection[Any], all_ended: Callable[[], object]) -> None:
         """Begin. In the hub's thread; does not switch.
 
         Args:
@@ -102,7 +102,7 @@ class TaskReaper:
         self.stop()
 
 
-def _run(session: PsSession[Any], function: Callable[[], object]) -> Any:
+def _run(session: Connection[Any], function: Callable[[], object]) -> Any:
     try:
         result = function()
         if asyncio.iscoroutine(result):
@@ -115,7 +115,7 @@ def _run(session: PsSession[Any], function: Callable[[], object]) -> Any:
         return None
 
 
-def _ended(session: PsSession[Any], greenlet: LibraryGreenlet) -> None:
+def _ended(session: Connection[Any], greenlet: LibraryGreenlet) -> None:
     work = session._tasks
     if work is not None:
         work.discard(greenlet)

@@ -1,0 +1,104 @@
+"""Places to wait: where a greenlet and an asyncio task that waits differ.
+
+An algorithm that may wait in either is one coroutine, which awaits a `Parking`. `GreenletParking`
+switches to the hub and never suspends the coroutine, `TaskParking` awaits a future. Whoever wakes a
+parking does it in the hub's thread, and that does not switch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from typing import Any, Protocol
+
+from gevent import get_hub, getcurrent
+
+__all__ = ["GreenletParking", "Parking", "TaskParking", "run_in_greenlet"]
+
+
+class Parking(Protocol):
+    """A place to wait: awaited by one sender, woken by anyone in the hub's thread.
+
+    A wake-up when nobody waits is lost, and one may come without a cause: look, then wait again.
+    """
+
+    def __await__(self) -> Generator[Any, None, None]: ...
+
+    def wake(self) -> bool:
+        """Let the sender go on, soon; false when it never can any more. Does not switch."""
+
+
+class GreenletParking:
+    """Waits by switching to the hub."""
+
+    __slots__ = ("_greenlet", "_hub", "_is_woken")
+
+    def __init__(self) -> None:
+        self._hub = get_hub()
+        self._greenlet: Any = None
+        self._is_woken = False
+        """Whether a switch is on its way: another one would end the next wait."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._greenlet = getcurrent()
+        try:
+            self._hub.switch()
+        finally:
+            self._greenlet = None
+        yield from ()
+
+    def wake(self) -> bool:
+        """Switch back, soon."""
+        if self._greenlet is not None and not self._is_woken:
+            self._is_woken = True
+            self._hub.loop.run_callback(self._switch)
+        return True
+
+    def _switch(self) -> None:
+        self._is_woken = False
+        # Since the wake-up the greenlet may have gone on, and wait for something else now.
+        if self._greenlet is not None:
+            self._greenlet.switch()
+
+
+class TaskParking:
+    """Waits by awaiting a future of the running asyncio loop, in the hub's thread."""
+
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] | None = None
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._future = self._loop.create_future()
+        try:
+            yield from self._future
+        finally:
+            self._future = None
+
+    def wake(self) -> bool:
+        """Resolve the future, soon; false when its loop was closed."""
+        if self._future is not None:
+            try:
+                # The loop may be another one than the hub's: then only this call wakes it.
+                self._loop.call_soon_threadsafe(_resolve, self._future)
+            except RuntimeError:
+                return False
+        return True
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
+    """Run a coroutine that waits in a `GreenletParking` only, in the calling greenlet."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    finally:
+        coroutine.close()
+    raise RuntimeError("the coroutine suspended outside its parking")
