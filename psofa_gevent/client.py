@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_seconds
 from psofa_gevent.connecting.connector import ConnectingOwner
 from psofa_gevent.connecting.reconnect import Link, PsReconnect
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
@@ -16,7 +17,7 @@ from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings, check_seconds
+from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings
 
 __all__ = ["PsClient"]
 

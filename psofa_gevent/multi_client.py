@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_instance, check_seconds
 from psofa_gevent.connecting.connector import ConnectingOwner
 from psofa_gevent.connecting.reconnect import Link, PsReconnect
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
@@ -20,13 +21,7 @@ from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import set_options
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import (
-    Heartbeat,
-    SessionKeywords,
-    SessionSettings,
-    check_instance,
-    check_seconds,
-)
+from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 

@@ -15,6 +15,7 @@ import gevent
 from gevent import getcurrent
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import MAX_BUFFER, check_bool, check_int, check_seconds, check_ssl_context
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
@@ -40,16 +41,7 @@ from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint
 from psofa_gevent.owner.base import SessionOwner
 from psofa_gevent.owner.manager import SessionManager
-from psofa_gevent.settings import (
-    MAX_BUFFER,
-    Heartbeat,
-    SessionKeywords,
-    SessionSettings,
-    check_bool,
-    check_int,
-    check_seconds,
-    check_ssl_context,
-)
+from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings
 
 if TYPE_CHECKING:
     from gevent.hub import Hub

@@ -24,9 +24,9 @@ from typing import NoReturn, TypeVar
 import gevent
 
 from psofa_gevent import __version__
+from psofa_gevent.checks import LONGEST_TIME
 from psofa_gevent.cli import demo, serve
 from psofa_gevent.errors import PsServerError
-from psofa_gevent.settings import LONGEST_TIME
 
 __all__ = ["main"]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gevent import Timeout, get_hub, getcurrent, socket
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_hostname, check_instance, check_ssl_context
 from psofa_gevent.connecting.reconnect import Link, PsReconnect, check_reconnect
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
@@ -38,12 +39,7 @@ from psofa_gevent.net.sockopts import end, set_options
 from psofa_gevent.owner.base import SessionOwner
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import (
-    SessionSettings,
-    check_hostname,
-    check_instance,
-    check_ssl_context,
-)
+from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:

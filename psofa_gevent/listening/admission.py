@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit
 
+from psofa_gevent.checks import MAX_BUFFER, check_bool, check_int
 from psofa_gevent.enums import PsCloseReason, PsRefusal
 from psofa_gevent.hub.logs import PeerLog
 from psofa_gevent.listening.farewell import LONGEST_FAREWELL, Farewells, say
 from psofa_gevent.listening.networks import Networks, peer_address
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint, end, endpoint
-from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, cast
 from weakref import WeakValueDictionary
 
 from psofa_gevent.callback import PsCallback, check_callback
+from psofa_gevent.checks import check_instance, check_seconds
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.group import PsGroup, post_to_all
 from psofa_gevent.hub.forking import track
@@ -27,7 +28,7 @@ from psofa_gevent.owner.keys import Keys
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.owner.shutdown import Stop
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
+from psofa_gevent.settings import SessionSettings
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
