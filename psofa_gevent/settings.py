@@ -355,8 +355,9 @@ class SessionSettings:
         default=PsOverflow.CLOSE,
         metadata=about(
             check=partial(check_instance, kind=PsOverflow),
-            what="what happens to a post beyond `high_water`",
-            trades="close the session with `FAILED`, or drop the newest or the oldest messages",
+            what="what happens to a post beyond `high_water`: close the session with `FAILED`, or "
+            "drop the newest message, or the oldest ones",
+            trades="closing costs the peer its session, dropping costs it messages",
         ),
     )
     send_buffer_size: int | None = field(
@@ -365,8 +366,8 @@ class SessionSettings:
             check=whole(1, MAX_BUFFER, optional=True),
             what="SO_SNDBUF in bytes: a hard bound for what the kernel keeps for a peer, unsent "
             "and unacknowledged",
-            trades="turns the kernel's own tuning off: throughput is this much per round trip, at "
-            "most. Linux makes twice as much of it, up to net.core.wmem_max",
+            trades="a number turns the kernel's own tuning off: throughput is this much per round "
+            "trip, at most. Linux makes twice as much of it, up to net.core.wmem_max",
             none="the kernel's own tuning, up to megabytes",
         ),
     )

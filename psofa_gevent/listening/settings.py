@@ -66,7 +66,7 @@ class ServerSettings(SessionSettings):
         metadata=about(
             check=whole(1, MAX_BUFFER, optional=True),
             what="SO_RCVBUF in bytes",
-            trades="turns the kernel's own tuning off, which is rarely better",
+            trades="a number turns the kernel's own tuning off, which is rarely better",
             none="the kernel's own tuning",
         ),
     )
@@ -82,8 +82,8 @@ class ServerSettings(SessionSettings):
         default=False,
         metadata=about(
             check=check_bool,
-            what="SO_REUSEPORT: further servers that set it may listen on the same port, and share "
-            "its connections",
+            what="SO_REUSEPORT: further servers that set it may listen on the same port, and "
+            "share its connections",
             trades="a second one that was started by mistake is not noticed",
         ),
     )
@@ -109,8 +109,8 @@ class ServerSettings(SessionSettings):
         default=10.0,
         metadata=about(
             check=seconds(more_than_zero=True),
-            what="seconds that a client has for all that comes before `on_open`: the header of the "
-            "PROXY protocol and the TLS handshake",
+            what="seconds that a client has for all that comes before `on_open`: the header of "
+            "the PROXY protocol and the TLS handshake",
             trades="a connection under way takes the place of a session",
             none="any time",
         ),
@@ -172,8 +172,8 @@ class ServerSettings(SessionSettings):
         default=None,
         metadata=about(
             check=None,  # by Admission, which makes bytes of it
-            what="what clients get to read that are refused for their number: text or bytes, 4,096 "
-            "at most",
+            what="what clients get to read that are refused for their number: text or bytes, "
+            "4,096 at most",
             trades="not with TLS",
             none="nothing",
         ),
