@@ -377,8 +377,8 @@ class SessionSettings:
             check=check_unsent_low_water,
             what="TCP_NOTSENT_LOWAT: bytes that the kernel may keep unsent for a slow peer before "
             "posts and sends wait",
-            trades="less takes less memory, and news are fresher when they leave; it makes more "
-            "wake-ups in large transfers (16 KiB cost some 50 % more CPU time)",
+            trades="less takes less memory, and news is fresher when it leaves; but large "
+            "transfers wake up more often (16 KiB cost some 50 % more CPU time)",
             none="on Linux four times `high_water`, from 64 KiB to the kernel's own bound; "
             "elsewhere any number",
         ),
@@ -408,9 +408,9 @@ class SessionSettings:
         default=None,
         metadata=about(
             check=check_heartbeat,
-            what="milliseconds, and what a session sends when it has sent nothing for so long: a "
-            "message, or a function of the session that returns one; `PsHeartbeat` goes past the "
-            "framing",
+            what="milliseconds, and what a session sends when it has sent nothing for so long, "
+            "such as `(30_000, b'ping')`: a message, or a function of the session (also async) "
+            "that returns one. `PsHeartbeat(30_000, b'\\xff', raw=True)` goes past the framing",
             trades="keeps NAT routers and the peer's idle check content; costs a packet each time",
             none="nothing",
         ),

@@ -8,6 +8,7 @@ import enum
 import inspect
 import math
 import re
+import runpy
 import socket
 import ssl
 import sys
@@ -18,6 +19,7 @@ from unittest import mock
 
 import pytest
 
+from helpers import REPOSITORY
 from psofa_gevent import (
     PsCallback,
     PsClient,
@@ -531,6 +533,15 @@ def test_descriptions_are_one_line_each_and_say_what_none_means(
         assert bool(each.none) == each.annotation.endswith("| None"), name
 
 
+def test_the_tables_of_the_documentation_are_what_is_described() -> None:
+    made = runpy.run_path(str(REPOSITORY / "docs/settings.py"))
+    text = (REPOSITORY / "docs/settings.md").read_text(encoding="utf-8")
+    assert text == made["page"](), "run: python docs/settings.py"
+    for name in {**described(ServerSettings), **described(ClientSettings)}:
+        assert f"| `{name}` |" in text
+    assert "(docs/settings.md)" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
 # -- what is in effect
 
 
@@ -609,6 +620,15 @@ def test_an_unknown_attribute_is_an_error_that_names_the_nearest_one(
     with pytest.raises(AttributeError, match=re.escape(said)):
         setattr(owner, name, 1)
     assert not hasattr(owner, name)
+
+
+def test_type_checkers_see_that_an_attribute_is_unknown() -> None:
+    """The ignored errors are the test: mypy reports an ignore that is not needed."""
+    server = PsServer(PsCallback())
+    with pytest.raises(AttributeError):
+        server.idle_miliseconds = 1  # type: ignore[attr-defined]  # what is tested
+    with pytest.raises(AttributeError):
+        server.settings.divide = 1  # type: ignore[misc]  # what is tested
 
 
 class Gateway(PsServer):

@@ -211,7 +211,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("backlog", number(int, "CONNECTIONS")),
         Option("max_sessions", number(int, "SESSIONS", "auto")),
         Option("refuse_when_full", SWITCH),
-        Option("unix_mode", text("MODE", permissions)),
+        Option(
+            "unix_mode",
+            text("MODE", permissions),
+            says="the permissions of a Unix socket's file, in octal digits such as 660",
+        ),
         Option("reuse_port", SWITCH),
         Option(
             "certificate",

@@ -74,7 +74,7 @@ class ServerSettings(SessionSettings):
         default=None,
         metadata=about(
             check=whole(0, 0o777, optional=True),
-            what="the permissions of a Unix socket's file, in octal digits such as 660",
+            what="the permissions of a Unix socket's file, such as `0o660`",
             none="what the process's umask leaves",
         ),
     )
