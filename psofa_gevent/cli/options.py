@@ -355,7 +355,7 @@ def _help(option: Option) -> str:
     if kind.is_switch:
         return said
     default = ", ".join(setting.default or ()) if kind.is_list else _default(option)
-    told = default or setting.none
+    told = setting.none if default in (None, "") else default
     return f"{said} (default: {told})" if told else said
 
 
