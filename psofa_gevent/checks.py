@@ -44,8 +44,10 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def check_int(name: str, value: object, least: int, most: int) -> None:
-    """Raise unless `value` is a whole number from `least` to `most`."""
+def check_int(name: str, value: object, least: int, most: int, *, optional: bool = False) -> None:
+    """Raise unless `value` is a whole number from `least` to `most`, or ``None`` if `optional`."""
+    if value is None and optional:
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if not least <= value <= most:

@@ -9,7 +9,6 @@ switch. Nothing else here does. All of it belongs to the hub's thread.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from psofa_gevent.callback import PsCallback
 from psofa_gevent.connecting.connector import Connector
 from psofa_gevent.connecting.link import Link
 from psofa_gevent.connecting.reconnect import PsReconnect, check_reconnect
+from psofa_gevent.connecting.settings import ConnectingSettings
 from psofa_gevent.connecting.target import Target, check_context
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
@@ -28,7 +28,6 @@ from psofa_gevent.net.sockopts import end
 from psofa_gevent.owner.base import SessionOwner
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import SessionSettings
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
@@ -44,15 +43,13 @@ class ConnectingOwner(SessionOwner[M]):
     def __init__(
         self,
         callback: PsCallback[M],
-        settings: SessionSettings,
+        settings: ConnectingSettings,
         error: type[PsError],
-        ssl_context: ssl.SSLContext | bool | None,
-        reconnect: PsReconnect | bool | None,
     ) -> None:
         super().__init__(callback, settings)
         self._error = error
-        self._ssl_context = check_context(ssl_context)
-        self._reconnect = check_reconnect(reconnect)
+        self._ssl_context = check_context(settings.ssl_context)
+        self._reconnect = check_reconnect(settings.reconnect)
         self._connectors: set[Connector] = set()
         self._links: set[Link] = set()
 
