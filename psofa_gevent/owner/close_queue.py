@@ -28,6 +28,7 @@ from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.owner.callbacks import Callbacks
+from psofa_gevent.session import inside
 
 if TYPE_CHECKING:
     from psofa_gevent.session.session import PsSession
@@ -209,7 +210,7 @@ class CloseQueue:
         # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
         current: Any = getcurrent()
         before = current.gr_context
-        current.gr_context = subject._context if args else self._context
+        current.gr_context = inside.context_of(subject) if args else self._context
         try:
             call(subject, *args)
         except GreenletExit as exc:
@@ -221,7 +222,7 @@ class CloseQueue:
         finally:
             current.gr_context = before
             if args:
-                subject._context = None
+                inside.forget_context(subject)
                 if subject.close_cause is not None:
                     cut_traceback(subject.close_cause)
 
