@@ -1094,7 +1094,7 @@ def test_what_is_left_of_a_post_to_many_is_sent_by_the_parent_alone(patched: str
         group.TURN = 0.0
         with PsServer(PsCallback(), host=HOST, port=0, framing=Line()) as server:
             peers = [ScriptedClient(server.address) for _ in range(60)]
-            eventually(lambda: len([s for s in server.sessions if s._waiting_since]) == 60)
+            eventually(lambda: len([s for s in server.sessions if s.waiting_since]) == 60)
             server.broadcast("news")
             wait(fork(lambda: gevent.sleep(0.1)))
             server.broadcast("end")

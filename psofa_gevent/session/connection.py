@@ -33,6 +33,9 @@ dropped, never began    no        ?            no     set      yes        nobody
 
 ``?``: either. A session that never opens keeps ``_is_opening``, also when it has ended.
 
+This file is longer than others, so that the state stands together with what all parts do with it:
+whoever wants to know who may close the socket, or wake the session, reads one file.
+
 What may switch here: `Connection._wait_until_woken` and `Connection._give_up_turn`, in the
 session's own greenlet. All else, logging too, runs through without another greenlet in between.
 
@@ -421,7 +424,7 @@ class Connection(Generic[M]):
         self._open = self._may_linger = self._abort_asked = self._watches = False
         self.waiting_since = 0.0
         keep(self._send_queue, self._outbox, self._tasks, self._reaper, self._cork)
-        line, self._send_queue = self._send_queue, None
+        queue, self._send_queue = self._send_queue, None
         self._outbox = self._tasks = self._reaper = self._cork = None
         self._corked_size = 0
         while self._memberships:
@@ -434,8 +437,8 @@ class Connection(Generic[M]):
         self._released = True
         if has_hub:
             release(self._watcher)
-            if line is not None:
-                line.let_go()
+            if queue is not None:
+                queue.let_go()
         self._sock.close()
 
     # Memberships: from any thread
@@ -468,7 +471,7 @@ class Connection(Generic[M]):
     # Wait, in the session's own greenlet, and be woken
 
     def _wait_until_woken(self, seconds: float | None) -> None:
-        """Wait, for so long at most, outside of `read`. In the session's own greenlet."""
+        """Wait, for so long at most, outside of `ReceivingHalf._read`. In its own greenlet."""
         timer = None if seconds is None else watch(self._loop.timer(seconds))
         if timer is not None:
             timer.start(self._resume)
@@ -584,9 +587,9 @@ class Connection(Generic[M]):
             if self._send_queue is not None:
                 self._send_queue.interrupt()
 
-    def _send_queue_is_empty(self, line: object) -> None:
-        """The last sender left: no more line, and what waited for that goes on."""
-        if self._send_queue is line:
+    def _send_queue_is_empty(self, queue: object) -> None:
+        """The last sender left: let go of the queue, and let go on what waited for that."""
+        if self._send_queue is queue:
             self._send_queue = None
             if self._eof_requested:
                 self._shut_writing()

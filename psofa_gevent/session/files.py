@@ -1,13 +1,13 @@
 """What `PsSession.send_file` sends: a file, some of it at a time, and never all of it in memory.
 
-A `FileSource` stands in the session's line of senders (`psofa_gevent.session.send_queue`) like any
+A `FileSource` stands in the session's queue of senders (`psofa_gevent.session.send_queue`) like any
 message, and gives the session some of it at each of its turns. The kernel takes a regular file by
 itself (sendfile(2)) where it can; otherwise it is read and sent in pieces: with TLS, with a
 framing, on file systems that refuse, and of objects that can only be read.
 
 Runs in the greenlet or task that sends. Reading a regular file blocks the thread while the disk
 works, for a piece at a time. Only ``read`` of a user's object, and a user's ``progress``, may
-switch; then the session may be anything, so the line looks at it before the next byte.
+switch; then the session may be anything, so the queue looks at it before the next byte.
 
 Resource handling: the descriptor is ours. A path is opened, and of a file object the descriptor is
 duplicated, so one that is closed meanwhile can't make us send another file's bytes.

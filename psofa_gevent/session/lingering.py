@@ -43,7 +43,8 @@ def linger(session: SendingHalf[Any]) -> None:
             elif not (session._may_linger and _sends_on(session, deadline)):
                 break
         if session._send_queue is not None and session._may_linger:
-            _wait(session, FIRST_LOOK)  # who was interrupted by the close has yet to leave the line
+            # Senders that the close has interrupted have yet to leave the queue.
+            _wait(session, FIRST_LOOK)
         if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
     except OSError as exc:

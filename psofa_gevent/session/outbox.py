@@ -1,6 +1,6 @@
 """What a session took for sending, and nobody waits for: posts, and messages that were collected.
 
-It stands in the session's line of senders (`psofa_gevent.session.send_queue`) like anyone else, in
+It stands in the session's queue of senders (`psofa_gevent.session.send_queue`) like anyone else, in
 batches: a batch ends where another sender lined up, so bytes leave in the order in which they were
 sent and posted. The hub sends a batch on whenever the peer takes more. What other threads post
 waits in an inbox until the hub comes to it, and counts from the call on.
@@ -103,7 +103,7 @@ class Outbox:
 
     @property
     def size(self) -> int:
-        """Bytes that wait in line."""
+        """Bytes that wait in the queue."""
         return sum(batch.buffers.size for batch in self._batches)
 
     @property

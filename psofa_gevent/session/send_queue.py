@@ -1,4 +1,4 @@
-"""The slow way of a message: senders in line for a connection that does not take it all at once.
+"""The slow way of a message: senders in a queue for a connection that does not take it all at once.
 
 `PsSession.send` tries the socket first; only what the kernel did not take comes here. A `SendQueue`
 exists while someone waits, and goes with the last one:
@@ -7,7 +7,7 @@ exists while someone waits, and goes with the last one:
   of two messages never mix, and messages leave in the order in which their sends began.
 - Each sender's timeout is the longest time in which the peer takes nothing. Progress is a growing
   number of acknowledged bytes (SIOCOUTQ) where the system tells, for writability comes only when a
-  third of the buffer is free; elsewhere it is a successful write. It counts for all in line.
+  third of the buffer is free; elsewhere it is a successful write. It counts for all in the queue.
 - A close request wakes all of them, and they raise `PsSendError`. SHUTDOWN leaves callbacks alone,
   and no close stops a `Batch`, of whose messages the senders were told that they are taken: the
   session lets it go on while it lingers.
@@ -101,7 +101,7 @@ class SendQueue:
         self._closed = False
         self._is_writable = False
         self._giver: Any = None
-        """The greenlet in which the first one's source is just giving, or who holds the line."""
+        """The greenlet in which the first one's source is just giving, or who holds the queue."""
         self._watcher = session._loop.io(session._sock.fileno(), WRITE)
 
     async def send(
@@ -245,7 +245,7 @@ class SendQueue:
         acknowledged = self._count_acknowledged()
         now = monotonic()
         # A socket that the first sender has not come to write to, a source that waits for something
-        # of its own, one who holds the line: not the peer is what is slow.
+        # of its own, one who holds the queue: not the peer is what is slow.
         is_idle = self._is_writable or self._giver is not None
         if acknowledged > self._acknowledged or is_idle:
             self._acknowledged = acknowledged

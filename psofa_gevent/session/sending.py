@@ -3,13 +3,15 @@
 While a session is corked, sends are collected instead, and leave together: when the cork is taken
 off, when there is much of them, and before its greenlet waits for anything.
 
-A send tries the socket at once; only what the kernel did not take goes the slow way, in line with
+A send tries the socket at once; only what the kernel did not take goes the slow way, behind
 other senders (`psofa_gevent.session.send_queue`). So does a post, but nobody waits for that: what
-is left of it goes into the session's `Outbox`. A file always stands in line
+is left of it goes into the session's `Outbox`. A file always stands in the queue
 (`psofa_gevent.session.files`).
 
 Runs in whichever greenlet or asyncio task sends; callers in other OS threads are handed over to the
 hub's thread. Only a send that has to wait switches, and what a user gave for a file.
+
+Most of this file is the contract of its public methods, so it is longer than others.
 """
 
 from __future__ import annotations

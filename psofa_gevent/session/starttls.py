@@ -97,7 +97,7 @@ class Handshake:
             server_side=self.server_side,
             server_hostname=self.server_hostname,
         )
-        tls.wire_sent = session._wire_sent  # whoever waits in line counts on
+        tls.wire_sent = session._wire_sent  # whoever waits in the queue counts on
         while True:
             try:
                 tls.shake_hands()
@@ -187,8 +187,8 @@ def _holding_senders(session: ReceivingHalf[Any], parking: Parking) -> Iterator[
     A close wakes `parking`, as it wakes all senders. If the block fails nothing is sent any more,
     also not of what was posted; and if it was broken off (by a kill, say), the session fails.
     """
-    line = session._send_queue = SendQueue(session)
-    release = line.hold(parking)
+    queue = session._send_queue = SendQueue(session)
+    release = queue.hold(parking)
     try:
         yield
     except BaseException as exc:
