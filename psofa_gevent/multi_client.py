@@ -352,7 +352,7 @@ class PsMultiClient(ConnectingOwner[M]):
             links = [link for link in list(self._links) if link.session is connection]
             connection.close()
         else:
-            link = check_instance("connection", connection, PsMultiClientConnection)._link
+            link = check_instance("connection", connection, PsMultiClientConnection)._link  # noqa: SLF001 - made here
             links = [] if link is None else [link]
             if link is None:
                 self._check_owns(connection, connection.session.owner)

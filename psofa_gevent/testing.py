@@ -154,7 +154,7 @@ class ScriptedClient:
     def from_socket(cls, sock: gevent.socket.socket, *, timeout: float = 5.0) -> Self:
         """A script for a connected gevent socket: an accepted one, say, to play the server."""
         client = cls.__new__(cls)
-        client._take_over(sock, timeout)
+        client._take_over(sock, timeout)  # noqa: SLF001 - of this class
         return client
 
     def _take_over(self, sock: gevent.socket.socket, timeout: float) -> None:
@@ -400,7 +400,7 @@ def connected_session(
         contextlib.closing(near),
         PsMultiClient(callback, **session_settings) as bundle,
     ):
-        session = bundle._adopt(near)
+        session = bundle._adopt(near)  # noqa: SLF001 - no socket of a stranger is for everyone
         try:
             yield ConnectedSession(session, peer)
         finally:

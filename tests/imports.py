@@ -280,6 +280,26 @@ def _touched(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
                 yield receiver, node.lineno, node.attr
 
 
+# Constants
+
+
+def constants(modules: Mapping[str, Module]) -> dict[str, dict[str, str]]:
+    """The constants of the modules, by name: which module gives it which value, as it is written.
+
+    Type variables are none, nor are names of one letter.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for module in modules.values():
+        for node in module.tree.body:
+            if not isinstance(node, (ast.AnnAssign, ast.Assign)) or node.value is None:
+                continue
+            for target in [node.target] if isinstance(node, ast.AnnAssign) else node.targets:
+                name = ast.unparse(target)
+                if name.isupper() and len(name) > 2:
+                    found[name][module.name] = ast.unparse(node.value)
+    return found
+
+
 # The report
 
 

@@ -19,6 +19,7 @@ from imports import (
     Module,
     arrows_up,
     circles,
+    constants,
     file_graph,
     package_graph,
     parse_modules,
@@ -33,6 +34,14 @@ OPEN_ARROWS: dict[tuple[str, str], str] = {}
 """Imports that go up, and why they still do."""
 OPEN_CIRCLES: list[set[str]] = []
 """Files that import each other, types included."""
+OPEN_CONSTANTS = {
+    "AT_A_TIME": "members of a group; ids that are made",
+    "PATIENCE": "of a server for another process; of the demo for its story",
+    "PAUSE": "part of the time that a request has; seconds of the demo",
+    "TURN": "seconds of a session's turn; bytes of a file in one",
+    "_NOTHING": "a sentinel, of a request and of a session",
+}
+"""Names of constants that two files have, each for something else. (Two of one sense are one.)"""
 MOST_OF_A_SESSION = 0
 """Private names of a session that are touched outside of ``session/``."""
 MOST_PER_THOUSAND = 2.0
@@ -86,6 +95,13 @@ def test_private_names_are_touched_in_their_own_file(modules: dict[str, Module])
     assert len(of_session) == MOST_OF_A_SESSION, "fewer: lower MOST_OF_A_SESSION"
     others = [access for access in accesses if access.kind == "file"]
     assert per_thousand(len(others), modules) <= MOST_PER_THOUSAND, others
+
+
+def test_a_constant_is_given_its_value_in_one_file(modules: dict[str, Module]) -> None:
+    several = {
+        (name, frozenset(where)) for name, where in constants(modules).items() if len(where) > 1
+    }
+    assert {name for name, _ in several} == OPEN_CONSTANTS.keys(), several
 
 
 # What the script finds, and what it leaves out

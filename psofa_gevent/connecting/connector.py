@@ -109,7 +109,8 @@ class Connector:
             return
         if isinstance(connecting, socket.socket):
             watched: Any = connecting
-            for watcher in (watched._read_event, watched._write_event):
+            # gevent has no other way to them.
+            for watcher in (watched._read_event, watched._write_event):  # noqa: SLF001
                 # Else it would tell whoever waits that it is closed.
                 if has_hub and watcher is not None:
                     release(watcher)

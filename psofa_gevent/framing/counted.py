@@ -301,7 +301,7 @@ class _LengthDecoder(_CountedDecoder):
         self._read = read
         self._offset = framing.offset
         self._header = framing.offset + framing.size
-        self._added = framing._added
+        self._added = framing._added  # noqa: SLF001 - the two are one framing
 
     def _cut(self, data: bytes, at: int) -> Iterator[bytes]:
         # Each attribute would be felt: a read may have thousands of messages.

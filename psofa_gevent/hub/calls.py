@@ -54,8 +54,8 @@ class HubCalls:
     """The calls for one hub. Made in its thread; get it from `hub_calls`."""
 
     def __init__(self) -> None:
-        self._hub: Any = get_hub()
-        self._loop: Any = self._hub.loop
+        self.hub: Any = get_hub()
+        self._loop: Any = self.hub.loop
         self._ident = get_ident()
         self._is_closed = False
         self._uv_callbacks = _uv_callbacks(self._loop)
@@ -84,7 +84,7 @@ class HubCalls:
     def is_over(self) -> bool:
         """Whether nothing will be run any more: the hub was destroyed, or its thread has ended."""
         # A destroyed loop points nowhere; one that outlives its hub serves the next one.
-        return self._is_closed or self._hub.loop is None or not self._loop.ptr
+        return self._is_closed or self.hub.loop is None or not self._loop.ptr
 
     def _wake_hub(self) -> None:
         if not self._is_due:
@@ -119,7 +119,7 @@ class HubCalls:
                     function(*args, **kwargs)
                 except BaseException:
                     # Raises, if the hub was destroyed by it.
-                    self._hub.handle_error(function, *sys.exc_info())
+                    self.hub.handle_error(function, *sys.exc_info())
         except IndexError:
             pass  # dropped meanwhile: a fork, or the end
         finally:
@@ -139,7 +139,7 @@ class HubCalls:
         The watcher stays as it is, started: on libuv it may be in the middle of a send for ever.
         """
         self.waiting.clear()
-        if hub is self._hub and not self.is_over():
+        if hub is self.hub and not self.is_over():
             self._begin()
         else:
             self._lock = new_lock()
@@ -148,7 +148,7 @@ class HubCalls:
 
 def _uv_callbacks(loop: Any) -> deque[Any] | None:
     """What libuv's loop looks at where nothing keeps it alive, other than at watchers."""
-    return loop._callbacks if "libuv" in type(loop).__module__ else None
+    return loop._callbacks if "libuv" in type(loop).__module__ else None  # noqa: SLF001 - see `HubCalls`
 
 
 def close_watcher(watcher: Any) -> None:
@@ -163,7 +163,7 @@ def close_watcher(watcher: Any) -> None:
 def hub_calls() -> HubCalls:
     """The calls for this thread's hub."""
     calls: HubCalls | None = getattr(_of_thread, "calls", None)
-    if calls is None or calls._hub is not get_hub():
+    if calls is None or calls.hub is not get_hub():
         calls = _of_thread.calls = HubCalls()
         _of_thread.at_end = AtThreadEnd(calls.close)
     return calls

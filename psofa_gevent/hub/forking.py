@@ -182,7 +182,7 @@ def _let_go() -> None:
         # First: on libuv what is stopped now would be taken out of the parent's epoll.
         hub.loop.reinit()
     steps: list[Callable[[], object]] = [partial(_let_go_of_watchers, hub), *_functions]
-    steps += [partial(thing._let_go, hub) for thing in list(_tracked)]
+    steps += [partial(thing._let_go, hub) for thing in list(_tracked)]  # noqa: SLF001 - `Forked`
     steps.append(_never_collect)
     if hub is not None:
         # Its resolver's threads are not there: it would wait for them for ever.

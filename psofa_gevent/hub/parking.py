@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from gevent import get_hub, getcurrent
 
+from psofa_gevent.hub.thread import resolve
+
 __all__ = ["GreenletParking", "Parking", "TaskParking", "run_in_greenlet"]
 
 
@@ -82,15 +84,10 @@ class TaskParking:
         if self._future is not None:
             try:
                 # The loop may be another one than the hub's: then only this call wakes it.
-                self._loop.call_soon_threadsafe(_resolve, self._future)
+                self._loop.call_soon_threadsafe(resolve, self._future, None)
             except RuntimeError:
                 return False
         return True
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:

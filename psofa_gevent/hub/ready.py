@@ -93,9 +93,10 @@ class ReadySessions:
         # libuv keeps the check watchers that it has yet to call in a round in a list on its stack.
         # To stop one of them from a greenlet, which has its own stack in that place, destroys both.
         if self._registered == 0 and self._is_reversed:
-            self._close_check()
+            self.close_check()
 
-    def _close_check(self) -> None:
+    def close_check(self) -> None:
+        """Look at the hub's rounds no more. In its thread, when that ends or has another hub."""
         if self._check is not None:
             close_watcher(self._check)
             self._check = None
@@ -200,7 +201,7 @@ def ready_sessions() -> ReadySessions:
     if ready is None or _of_thread.hub is not hub:
         ready = _of_thread.ready = ReadySessions()
         _of_thread.hub = hub
-        _of_thread.at_end = AtThreadEnd(ready._close_check)
+        _of_thread.at_end = AtThreadEnd(ready.close_check)
     return ready
 
 

@@ -270,7 +270,7 @@ class Listener(StreamServer):
                 # Others may have set it otherwise since: systemd does for each service that it
                 # starts (NonBlocking=), and a hub that waits here serves nobody.
                 listening.setblocking(False)
-            descriptor, address = listening._accept()
+            descriptor, address = listening._accept()  # noqa: SLF001 - see the top
         except BlockingIOError:
             raise
         except OSError as exc:

@@ -68,6 +68,7 @@ from psofa_gevent.hub.logs import PeerLog, log
 from psofa_gevent.hub.ready import ReadySessions, switch
 from psofa_gevent.hub.thread import HubThread, get_ident
 from psofa_gevent.hub.times import NEVER
+from psofa_gevent.hub.watchers import READ
 from psofa_gevent.messages import M
 from psofa_gevent.net.proxy_protocol import PsProxyInfo
 from psofa_gevent.net.sockopts import (
@@ -87,8 +88,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Callbacks", "Connection", "Manager", "Membership", "TimeLimit"]
 
-READ = 1
-"""The event mask of gevent's io watchers (libev's EV_READ)."""
 SHUT_AGAIN = 0.02
 """Seconds after which a full kernel is asked again to take the end of a TLS stream."""
 _NOTHING = object()

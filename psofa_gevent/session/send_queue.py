@@ -39,6 +39,7 @@ from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import release, unwatch, watch
 from psofa_gevent.hub.greenlets import sends_to_the_end
 from psofa_gevent.hub.parking import Parking
+from psofa_gevent.hub.watchers import WRITE
 from psofa_gevent.net.sockopts import unacknowledged
 from psofa_gevent.session.batch import Batch
 from psofa_gevent.session.buffers import Buffers, Source, Step
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SendQueue", "queue_up"]
 
-WRITE = 2
-"""The event mask of gevent's io watchers (libev's EV_WRITE)."""
 SAMPLES_PER_TIMEOUT = 8
 """How often progress is looked at in the time of one timeout: it is found late by 1/8 at most."""
 LONGEST_SAMPLE = 1.0

@@ -98,7 +98,7 @@ class TlsSocket:
         )
         # There gevent's SSLContext, everybody's in a patched process, looks for the argument of the
         # application's sni_callback; it knows its own sockets only.
-        self.ssl_object._sslsock = weakref.ref(self.ssl_object)  # type: ignore[attr-defined]
+        self.ssl_object._sslsock = weakref.ref(self.ssl_object)  # type: ignore[attr-defined]  # noqa: SLF001
         self._hello = b""
         """The beginning of what the client sent, until the handshake is complete; at the server."""
         self.server_name: str | None = None
