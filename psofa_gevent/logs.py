@@ -331,13 +331,28 @@ def _with_causes(exc: BaseException) -> Iterator[BaseException]:
 
 def _bounded_traceback(exc: BaseException) -> str:
     """The traceback with all that exceptions say shortened, and without the outermost frames."""
-    parts = list(traceback.TracebackException.from_exception(exc).format())
+    told = traceback.TracebackException.from_exception(exc)
+    _shorten_notes(told)
+    parts = list(told.format())
     left_out = len(parts) - 2 * MOST_FRAMES
     if left_out > 0:
         parts[MOST_FRAMES:-MOST_FRAMES] = [f"  … {left_out} more\n"]
     # A frame is a part of a few lines; one that is longer is something that an exception says.
     texts = (part if len(part) <= LONGEST else _without_middle(part) for part in parts)
     return "".join(texts).rstrip("\n")
+
+
+def _shorten_notes(told: traceback.TracebackException | None) -> None:
+    """Let the notes of an exception, and of those behind it, be one of `LONGEST` characters."""
+    while told is not None:
+        notes: object = getattr(told, "__notes__", None)
+        if isinstance(notes, (list, tuple)):
+            text = "\n".join(str(_showable(note)) for note in notes)
+            if len(text) > LONGEST:
+                told.__notes__ = [_without_middle(text)]
+        for each in told.exceptions or ():
+            _shorten_notes(each)
+        told = told.__cause__ or told.__context__
 
 
 # What peers do

@@ -122,6 +122,13 @@ def with_note() -> Exception:
     return error
 
 
+def with_notes() -> Exception:
+    error = ValueError("short")
+    for number in range(500):
+        error.add_note(f"{number} " + "y" * 900)
+    return error
+
+
 def with_cause() -> Exception:
     error = ValueError("short")
     error.__cause__ = UnbearableError()
@@ -140,6 +147,7 @@ ERRORS: list[Callable[[], BaseException]] = [
     UnbearableError,
     UnspeakableError,
     with_note,
+    with_notes,
     with_cause,
     of_syntax,
     lambda: ExceptionGroup("several", [UnbearableError(), ValueError("w" * HUGE)]),
