@@ -21,10 +21,11 @@ What may switch: whatever runs a callback, `read` (and `receive`), the prologue 
 logging too, runs through without another greenlet in between.
 
 All attributes belong to the hub's thread, and callers in other OS threads are handed over
-(`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
-they were asked (`_open`, `_asked_reason`, `_abort_asked`), `_join` and `_leave` change the
-memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
-more.
+(`HubThread`). These change attributes where they are called: `close` and `abort` note at once that
+they were asked (`_open`, `_asked_reason`, `_abort_asked`), `post` and `send_eof` put what they are
+given into the outbox, under a lock, and make that if there is none, `_join` and `_leave` change the
+memberships in steps that no thread can divide, `connection_id` makes an id of the random bytes, and
+`_end_with_hub` ends a session whose hub runs no more.
 """
 
 from __future__ import annotations

@@ -122,6 +122,13 @@ def with_note() -> Exception:
     return error
 
 
+def with_notes() -> Exception:
+    error = ValueError("short")
+    for number in range(500):
+        error.add_note(f"{number} " + "y" * 900)
+    return error
+
+
 def with_cause() -> Exception:
     error = ValueError("short")
     error.__cause__ = UnbearableError()
@@ -140,6 +147,7 @@ ERRORS: list[Callable[[], BaseException]] = [
     UnbearableError,
     UnspeakableError,
     with_note,
+    with_notes,
     with_cause,
     of_syntax,
     lambda: ExceptionGroup("several", [UnbearableError(), ValueError("w" * HUGE)]),
@@ -321,6 +329,44 @@ def test_a_record_says_when_it_was_logged_and_what_was_so_then(holding: Holding)
     eventually(lambda: len(holding.ended) == 2)
     assert holding.ended[1].created <= logged_at
     assert holding.messages()[1] == "first"
+
+
+def test_while_a_handler_waits_a_record_stays_what_it_was_for_the_others(
+    holding: Holding,
+) -> None:
+    class Changing:
+        state = "first"
+
+        def __repr__(self) -> str:
+            return self.state
+
+    subject = Changing()
+    later = Keeping()
+    with attached(later):
+        logs.log(logging.INFO, "%r", subject)
+        subject.state = "second"
+        assert later.records == []
+        holding.go_on.set()
+        eventually(lambda: later.records)
+        assert messages(later) == holding.messages() == ["first"]
+
+
+def test_a_handler_that_waits_does_not_keep_the_session_of_its_record(
+    holding: Holding, ps_server: ServerFactory
+) -> None:
+    holding.go_on.set()
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    logs.flush()
+    holding.go_on.clear()
+    ScriptedClient(server.address).close()
+    callback.wait_for("on_close")
+    assert holding.begun[-1].getMessage().endswith(": opened")
+    session = weakref.ref(callback.named("on_open")[0].session or callback)
+    callback.events.clear()
+    server.shutdown()
+    eventually(lambda: session() is None)
+    holding.go_on.set()
 
 
 def test_what_waits_does_not_keep_a_session(holding: Holding, ps_server: ServerFactory) -> None:
