@@ -167,7 +167,7 @@ class FramedReceiver:
             step = received - self._turn_first
             if spent:
                 step = max(1, min(step, MOST_UNLOOKED, int(step * (TURN - spent) / spent)))
-        else:
+        elif session._open:  # else it may be released, and nobody would let it go on
             if session._limit is None:
                 session._give_up_turn()
             else:
