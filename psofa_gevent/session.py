@@ -660,6 +660,8 @@ class PsSession(SendingHalf[M]):
             self._reason = PsCloseReason.SELF_CLOSE
         self._open = self._may_linger = self._abort_asked = self._watches = False
         self._waiting_since = 0.0
+        if self._framed is not None:
+            self._framed.look_soon()  # the fork may be in the middle of a read
         keep(self._line, self._outbox, self._work, self._killer, self._cork)
         line, self._line = self._line, None
         self._outbox = self._work = self._killer = self._cork = None
