@@ -73,6 +73,11 @@ class FramedReceiver:
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether there may be messages that were read, and not taken."""
+        return self._messages is not None
+
     def set_framing(self, framing: Framing[Any] | None) -> None:
         """From the next byte on: bytes that were read already, but not handed over, included."""
         check_framing("framing", framing)

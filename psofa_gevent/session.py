@@ -762,6 +762,11 @@ class PsSession(SendingHalf[M]):
         self._ready.resume_later(self)
         self._wait_until_woken(None)
 
+    @property
+    def _is_within_read(self) -> bool:
+        """Whether it has given up its turn between two messages of one read."""
+        return self._waiting_since > 0 and self._framed is not None and self._framed.has_messages
+
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.
 
