@@ -1040,6 +1040,40 @@ def test_the_servers_of_other_threads_are_left_alone_too() -> None:
     assert run("import gevent.monkey" + textwrap.dedent(program)) == []
 
 
+def test_what_another_thread_held_at_a_fork_holds_up_no_child() -> None:
+    program = """
+        class Keeps(Who):
+            def on_open(self, session):
+                super().on_open(session)
+                sessions.append(session)
+
+        def child():
+            signal.alarm(5)
+            session = sessions[0]
+            assert not session.post("x")
+            for ask in (session.send_eof, session.close, session.abort):
+                ask()
+            with contextlib.suppress(PsSendError):
+                session.send("x")
+
+        def in_thread():
+            "One without a hub, while another one is about to post."
+            pids.append(fork(child))
+
+        sessions, pids = [], []
+        with PsServer(Keeps(), host=HOST, port=0, framing=Line()) as server:
+            peer = Peer(server.address)
+            assert peer.who() == "parent"
+            with sessions[0]._host.thread.lock:
+                monkey.get_original("_thread", "start_new_thread")(in_thread, ())
+                while not pids:
+                    monkey.get_original("time", "sleep")(0.01)
+            wait(*pids)
+            assert peer.ask() == "parent"
+    """
+    assert run(program) == []
+
+
 @PATCHED
 def test_a_signal_ends_a_child_of_a_program_in_serve_forever(patched: str) -> None:
     program = """
