@@ -73,6 +73,11 @@ class FramedReceiver:
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether there may be messages that were read, and not taken."""
+        return self._messages is not None
+
     def set_framing(self, framing: Framing[Any] | None) -> None:
         """From the next byte on: bytes that were read already, but not handed over, included."""
         check_framing("framing", framing)
@@ -167,7 +172,7 @@ class FramedReceiver:
             step = received - self._turn_first
             if spent:
                 step = max(1, min(step, MOST_UNLOOKED, int(step * (TURN - spent) / spent)))
-        else:
+        elif session._open:  # else it may be released, and nobody would let it go on
             if session._limit is None:
                 session._give_up_turn()
             else:

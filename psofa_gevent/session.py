@@ -661,6 +661,8 @@ class PsSession(SendingHalf[M]):
             self._reason = PsCloseReason.SELF_CLOSE
         self._open = self._may_linger = self._abort_asked = self._watches = False
         self._waiting_since = 0.0
+        if self._framed is not None:
+            self._framed.look_soon()  # the fork may be in the middle of a read
         keep(self._line, self._outbox, self._work, self._killer, self._cork)
         line, self._line = self._line, None
         self._outbox = self._work = self._killer = self._cork = None
@@ -760,6 +762,11 @@ class PsSession(SendingHalf[M]):
         self._stop_watching()  # its socket is readable, as a rule
         self._ready.resume_later(self)
         self._wait_until_woken(None)
+
+    @property
+    def _is_within_read(self) -> bool:
+        """Whether it has given up its turn between two messages of one read."""
+        return self._waiting_since > 0 and self._framed is not None and self._framed.has_messages
 
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.

@@ -232,6 +232,24 @@ def test_who_closes_the_session_in_a_turn_of_others_ends_it_there(
     gevent.joinall(shutting_down)
 
 
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_a_session_that_closes_itself_gives_up_no_turn(
+    how: str, rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def end(session: PsSession, message: bytes) -> None:
+        if message == LINES[9]:
+            block(0.02)  # its turn is over
+            getattr(session, how)()
+
+    recording, callback = rig.make(end)
+    server = ps_server(callback, framing=Line())
+    client = ps_client(server)  # the only one: when it is aborted nobody is left who could be ready
+    client.send(FLOOD)
+    (closed,) = recording.wait_for("on_close")
+    assert closed.value is PsCloseReason.SELF_CLOSE
+    assert recording.messages == LINES[:10]
+
+
 def test_a_session_whose_turn_is_over_is_neither_idle_nor_late(
     rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
