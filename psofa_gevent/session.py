@@ -47,7 +47,7 @@ from gevent import GreenletExit, getcurrent
 from psofa_gevent.addresses import format_address
 from psofa_gevent.connection_id import random_bytes
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
+from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.framed import FramedReceiver
 from psofa_gevent.framing import Framing, Raw
@@ -821,6 +821,8 @@ class PsSession(SendingHalf[M]):
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
             self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
+        elif isinstance(exc, SlowPeerError):  # that is told already, as what a peer did
+            self._log(logging.DEBUG, "%r: a callback was ended", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
             self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
         else:

@@ -863,6 +863,36 @@ class Overflowing(Noise):
                 pass
 
 
+class ReadsNothing(Noise):
+    settings = MappingProxyType({"callback_timeout": 0.02, "linger_timeout": 0})
+    text = "it waited in a send"
+    is_async = False
+
+    def callback(self) -> RecordingCallback:
+        class Sending(RecordingCallback):
+            def on_open(self, session: PsSession) -> None:
+                super().on_open(session)
+                session.send(bytes(32 * 1024 * 1024), timeout=None)
+
+            async def on_open_async(self, session: PsSession) -> None:
+                RecordingCallback.on_open(self, session)
+                await session.send_async(bytes(32 * 1024 * 1024), timeout=None)
+
+        self._callback = Sending(use_async_callback=self.is_async)
+        return self._callback
+
+    def make(self, address: tuple[Any, ...]) -> None:
+        ended = len(self._callback.named("on_close"))
+        with stalled_peer(address):
+            (*_, closed) = self._callback.wait_for("on_close", ended + 1)
+        assert closed.session is not None
+        assert isinstance(closed.session.close_cause, TimeoutError)
+
+
+class ReadsNothingOfCoroutines(ReadsNothing):
+    is_async = True
+
+
 class ScansTls(Noise):
     text = "TLS handshake failed"
 
@@ -879,7 +909,17 @@ class ScansTls(Noise):
 NOISES: Mapping[str, Callable[..., Noise]] = MappingProxyType(
     {
         kind.__name__: kind
-        for kind in (Malformed, Trickling, LeavesWithin, BadHeader, Refused, Overflowing, ScansTls)
+        for kind in (
+            Malformed,
+            Trickling,
+            LeavesWithin,
+            BadHeader,
+            Refused,
+            Overflowing,
+            ReadsNothing,
+            ReadsNothingOfCoroutines,
+            ScansTls,
+        )
     }
 )
 
