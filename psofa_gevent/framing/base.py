@@ -147,7 +147,7 @@ class Framing(Generic[T]):
             PsFramingError: these bytes can't be the beginning of a message. Any other exception
                 counts as that, too, and so does an index or a `Need` that can't be.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no decode")
 
     def encode(self, message: T) -> bytes:
         """The bytes that stand for `message` in the stream.
@@ -156,7 +156,7 @@ class Framing(Generic[T]):
             PsFramingError: this framing can't carry such a message.
             TypeError: it is of the wrong type.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no encode")
 
     def decoder(self) -> Decoder[T]:
         """A decoder for one connection."""
