@@ -504,6 +504,16 @@ def test_an_answer_that_can_not_be_is_an_error_that_names_the_framing(answer: An
         decode(Mistaken(), [b"abc"])
 
 
+def test_a_framing_that_lacks_a_half_says_which() -> None:
+    class Half(Framing[bytes]):
+        pass
+
+    with pytest.raises(PsFramingError, match="Half has no decode"):
+        decode(Half(), [b"abc"])
+    with pytest.raises(NotImplementedError, match="Half has no encode"):
+        Half().encode(b"abc")
+
+
 def test_what_is_skipped_is_neither_kept_nor_a_message_that_has_begun() -> None:
     packets = Packets()
     decoder = packets.decoder()

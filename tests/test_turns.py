@@ -21,7 +21,7 @@ from psofa_gevent import (
     PsSession,
     group,
 )
-from psofa_gevent.framing import Line
+from psofa_gevent.framing import SKIP, Decoded, Framing, Line
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -347,6 +347,61 @@ def test_no_one_else_changes_the_framing_in_the_turn_of_others(
     recording.wait_for("on_message", COUNT)
     assert len(refused) == 1
     assert recording.messages == LINES
+
+
+class Noise(Framing[bytes]):
+    """Ended by LF, with zeros in between, each of which is looked at for long and skipped."""
+
+    max_size = 8
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    def decode(self, data: bytes, start: int) -> Decoded[bytes]:
+        if data[start] == 0:
+            block(BUSY)
+            self.skipped += 1
+            return SKIP, start + 1
+        end = data.find(b"\n", start)
+        return None if end < 0 else (data[start:end], end + 1)
+
+
+@pytest.mark.parametrize("is_typed", [False, True], ids=["plain", "typed"])
+def test_others_have_their_turns_while_a_framing_skips_what_is_no_message(
+    is_typed: bool, rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    noise = Noise()
+    framing = noise.typed(bytes, bytes) if is_typed else noise
+    recording, callback = rig.make()
+    server = ps_server(callback, framing=framing)
+    noisy, other = ps_client(server), ps_client(server)
+    eventually(lambda: server.get_session_count() == 2)
+    with ticking() as ticks:
+        noisy.send(bytes(COUNT) + b"noisy\n")
+        eventually(lambda: noise.skipped > 0)
+        other.send("other\n")
+        recording.wait_for("on_message", 2)
+        ticked = ticks.count
+    assert recording.messages == [b"other", b"noisy"]
+    assert ticked >= 4
+
+
+def test_who_closes_the_session_while_its_framing_skips_ends_it_there(
+    rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    recording, callback = rig.make()
+    noise = Noise()
+    server = ps_server(callback, framing=noise)
+    client = ps_client(server)
+    eventually(lambda: server.get_session_count() == 1)
+    (session,) = server.sessions
+    client.send(b"first\n" + bytes(COUNT) + b"last\n")
+    recording.wait_for("on_message")
+    session.close()
+    recording.wait_for("on_close")
+    assert noise.skipped < COUNT
+    assert recording.messages == [b"first"]
+    assert close_reasons(recording) == [PsCloseReason.SELF_CLOSE]
 
 
 @pytest.mark.logs_errors
