@@ -51,6 +51,7 @@ class FramedReceiver:
         "_messages",
         "_turn_first",
         "_turn_look",
+        "_turn_round",
         "_turn_since",
         "framing",
     )
@@ -71,6 +72,8 @@ class FramedReceiver:
         """When its turn began, or a message or two later; 0: not known yet."""
         self._turn_first = 0
         """Messages that there had been then."""
+        self._turn_round = 0
+        """Which round of the hub that was (`ReadySessions.rounds`)."""
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
 
@@ -146,13 +149,12 @@ class FramedReceiver:
         """Look around before the next message: something happened. From any thread."""
         self._look = 0
 
-    def others_had_turn(self) -> None:
-        """The session waits in the middle of its messages."""
-        self._look = 0
-        self._turn_since = 0.0
+    def waits(self) -> None:
+        """The session waits in the middle of its messages: others may have their turn."""
+        self._look = self._turn_look = 0
 
     def _look_around(self, session: PsSession[Any]) -> None:
-        if session._messages_received >= self._turn_look or not self._turn_since:
+        if session._messages_received >= self._turn_look:
             self._look_at_clock(session)
         # Before anyone looks whether the session is open: another thread may close it just now.
         self._look = self._turn_look
@@ -162,12 +164,16 @@ class FramedReceiver:
 
         That is after one more message, two more, four more, and so on: as many as there have been,
         as many as there seems to be time for, and not too many in any case.
+
+        A wait is no turn of others by itself: a callback and the asyncio loop can wake each other
+        for as long as there are messages, without the hub.
         """
         received = session._messages_received
         now = monotonic()
         step = 1
-        if not self._turn_since:
-            self._turn_since, self._turn_first = now, received
+        hub_round = session._ready.rounds
+        if not self._turn_since or hub_round != self._turn_round:
+            self._turn_since, self._turn_first, self._turn_round = now, received, hub_round
         elif now - self._turn_since < TURN:
             spent = now - self._turn_since
             step = received - self._turn_first
@@ -176,6 +182,7 @@ class FramedReceiver:
         else:
             _give_up_turn(session)
             self._turn_since, self._turn_first = monotonic(), received
+            self._turn_round = session._ready.rounds
         self._turn_look = received + step
 
     def take(self, session: PsSession[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
@@ -46,9 +47,16 @@ Act = Callable[[PsSession, bytes], object]
 class Blocking(RecordingCallback):
     """Records each message, blocks for a while, and does what a test says."""
 
-    def __init__(self, act: Act | None = None, *, use_async_callback: bool = False) -> None:
+    def __init__(
+        self,
+        act: Act | None = None,
+        *,
+        use_async_callback: bool = False,
+        suspends: bool = False,
+    ) -> None:
         super().__init__(use_async_callback=use_async_callback)
         self._act = act
+        self._suspends = suspends
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         super().on_message(session, message)
@@ -58,6 +66,8 @@ class Blocking(RecordingCallback):
 
     async def on_message_async(self, session: PsSession, message: bytes) -> None:
         self.on_message(session, message)
+        if self._suspends:
+            await asyncio.sleep(0)
 
     @property
     def messages(self) -> list[object]:
@@ -108,17 +118,24 @@ def throw_soon(session: PsSession, error: BaseException) -> None:
 
 
 class Rig:
-    """A way to get messages: in sync callbacks, in async ones, or by asking for them."""
+    """A way to get messages: in sync callbacks, in async ones, or by asking for them.
+
+    Async ones may suspend, and be woken by the asyncio loop alone.
+    """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def make(self, act: Act | None = None) -> tuple[Blocking, PsCallback]:
-        recording = Blocking(act, use_async_callback=self._kind == "async")
+        recording = Blocking(
+            act,
+            use_async_callback=self._kind in ("async", "suspending"),
+            suspends=self._kind == "suspending",
+        )
         return recording, Straight(recording) if self._kind == "handler" else recording
 
 
-@pytest.fixture(params=["sync", "async", "handler"])
+@pytest.fixture(params=["sync", "async", "suspending", "handler"])
 def rig(request: pytest.FixtureRequest) -> Rig:
     return Rig(request.param)
 
