@@ -1104,6 +1104,32 @@ def test_a_signal_ends_a_child_of_a_program_in_serve_forever(patched: str) -> No
     assert run(program, patched) == ["-15"]
 
 
+@PATCHED
+def test_a_worker_that_a_thread_has_forked_ends_gracefully_at_a_signal(patched: str) -> None:
+    """That thread is the main one of the child, to Python: it handles the signals there."""
+    program = """
+        class Closes(Who):
+            def on_close(self, session, reason):
+                say(reason.name)
+
+        def serve():
+            PsServer(Closes(), listener=sock, framing=Line()).serve_forever()
+
+        def in_thread():
+            workers.append(fork(serve, monkey.get_original("os", "fork")))
+
+        sock = listening()
+        workers = []
+        monkey.get_original("_thread", "start_new_thread")(in_thread, ())
+        eventually(lambda: workers)
+        peer = Peer(sock.getsockname())
+        assert peer.who() == str(workers[0])
+        os.kill(workers[0], signal.SIGTERM)
+        wait(*workers)
+    """
+    assert run(program, patched) == ["SHUTDOWN"]
+
+
 def test_a_child_whose_hub_has_nothing_to_do_ends() -> None:
     """A greenlet that forks, and returns in the child: the main greenlet waits for nobody."""
     program = """
