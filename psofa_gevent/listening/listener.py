@@ -32,9 +32,10 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ __all__ = ["Listeners", "ListeningSocket", "bind", "bind_unix", "duplicate"]
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 """The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
+_new_poll: Callable[[], Any] = monkey.get_original("select", "poll")
+"""The system's, which is asked in the hub, and with no time to wait."""
 
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
 """Hosts that are no address of an accepted socket."""
@@ -312,8 +315,18 @@ class Listener(StreamServer):
         super().stop_accepting()
         if self._wait:
             self._timer = self.loop.timer(self._wait)
-            self._timer.start(self._try_accepting)
+            self._timer.start(self._wait_is_over)
             self._wait = 0.0
+
+    def _wait_is_over(self) -> None:
+        """Accept, unless others have meanwhile."""
+        if self._load is not None and self.started:
+            # Not a matter of time: the next connection may come in the very next moment.
+            asked = _new_poll()
+            asked.register(self.socket, select.POLLIN)
+            if not asked.poll(0):
+                self._load.others_were_first()
+        self._try_accepting()
 
     def take_turn(self) -> bool:
         """Accept one connection; false when none waits, or none may be accepted."""

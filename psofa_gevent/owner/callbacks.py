@@ -21,6 +21,7 @@ from gevent import get_hub, getcurrent
 from psofa_gevent.aio.coroutines import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.errors import SlowPeerError
 from psofa_gevent.hub.forking import unwatch, watch
 from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.times import SHORTEST_TIMER
@@ -113,9 +114,17 @@ def _do_nothing(_owner: object) -> None:
 
 def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:
     def call_limited(session: PsSession[Any], *args: Any) -> Any:
-        def expired(error: TimeoutError) -> None:
+        def expired(error: TimeoutError) -> TimeoutError:
+            is_peers = session._send_queue is not None and session._send_queue.holds_callbacks
+            if is_peers:
+                error = SlowPeerError(f"{error}: it waited in a send")
             session._request_close(PsCloseReason.FAILED, error)
-            session._log(logging.WARNING, "%r: %s", session, error)
+            if is_peers:
+                kind = "callback_timeout in a send"
+                session._log_peer(kind, "%r: %s", session, error)
+            else:
+                session._log(logging.WARNING, "%r: %s", session, error)
+            return error
 
         with TimeLimit(name, timeout, expired) as limit:
             session._time_limit = limit
@@ -132,8 +141,13 @@ def _limited_answer(
 ) -> Callable[[PsSession[Any], Endpoint | None], object]:
     def ask_limited(session: PsSession[Any], peer: Endpoint | None) -> object:
         errors: list[TimeoutError] = []
+
+        def expired(error: TimeoutError) -> TimeoutError:
+            errors.append(error)
+            return error
+
         try:
-            with TimeLimit("on_accept", timeout, errors.append):
+            with TimeLimit("on_accept", timeout, expired):
                 answer = ask(session, peer)
             if errors:  # and it was swallowed
                 raise errors[0]
@@ -146,9 +160,10 @@ def _limited_answer(
 
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
     def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
-        def expired(error: TimeoutError) -> None:
+        def expired(error: TimeoutError) -> TimeoutError:
             context = subject._context if args else None
             log(logging.WARNING, "%r: %s", subject, error, context=context)
+            return error
 
         with TimeLimit(name, timeout, expired):
             call(subject, *args)
@@ -163,10 +178,13 @@ class TimeLimit:
     `LONGEST_RETHROW` if that is less. One that never switches cannot be ended.
     """
 
-    def __init__(self, name: str, timeout: float, expired: Callable[[TimeoutError], None]) -> None:
+    def __init__(
+        self, name: str, timeout: float, expired: Callable[[TimeoutError], TimeoutError]
+    ) -> None:
+        """`expired` is called in the hub, once, with the first error; it returns what is thrown."""
         self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
         self._timeout = max(timeout, SHORTEST_TIMER)
-        self._expired: Callable[[TimeoutError], None] | None = expired
+        self._expired: Callable[[TimeoutError], TimeoutError] | None = expired
 
     def __enter__(self) -> Self:
         self._greenlet = getcurrent()
@@ -203,5 +221,5 @@ class TimeLimit:
         error = TimeoutError(self._message)
         expired, self._expired = self._expired, None
         if expired is not None:
-            expired(error)
+            error = expired(error)
         self._greenlet.throw(error)

@@ -21,10 +21,11 @@ What may switch: whatever runs a callback, `read` (and `receive`), the preamble 
 logging too, runs through without another greenlet in between.
 
 All attributes belong to the hub's thread, and callers in other OS threads are handed over
-(`HubThread`). Three change attributes where they are called: `close` and `abort` note at once that
-they were asked (`_open`, `_asked_reason`, `_abort_asked`), `_join` and `_leave` change the
-memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
-more.
+(`HubThread`). These change attributes where they are called: `close` and `abort` note at once that
+they were asked (`_open`, `_asked_reason`, `_abort_asked`), `post` and `send_eof` put what they are
+given into the outbox, under a lock, and make that if there is none, `_join` and `_leave` change the
+memberships in steps that no thread can divide, `connection_id` makes an id of the random bytes, and
+`_end_with_hub` ends a session whose hub runs no more.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 from gevent import GreenletExit, getcurrent
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
+from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.framing import Framing, Raw
 from psofa_gevent.hub.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.hub.greenlets import LibraryGreenlet
@@ -139,7 +140,7 @@ class SessionGreenlet(LibraryGreenlet):
         if self.session is not None and self.session._cork is not None:
             self.session._uncork_without_waiting()
             if self.session._framed is not None:
-                self.session._framed.others_had_turn()
+                self.session._framed.waits()
 
     def _run(self) -> None:
         assert self.session is not None
@@ -660,6 +661,8 @@ class PsSession(SendingHalf[M]):
             self._reason = PsCloseReason.SELF_CLOSE
         self._open = self._may_linger = self._abort_asked = self._watches = False
         self._waiting_since = 0.0
+        if self._framed is not None:
+            self._framed.look_soon()  # the fork may be in the middle of a read
         keep(self._send_queue, self._outbox, self._tasks, self._reaper, self._cork)
         line, self._send_queue = self._send_queue, None
         self._outbox = self._tasks = self._reaper = self._cork = None
@@ -760,6 +763,11 @@ class PsSession(SendingHalf[M]):
         self._ready.resume_later(self)
         self._wait_until_woken(None)
 
+    @property
+    def _is_within_read(self) -> bool:
+        """Whether it has given up its turn between two messages of one read."""
+        return self._waiting_since > 0 and self._framed is not None and self._framed.has_messages
+
     def receive(self, timeout: float | None = None) -> M:
         """Wait for the next message, and return it: straight-line code instead of ``on_message``.
 
@@ -813,6 +821,8 @@ class PsSession(SendingHalf[M]):
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
             self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
+        elif isinstance(exc, SlowPeerError):  # that is told already, as what a peer did
+            self._log(logging.DEBUG, "%r: a callback was ended", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
             self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
         else:
