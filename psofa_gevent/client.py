@@ -9,14 +9,16 @@ from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_seconds
 from psofa_gevent.connecting.connector import ConnectingOwner
 from psofa_gevent.connecting.reconnect import Link, PsReconnect
+from psofa_gevent.connecting.settings import ClientSettings
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import M
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import Heartbeat, SessionKeywords, SessionSettings, check_seconds
+from psofa_gevent.settings import Heartbeat, SessionKeywords, in_effect
 
 __all__ = ["PsClient"]
 
@@ -40,6 +42,9 @@ class PsClient(ConnectingOwner[M]):
     the first one after `disconnect`; ``on_stop`` at the end of `disconnect`. As a context manager
     it is connected on entry, unless it is, or connects, already, and disconnected on exit.
     """
+
+    _settings_class = ClientSettings
+    _settings: ClientSettings
 
     @overload
     def __init__(
@@ -144,7 +149,15 @@ class PsClient(ConnectingOwner[M]):
         """
         super().__init__(
             callback,
-            SessionSettings(
+            ClientSettings(
+                ssl_context=ssl_context,
+                reconnect=reconnect,
+                host=host,
+                port=port,
+                socket_address_family=socket_address_family,
+                server_hostname=server_hostname,
+                source_address=source_address,
+                endpoints=endpoints,
                 read_buffer_size=read_buffer_size,
                 divide=divide,
                 idle_milliseconds=idle_milliseconds,
@@ -164,8 +177,6 @@ class PsClient(ConnectingOwner[M]):
                 heartbeat=heartbeat,
             ),
             PsClientError,
-            ssl_context,
-            reconnect,
         )
         self._asked_for = self._target(
             host,
@@ -180,6 +191,16 @@ class PsClient(ConnectingOwner[M]):
         )
         self._why_not_connected = f"{self!r}: {by_itself}"
         """What `wait_connected` says when nothing connects."""
+
+    @property
+    def settings(self) -> ClientSettings:
+        """The settings in effect, all of them; read-only.
+
+        With what was chosen where a setting left it open: the context and the policy that True
+        stands for in `ssl_context` and `reconnect`, the bound that `unsent_low_water` is. From any
+        greenlet and any OS thread.
+        """
+        return in_effect(self._settings, ssl_context=self._ssl_context, reconnect=self._reconnect)
 
     def __repr__(self) -> str:
         state = "disconnected" if self.session is None else "connected"

@@ -23,6 +23,7 @@ from typing import Any, Generic
 
 from gevent import get_hub
 
+from psofa_gevent.checks import check_instance
 from psofa_gevent.hub.forking import keep, track, unwatch, watch
 from psofa_gevent.hub.native import new_local
 from psofa_gevent.hub.thread import HubThread
@@ -30,7 +31,6 @@ from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.messages import M, Message, as_bytes
 from psofa_gevent.session.sending import COLLECTED
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import check_instance
 
 __all__ = ["PsGroup", "post_to_all"]
 

@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_instance, check_seconds
 from psofa_gevent.connecting.connector import ConnectingOwner
 from psofa_gevent.connecting.reconnect import Link, PsReconnect
+from psofa_gevent.connecting.settings import ConnectingSettings
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
 from psofa_gevent.framing import Framing
@@ -20,13 +22,7 @@ from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import set_options
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import (
-    Heartbeat,
-    SessionKeywords,
-    SessionSettings,
-    check_instance,
-    check_seconds,
-)
+from psofa_gevent.settings import Heartbeat, SessionKeywords, in_effect
 
 __all__ = ["PsMultiClient", "PsMultiClientConnection"]
 
@@ -99,6 +95,9 @@ class PsMultiClient(ConnectingOwner[M]):
     and `destroy_bundle` may be called from any greenlet and any OS thread. As a context manager it
     is initialised on entry and destroyed on exit.
     """
+
+    _settings_class = ConnectingSettings
+    _settings: ConnectingSettings
 
     @overload
     def __init__(
@@ -186,7 +185,9 @@ class PsMultiClient(ConnectingOwner[M]):
         """
         super().__init__(
             callback,
-            SessionSettings(
+            ConnectingSettings(
+                ssl_context=ssl_context,
+                reconnect=reconnect,
                 read_buffer_size=read_buffer_size,
                 divide=divide,
                 idle_milliseconds=idle_milliseconds,
@@ -206,9 +207,17 @@ class PsMultiClient(ConnectingOwner[M]):
                 heartbeat=heartbeat,
             ),
             PsMultiClientError,
-            ssl_context,
-            reconnect,
         )
+
+    @property
+    def settings(self) -> ConnectingSettings:
+        """The settings in effect, all of them; read-only.
+
+        With what was chosen where a setting left it open: the context and the policy that True
+        stands for in `ssl_context` and `reconnect`, the bound that `unsent_low_water` is. From any
+        greenlet and any OS thread.
+        """
+        return in_effect(self._settings, ssl_context=self._ssl_context, reconnect=self._reconnect)
 
     def __repr__(self) -> str:
         if self._manager is None:

@@ -46,6 +46,7 @@ from typing import Any, Generic, Literal, TypeVar
 from gevent import Timeout, getcurrent
 
 from psofa_gevent.aio.coroutines import greenlet_that_waits
+from psofa_gevent.checks import check_instance, check_seconds
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import (
     PsRequestClosedError,
@@ -60,7 +61,6 @@ from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.messages import M, Message
 from psofa_gevent.session.send_queue import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import check_instance, check_seconds
 
 __all__ = ["PsRequester"]
 

@@ -15,6 +15,7 @@ import gevent
 from gevent import getcurrent
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_seconds, check_ssl_context
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsRefusal, PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.framing import Framing
@@ -35,21 +36,13 @@ from psofa_gevent.listening.binds import (
 from psofa_gevent.listening.listener import Listeners, ListeningSocket
 from psofa_gevent.listening.notifier import ServiceNotifier
 from psofa_gevent.listening.preamble import Preamble
+from psofa_gevent.listening.settings import ServerSettings
 from psofa_gevent.messages import M
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint
 from psofa_gevent.owner.base import SessionOwner
 from psofa_gevent.owner.manager import SessionManager
-from psofa_gevent.settings import (
-    MAX_BUFFER,
-    Heartbeat,
-    SessionKeywords,
-    SessionSettings,
-    check_bool,
-    check_int,
-    check_seconds,
-    check_ssl_context,
-)
+from psofa_gevent.settings import Heartbeat, SessionKeywords, in_effect
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
@@ -95,6 +88,9 @@ class PsServer(SessionOwner[M]):
 
     A process that is forked from the one in which it runs has a stopped one: see `start`.
     """
+
+    _settings_class = ServerSettings
+    _settings: ServerSettings
 
     @overload
     def __init__(
@@ -231,7 +227,25 @@ class PsServer(SessionOwner[M]):
         """
         super().__init__(
             callback,
-            SessionSettings(
+            ServerSettings(
+                host=host,
+                port=port,
+                listener=listener,
+                socket_address_family=socket_address_family,
+                backlog=backlog,
+                receive_buffer_size=receive_buffer_size,
+                unix_mode=unix_mode,
+                reuse_port=reuse_port,
+                max_sessions=max_sessions,
+                ssl_context=ssl_context,
+                handshake_timeout=handshake_timeout,
+                proxy_protocol=proxy_protocol,
+                trusted_proxies=trusted_proxies,
+                allowed_networks=allowed_networks,
+                denied_networks=denied_networks,
+                max_sessions_per_peer=max_sessions_per_peer,
+                refuse_when_full=refuse_when_full,
+                farewell=farewell,
                 read_buffer_size=read_buffer_size,
                 divide=divide,
                 idle_milliseconds=idle_milliseconds,
@@ -251,12 +265,6 @@ class PsServer(SessionOwner[M]):
                 heartbeat=heartbeat,
             ),
         )
-        check_int("backlog", backlog, 1, MAX_BUFFER)
-        if receive_buffer_size is not None:
-            check_int("receive_buffer_size", receive_buffer_size, 1, MAX_BUFFER)
-        if unix_mode is not None:
-            check_int("unix_mode", unix_mode, 0, 0o777)
-        check_bool("reuse_port", reuse_port)
         self._places = check_places(listener, host, port, socket_address_family)
         if reuse_port:
             check_reuse_port(self._places)
@@ -267,13 +275,7 @@ class PsServer(SessionOwner[M]):
             reuse_port=reuse_port,
             settings=self._settings,
         )
-        if max_sessions is not None:
-            check_int("max_sessions", max_sessions, 1, MAX_BUFFER)
-        self._max_sessions = max_sessions
-        check_ssl_context("ssl_context", ssl_context, server_side=True)
         self._ssl_context = ssl_context
-        check_seconds("handshake_timeout", handshake_timeout, more_than_zero=True)
-        self._handshake_timeout = handshake_timeout
         self._admission = Admission(
             allowed_networks=allowed_networks,
             denied_networks=denied_networks,
@@ -317,7 +319,7 @@ class PsServer(SessionOwner[M]):
         self._forget_if_hub_is_gone()
         if self._manager is not None:
             raise PsServerError(f"{self!r} is started already")
-        manager = self._manager = self._new_manager(self._max_sessions or _default_cap())
+        manager = self._manager = self._new_manager(self._settings.max_sessions or _default_cap())
         with self._starting(manager):
             opened = self._open(manager)
             try:
@@ -500,6 +502,22 @@ class PsServer(SessionOwner[M]):
             self._left_in = self._bound_to = None
 
     @property
+    def settings(self) -> ServerSettings:
+        """The settings in effect, all of them, as they are now; read-only.
+
+        With what was chosen where a setting left it open (``None``): the cap that `max_sessions`
+        is, the bound that `unsent_low_water` is; and with the context of the last `reload_tls`.
+        From any greenlet and any OS thread.
+        """
+        manager = self._manager
+        return in_effect(
+            self._settings,
+            max_sessions=self._settings.max_sessions
+            or (_default_cap() if manager is None else manager.pool.size),
+            ssl_context=self._ssl_context,
+        )
+
+    @property
     def refused(self) -> dict[PsRefusal, int]:
         """How many connections were refused since the server was made, for each reason."""
         return self._admission.refused
@@ -575,7 +593,7 @@ class PsServer(SessionOwner[M]):
         if self._ssl_context is not None or admission.proxy_protocol or asks:
             manager.preamble = Preamble(
                 lambda: self._ssl_context,
-                self._handshake_timeout,
+                self._settings.handshake_timeout,
                 admission.admits,
                 proxy_protocol=admission.proxy_protocol,
             )

@@ -1,4 +1,9 @@
-"""The settings that servers and clients share, checked where they are given.
+"""The settings of sessions: one description of each, which the checks and the documents come from.
+
+A setting is a field of `SessionSettings`: name, type, default, check, what it is and what it
+trades stand there together. From these come the checks, the options of ``psofa serve`` with their
+help, and docs/settings.md. The constructors of the owners write them out once more, for editors and
+type checkers, as does `SessionKeywords`; a test compares them.
 
 Nothing here touches a socket. A value of the wrong type raises `TypeError`, one out of range
 `ValueError`; both name the parameter, the value, and what would be right.
@@ -7,14 +12,23 @@ Nothing here touches a socket. A value of the wrong type raises `TypeError`, one
 from __future__ import annotations
 
 import enum
-import ssl
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar
 
+from psofa_gevent.checks import (
+    MAX_BUFFER,
+    check_bool,
+    check_instance,
+    check_int,
+    check_seconds,
+)
 from psofa_gevent.enums import PsOverflow
 from psofa_gevent.framing import Framing
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.net.sockopts import UNSENT_LOW_WATER, USER_TIMEOUT
+from psofa_gevent.net.sockopts import UNSENT_LOW_WATER, USER_TIMEOUT, unsent_low_water
 
 __all__ = [
     "DEFAULT",
@@ -23,18 +37,15 @@ __all__ = [
     "PsHeartbeat",
     "SessionKeywords",
     "SessionSettings",
-    "check_bool",
+    "Setting",
+    "about",
     "check_framing",
-    "check_heartbeat",
-    "check_hostname",
-    "check_instance",
-    "check_int",
-    "check_number",
-    "check_seconds",
-    "check_ssl_context",
+    "check_idle",
+    "described",
+    "in_effect",
+    "seconds",
+    "whole",
 ]
-
-T = TypeVar("T")
 
 
 class PsHeartbeat(NamedTuple):
@@ -58,15 +69,10 @@ class PsHeartbeat(NamedTuple):
 Heartbeat = PsHeartbeat | tuple[int, Any]
 """What the setting may be."""
 
-MAX_PORT = 65_535
-LONGEST_TIME = 1e9
-"""Seconds: 31 years. The event loop's timers take no infinity."""
 LONGEST_KEEP_ALIVE = 32_767
 """Seconds (Linux, net/tcp.h: MAX_TCP_KEEPIDLE)."""
 LONGEST_IDLE = 2_000_000
 """Seconds: TCP_USER_TIMEOUT is a C int of milliseconds."""
-MAX_BUFFER = 2**31 - 1
-"""Options of sockets and recv take a C int."""
 
 
 class Default(enum.Enum):
@@ -106,116 +112,63 @@ class SessionKeywords(TypedDict, total=False):
     heartbeat: Heartbeat | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionSettings:
-    """What `PsServer`, `PsClient` and `PsMultiClient` give to each of their sessions.
+Check = Callable[[str, Any], object]
+"""Takes the name and the value; raises `TypeError` or `ValueError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The description of one setting, from which all else that tells of it is made.
+
+    Texts are for the documentation and for ``psofa serve --help``: names of settings, callbacks and
+    values stand in backticks.
 
     Attributes:
-        read_buffer_size: bytes, the most that one ``on_message`` gets.
-        divide: slices of the idle scan; each session is looked at once a second.
-        idle_milliseconds: a session that waits longer for bytes closes with `TIMEOUT`; ``None``:
-            never.
-        send_timeout: seconds in which the peer takes nothing, after which a send fails.
-        callback_timeout: seconds after which a running callback is ended; ``None``: never.
-        linger_timeout: seconds for which a close waits for the peer to take the last bytes.
-        no_delay: TCP_NODELAY.
-        allow_half_open: the peer's FIN calls ``on_eof`` and does not close the session.
-        framing: what cuts the bytes into messages; ``None``: nothing does.
-        frame_timeout: seconds that a message may take from its first byte to its last; ``None``:
-            any time.
-        high_water: bytes of posts that wait for the peer, at most.
-        overflow: what happens to a post beyond that.
-        send_buffer_size: SO_SNDBUF; ``None``: the kernel's own tuning.
-        unsent_low_water: bytes that the kernel may keep unsent; ``None``: it goes by
-            `high_water` (`psofa_gevent.net.sockopts.unsent_low_water`).
-        keep_alive: seconds of silence after which the kernel probes the peer; ``None``: never.
-        user_timeout: seconds that sent data may stay unacknowledged; ``None``: the kernel's own.
-        heartbeat: milliseconds of sending nothing, and what is sent then; ``None``: nothing.
+        name: the parameter of the constructors.
+        annotation: its type, as it stands in their signatures.
+        default: its default; `dataclasses.MISSING`: it must be given.
+        check: what raises for a wrong value; ``None``: the part that takes it checks it, since the
+            check depends on other settings or makes something else of it (addresses, networks).
+        what: what it is, in one line.
+        trades: what a larger or smaller value costs and gains.
+        none: what ``None`` means.
     """
 
-    read_buffer_size: int
-    divide: int
-    idle_milliseconds: int | None
-    send_timeout: float | None
-    callback_timeout: float | None
-    linger_timeout: float
-    no_delay: bool
-    allow_half_open: bool
-    framing: Framing[Any] | None
-    frame_timeout: float | None
-    high_water: int
-    overflow: PsOverflow
-    send_buffer_size: int | None
-    unsent_low_water: int | None
-    keep_alive: float | None
-    user_timeout: float | None
-    heartbeat: Heartbeat | None
-
-    def __post_init__(self) -> None:
-        check_int("read_buffer_size", self.read_buffer_size, 1, MAX_BUFFER)
-        check_int("divide", self.divide, 1, 1_000)
-        check_idle("idle_milliseconds", self.idle_milliseconds)
-        check_seconds("send_timeout", self.send_timeout)
-        check_seconds("callback_timeout", self.callback_timeout, more_than_zero=True)
-        check_seconds("linger_timeout", self.linger_timeout, optional=False)
-        check_bool("no_delay", self.no_delay)
-        check_bool("allow_half_open", self.allow_half_open)
-        check_framing("framing", self.framing)
-        check_seconds("frame_timeout", self.frame_timeout, more_than_zero=True)
-        check_int("high_water", self.high_water, 1, 2**53)
-        check_instance("overflow", self.overflow, PsOverflow)
-        if self.send_buffer_size is not None:
-            check_int("send_buffer_size", self.send_buffer_size, 1, MAX_BUFFER)
-        if self.unsent_low_water is not None:
-            check_int("unsent_low_water", self.unsent_low_water, 1, MAX_BUFFER)
-            if UNSENT_LOW_WATER is None:
-                raise ValueError(
-                    f"unsent_low_water must be None, not {self.unsent_low_water!r}: this system "
-                    "has no TCP_NOTSENT_LOWAT"
-                )
-        check_seconds("keep_alive", self.keep_alive, more_than_zero=True, most=LONGEST_KEEP_ALIVE)
-        check_seconds("user_timeout", self.user_timeout, more_than_zero=True, most=LONGEST_IDLE)
-        check_heartbeat(self.heartbeat, self.framing)
-        if self.user_timeout is not None and USER_TIMEOUT is None:
-            raise ValueError(
-                f"user_timeout must be None, not {self.user_timeout!r}: this system has no "
-                "TCP_USER_TIMEOUT"
-            )
+    name: str
+    annotation: str
+    default: Any
+    check: Check | None
+    what: str
+    trades: str
+    none: str
 
 
-def check_instance(name: str, value: object, kind: type[T]) -> T:
-    """Return `value`, or raise `TypeError` when it is not a `kind`."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {_a(kind.__name__)}, not {value!r}")
-    return value
+def about(*, check: Check | None, what: str, trades: str = "", none: str = "") -> dict[str, Any]:
+    """The metadata of a field that is a setting (`Setting`); the field itself has the rest."""
+    return {"check": check, "what": what, "trades": trades, "none": none}
 
 
-def check_bool(name: str, value: object) -> None:
-    """Raise `TypeError` for anything but ``True`` and ``False``."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+def described(settings: type[SessionSettings]) -> dict[str, Setting]:
+    """The descriptions of a class of settings, by name; those of its base come first."""
+    return {
+        each.name: Setting(each.name, str(each.type), each.default, **each.metadata)
+        for each in fields(settings)
+    }
 
 
-def check_int(name: str, value: object, least: int, most: int) -> None:
-    """Raise unless `value` is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+def whole(least: int, most: int, *, optional: bool = False) -> Check:
+    """The check of a whole number."""
+    return partial(check_int, least=least, most=most, optional=optional)
 
 
-def check_number(name: str, value: object, least: float, most: float) -> None:
-    """Raise unless `value` is a number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
+def seconds(**limits: Any) -> Check:
+    """The check of a time: `limits` are those of `check_seconds`."""
+    return partial(check_seconds, **limits)
 
 
 def check_idle(name: str, value: object) -> None:
     """Raise unless `value` is ``None`` or a positive whole number of milliseconds."""
-    if value is not None:
-        check_int(name, value, 1, 2**53)
+    check_int(name, value, 1, 2**53, optional=True)
 
 
 def check_framing(name: str, value: object) -> None:
@@ -226,91 +179,266 @@ def check_framing(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Framing or None, not {value!r}")
 
 
-def check_heartbeat(value: object, framing: Framing[Any] | None) -> None:
-    """Raise unless `value` is ``None``, or milliseconds and what can be sent.
+def check_unsent_low_water(name: str, value: object) -> None:
+    """Raise unless `value` is ``None`` or a number of bytes, on a system that can bound them."""
+    check_int(name, value, 1, MAX_BUFFER, optional=True)
+    if value is not None and UNSENT_LOW_WATER is None:
+        raise ValueError(
+            f"{name} must be None, not {value!r}: this system has no TCP_NOTSENT_LOWAT"
+        )
+
+
+def check_user_timeout(name: str, value: object) -> None:
+    """Raise unless `value` is ``None`` or a number of seconds, on a system that can count them."""
+    check_seconds(name, value, more_than_zero=True, most=LONGEST_IDLE)
+    if value is not None and USER_TIMEOUT is None:
+        raise ValueError(f"{name} must be None, not {value!r}: this system has no TCP_USER_TIMEOUT")
+
+
+def check_heartbeat(name: str, value: object) -> None:
+    """Raise unless `value` is ``None``, or milliseconds and something.
 
     Raises:
         TypeError: it is something else.
-        ValueError: the milliseconds are less than 1, or the framing can't carry the message.
+        ValueError: the milliseconds are less than 1.
     """
     if value is None:
         return
-    error = (
-        "heartbeat must be None, or milliseconds (1 or more) and a message or a function of the "
-        "session, such as (30_000, b'ping') or PsHeartbeat(30_000, b'\\0', raw=True), "
-        f"not {value!r}"
-    )
     if not isinstance(value, tuple) or len(value) not in (2, 3):
-        raise TypeError(error)
+        raise TypeError(_heartbeat_error(name, value))
     heartbeat = PsHeartbeat(*value)
     if type(heartbeat.milliseconds) is not int or type(heartbeat.raw) is not bool:
-        raise TypeError(error)
+        raise TypeError(_heartbeat_error(name, value))
     if not 1 <= heartbeat.milliseconds <= 2**53:
-        raise ValueError(error)
+        raise ValueError(_heartbeat_error(name, value))
+
+
+def check_heartbeat_fits(value: Heartbeat | None, framing: Framing[Any] | None) -> None:
+    """Raise `TypeError` or `ValueError` for a message that can't be sent with that framing."""
+    if value is None:
+        return
+    heartbeat = PsHeartbeat(*value)
     if callable(heartbeat.message):
         return
     try:
         if framing is not None and not heartbeat.raw:
             framing.encode(heartbeat.message)
         elif not as_bytes(heartbeat.message):
-            raise ValueError(error)
+            raise ValueError(_heartbeat_error("heartbeat", value))
     except UnicodeEncodeError as exc:
         raise ValueError(
             f"heartbeat must have text that UTF-8 can encode, not {value!r}: {exc}"
         ) from exc
     except TypeError as exc:
-        raise TypeError(f"{error}: {exc}") from exc
+        raise TypeError(f"{_heartbeat_error('heartbeat', value)}: {exc}") from exc
 
 
-def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:
-    """Raise unless `value` is ``None`` or an `ssl.SSLContext` for that side.
+def _heartbeat_error(name: str, value: object) -> str:
+    return (
+        f"{name} must be None, or milliseconds (1 or more) and a message or a function of the "
+        "session, such as (30_000, b'ping') or PsHeartbeat(30_000, b'\\0', raw=True), "
+        f"not {value!r}"
+    )
 
-    Raises:
-        TypeError: it is something else.
-        ValueError: it is for the other side.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """What `PsServer`, `PsClient` and `PsMultiClient` give to each of their sessions.
+
+    Each field is the one description of its setting. `psofa_gevent.listening.settings` and
+    `psofa_gevent.connecting.settings` add what one kind of owner has besides.
     """
-    if value is None:
-        return
-    if not isinstance(value, ssl.SSLContext):
-        raise TypeError(f"{name} must be an ssl.SSLContext or None, not {value!r}")
-    wrong = ssl.PROTOCOL_TLS_CLIENT if server_side else ssl.PROTOCOL_TLS_SERVER
-    if value.protocol == wrong:
-        side = "PROTOCOL_TLS_SERVER" if server_side else "PROTOCOL_TLS_CLIENT"
-        raise ValueError(f"{name} must be made with ssl.{side}, not {value.protocol!r}")
+
+    read_buffer_size: int = field(
+        default=65536,
+        metadata=about(
+            check=whole(1, MAX_BUFFER),
+            what="the most bytes that one `on_message` gets without a framing",
+            trades="a small one costs more calls in large transfers, a large one costs idle "
+            "sessions nothing",
+        ),
+    )
+    divide: int = field(
+        default=10,
+        metadata=about(
+            check=whole(1, 1_000),
+            what="slices of the idle check, which looks at each session once a second, one slice "
+            "at a time",
+            trades="more slices make shorter steps",
+        ),
+    )
+    idle_milliseconds: int | None = field(
+        default=60_000,
+        metadata=about(
+            check=check_idle,
+            what="milliseconds that a session waits for bytes before it closes with `TIMEOUT`",
+            trades="finds peers that vanished. Only what the peer sends counts, not what this end "
+            "sends; the time in a callback does not count",
+            none="never, for peers that only listen; one that vanished is not found",
+        ),
+    )
+    send_timeout: float | None = field(
+        default=1.5,
+        metadata=about(
+            check=seconds(),
+            what="seconds without progress, in which the peer takes nothing, after which a send "
+            "fails and the session closes",
+            trades="the longer it is, the longer a stalled peer holds its sender",
+            none="wait for ever",
+        ),
+    )
+    callback_timeout: float | None = field(
+        default=None,
+        metadata=about(
+            check=seconds(more_than_zero=True),
+            what="seconds after which a running callback is ended, and its session with `FAILED`",
+            trades="it cannot end a callback that never waits",
+            none="never",
+        ),
+    )
+    linger_timeout: float = field(
+        default=1.0,
+        metadata=about(
+            check=seconds(optional=False),
+            what="seconds that a close waits, at most, for the peer to take the last bytes",
+            trades="a short one may lose them, a long one keeps closed sessions for slow peers",
+        ),
+    )
+    no_delay: bool = field(
+        default=True,
+        metadata=about(
+            check=check_bool,
+            what="TCP_NODELAY: small messages leave at once",
+            trades="without it the kernel gathers small messages into fewer packets, which can "
+            "hold one back for 40 ms",
+        ),
+    )
+    allow_half_open: bool = field(
+        default=False,
+        metadata=about(
+            check=check_bool,
+            what="when the peer shuts its sending side, call `on_eof` and let the session go on "
+            "until it is closed",
+            trades="without it the session closes",
+        ),
+    )
+    framing: Framing[Any] | None = field(
+        default=None,
+        metadata=about(
+            check=check_framing,
+            what="what cuts the stream into messages",
+            none="the bytes as they come",
+        ),
+    )
+    frame_timeout: float | None = field(
+        default=None,
+        metadata=about(
+            check=seconds(more_than_zero=True),
+            what="seconds that a message may take from its first byte to its last before the "
+            "session closes with `FAILED`",
+            trades="without it a peer may trickle one message for as long as it sends a byte "
+            "within the idle time",
+            none="any time",
+        ),
+    )
+    high_water: int = field(
+        default=1_048_576,
+        metadata=about(
+            check=whole(1, 2**53),
+            what="bytes of posts that wait for a slow peer, at most, with those that threads have "
+            "posted and the hub has not come to",
+            trades="in memory they take less than twice as many, whatever their sizes; with "
+            "`DROP_OLDEST` each message counts one byte more",
+        ),
+    )
+    overflow: PsOverflow = field(
+        default=PsOverflow.CLOSE,
+        metadata=about(
+            check=partial(check_instance, kind=PsOverflow),
+            what="what happens to a post beyond `high_water`: close the session with `FAILED`, or "
+            "drop the newest message, or the oldest ones",
+            trades="closing costs the peer its session, dropping costs it messages",
+        ),
+    )
+    send_buffer_size: int | None = field(
+        default=None,
+        metadata=about(
+            check=whole(1, MAX_BUFFER, optional=True),
+            what="SO_SNDBUF in bytes: a hard bound for what the kernel keeps for a peer, unsent "
+            "and unacknowledged",
+            trades="a number turns the kernel's own tuning off: throughput is this much per round "
+            "trip, at most. Linux makes twice as much of it, up to net.core.wmem_max",
+            none="the kernel's own tuning, up to megabytes",
+        ),
+    )
+    unsent_low_water: int | None = field(
+        default=None,
+        metadata=about(
+            check=check_unsent_low_water,
+            what="TCP_NOTSENT_LOWAT: bytes that the kernel may keep unsent for a slow peer before "
+            "posts and sends wait",
+            trades="less takes less memory, and news is fresher when it leaves; but large "
+            "transfers wake up more often (16 KiB cost some 50 % more CPU time)",
+            none="on Linux four times `high_water`, from 64 KiB to the kernel's own bound; "
+            "elsewhere any number",
+        ),
+    )
+    keep_alive: float | None = field(
+        default=None,
+        metadata=about(
+            check=seconds(more_than_zero=True, most=LONGEST_KEEP_ALIVE),
+            what="seconds of silence after which the kernel probes whether the peer is there; "
+            "three probes without an answer close the session with `FAILED`",
+            trades="finds a peer that vanished where `idle_milliseconds` cannot, as it may be "
+            "silent for long; costs packets on quiet connections",
+            none="never",
+        ),
+    )
+    user_timeout: float | None = field(
+        default=None,
+        metadata=about(
+            check=check_user_timeout,
+            what="TCP_USER_TIMEOUT in seconds: the session closes with `FAILED` when what was "
+            "sent stays unacknowledged for so long, or a full peer takes nothing",
+            trades="a short one gives up a peer whose network is down for a while; Linux only",
+            none="the kernel's own time",
+        ),
+    )
+    heartbeat: Heartbeat | None = field(
+        default=None,
+        metadata=about(
+            check=check_heartbeat,
+            what="milliseconds, and what a session sends when it has sent nothing for so long, "
+            "such as `(30_000, b'ping')`: a message, or a function of the session (also async) "
+            "that returns one. `PsHeartbeat(30_000, b'\\xff', raw=True)` goes past the framing",
+            trades="keeps NAT routers and the peer's idle check content; costs a packet each time",
+            none="nothing",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            check: Check | None = each.metadata["check"]
+            if check is not None:
+                check(each.name, value)
+            if isinstance(value, (list, set, dict)):  # the caller may change it later
+                object.__setattr__(self, each.name, tuple(value))
+        check_heartbeat_fits(self.heartbeat, self.framing)
 
 
-def check_hostname(name: str, value: object, ssl_context: ssl.SSLContext) -> None:
-    """Raise for a name that no certificate can have; for ``None`` only where one is needed."""
-    if value is not None:
-        check_instance(name, value, str)
-    try:
-        is_server = ssl_context.protocol == ssl.PROTOCOL_TLS_SERVER
-        asked: Any = None if is_server else value
-        ssl_context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), is_server, asked)
-    except (ValueError, TypeError) as exc:  # a UnicodeError is a ValueError
-        raise ValueError(
-            f"{name} must be a name that a certificate can have, not {value!r}: {exc}"
-        ) from exc
+S = TypeVar("S", bound=SessionSettings)
 
 
-def check_seconds(
-    name: str,
-    value: object,
-    *,
-    optional: bool = True,
-    more_than_zero: bool = False,
-    most: float = LONGEST_TIME,
-) -> None:
-    """Raise unless `value` is a number of seconds, or ``None`` where that is `optional`."""
-    if value is None and optional:
-        return
-    wanted = "a number of seconds" + (" or None" if optional else "")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    if not 0 <= value <= most or (more_than_zero and value == 0):
-        least = "more than 0" if more_than_zero else "0 or more"
-        raise ValueError(f"{name} must be {wanted}, {least} and at most {most:.0f}, not {value!r}")
+def in_effect(settings: S, **chosen: object) -> S:
+    """A copy that tells what the library has chosen where a setting left it the choice.
 
-
-def _a(name: str) -> str:
-    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+    Args:
+        settings: as they were given.
+        **chosen: what the owner has chosen; for its sessions that is known here.
+    """
+    copied = copy(settings)
+    chosen["unsent_low_water"] = unsent_low_water(settings) or None
+    for name, value in chosen.items():
+        object.__setattr__(copied, name, value)
+    return copied

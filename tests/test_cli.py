@@ -34,7 +34,9 @@ from psofa_gevent import (
     PsServer,
     PsSocketAddressFamily,
 )
-from psofa_gevent.cli import demo, main, serve
+from psofa_gevent.cli import demo, main, options, reach, serve
+from psofa_gevent.listening.settings import ServerSettings
+from psofa_gevent.settings import described
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)
@@ -819,7 +821,7 @@ def test_serve_on_every_address_says_so_when_it_cannot_list_them(
 
 def test_a_link_local_address_is_printed_with_its_interface() -> None:
     index, name = gevent.socket.if_nameindex()[0]
-    text = serve.where_to_reach(("fe80::7", 8710, 0, index), serving="an echo")
+    text = reach.where_to_reach(("fe80::7", 8710, 0, index), serving="an echo")
     assert text.startswith(f"Listening on [fe80::7%{name}]:8710\n")
     assert f"nc fe80::7%{name} 8710" in text
 
@@ -1058,26 +1060,29 @@ def test_help_of_serve_names_every_option_with_its_default(tmp_path: Path) -> No
     text = " ".join(run(tmp_path, "serve", "--help").stdout.split())
     for name in [*server_settings(), "certificate", "key"]:
         if name not in ("socket_address_family", "ssl_context"):
-            option = serve.REPEATED.get(name, name).replace("_", "-")
-            assert re.search(rf"--{option}\s", text)
+            assert re.search(rf"{options.FLAGS[name]}\s", text)
+    for setting in described(ServerSettings).values():
+        if setting.name not in ("socket_address_family", "ssl_context", "framing", "heartbeat"):
+            beginning = setting.what.partition(",")[0].partition("`")[0].partition(":")[0]
+            assert setting.name in ("host", "listener") or beginning in text, setting.name
     for default in ("8710", "1024", "65536", "60000", "1.5", "5.0"):
         assert f"(default: {default}" in text
     assert "usage: python -m psofa_gevent serve [options] [module:attribute]" in text
 
 
 def test_behind_a_load_balancer_serve_tells_how_to_try_it_without_one() -> None:
-    text = serve.where_to_reach(("127.0.0.1", 8710), serving="an echo", has_header=True)
+    text = reach.where_to_reach(("127.0.0.1", 8710), serving="an echo", has_header=True)
     assert r"(printf 'PROXY UNKNOWN\r\n'; cat) | nc 127.0.0.1 8710" in text
-    assert "printf" not in serve.where_to_reach(("127.0.0.1", 8710), serving="an echo")
+    assert "printf" not in reach.where_to_reach(("127.0.0.1", 8710), serving="an echo")
 
 
 def test_with_tls_serve_tells_a_way_to_try_it_that_works() -> None:
     tcp, unix = ("127.0.0.1", 8710), ("unix:/run/a.sock", 0)
-    text = serve.where_to_reach(tcp, serving="an echo", has_tls=True)
+    text = reach.where_to_reach(tcp, serving="an echo", has_tls=True)
     assert "try         openssl s_client -quiet -connect 127.0.0.1:8710\n" in text
-    text = serve.where_to_reach(unix, serving="an echo", has_tls=True)
+    text = reach.where_to_reach(unix, serving="an echo", has_tls=True)
     assert "try         openssl s_client -quiet -unix /run/a.sock\n" in text
-    text = serve.where_to_reach(tcp, serving="an echo", has_tls=True, has_header=True)
+    text = reach.where_to_reach(tcp, serving="an echo", has_tls=True, has_header=True)
     assert "try         through the load balancer: " in text
 
 
@@ -1134,7 +1139,7 @@ def test_every_setting_of_the_server_has_an_option(
         "linger_timeout": 10.5,
         "no_delay": False,
         "allow_half_open": True,
-        "framing": serve.FRAMINGS["line"],
+        "framing": options.FRAMINGS["line"],
         "frame_timeout": 11.5,
         "high_water": 12,
         "overflow": PsOverflow.DROP_OLDEST,
@@ -1163,7 +1168,7 @@ def test_every_setting_of_the_server_has_an_option(
     arguments += ["--heartbeat", r"16,é\n"]
     arguments += ["--listener", "fd:16", "--reuse-port"]
     for name, value in expected.items():
-        option = f"--{serve.REPEATED.get(name, name).replace('_', '-')}"
+        option = options.FLAGS.get(name, "")
         if type(value) in (int, float, str) and name not in ("host", "port", "unix_mode"):
             arguments += [option, str(value)]
         elif isinstance(value, list) and name != "listener":
@@ -1264,7 +1269,8 @@ def test_the_descriptor_limit_is_raised_as_far_as_the_system_allows(
 
 def test_importing_the_command_line_patches_nothing(tmp_path: Path) -> None:
     source = """
-import psofa_gevent.__main__, psofa_gevent.cli.main, psofa_gevent.cli.demo, psofa_gevent.cli.serve
+import psofa_gevent.__main__, psofa_gevent.cli.main, psofa_gevent.cli.demo, psofa_gevent.cli.load
+import psofa_gevent.cli.options, psofa_gevent.cli.reach, psofa_gevent.cli.serve
 from gevent import monkey
 print([name for name in ("socket", "time", "threading") if monkey.is_module_patched(name)])
 """

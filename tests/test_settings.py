@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import decimal
 import enum
 import inspect
 import math
+import re
+import runpy
 import socket
 import ssl
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from helpers import REPOSITORY
 from psofa_gevent import (
     PsCallback,
     PsClient,
     PsHeartbeat,
     PsMultiClient,
     PsOverflow,
+    PsReconnect,
     PsServer,
     PsSession,
     PsSocketAddressFamily,
     settings,
 )
 from psofa_gevent.client import ClientKeywords
+from psofa_gevent.connecting.settings import ClientSettings, ConnectingSettings
 from psofa_gevent.framing import Line
+from psofa_gevent.listening.settings import ServerSettings
 from psofa_gevent.multi_client import MultiClientKeywords
 from psofa_gevent.net import sockopts
 from psofa_gevent.server import ServerKeywords
-from psofa_gevent.settings import SessionKeywords
+from psofa_gevent.settings import SessionKeywords, SessionSettings, described
 from psofa_gevent.testing import RecordingCallback, ServerFactory, connected_session
 
 Make = Callable[..., Any]
@@ -462,3 +472,198 @@ def test_type_checkers_know_every_parameter_that_a_constructor_takes_by_name(
     assert set(keywords.__annotations__) | set(SessionKeywords.__annotations__) == (
         by_name - {"framing"}
     )
+
+
+# -- one description of each
+
+
+DESCRIBED: list[Any] = [
+    pytest.param(PsServer, ServerSettings, ServerKeywords, id="PsServer"),
+    pytest.param(PsClient, ClientSettings, ClientKeywords, id="PsClient"),
+    pytest.param(PsMultiClient, ConnectingSettings, MultiClientKeywords, id="PsMultiClient"),
+]
+
+
+@pytest.mark.parametrize(("owner", "described_by", "keywords"), DESCRIBED)
+def test_a_constructor_takes_what_is_described(
+    owner: type, described_by: type[SessionSettings], keywords: type
+) -> None:
+    parameters = {
+        name: (parameter.annotation, parameter.default)
+        for name, parameter in inspect.signature(owner).parameters.items()
+        if name != "callback"
+    }
+    needed = {dataclasses.MISSING: inspect.Parameter.empty}
+    descriptions = {
+        name: (each.annotation, needed.get(each.default, each.default))
+        for name, each in described(described_by).items()
+    }
+    assert parameters == descriptions
+    of_sessions = list(described(SessionSettings))
+    assert [name for name in parameters if name in of_sessions] == of_sessions
+
+
+@pytest.mark.parametrize(("owner", "described_by", "keywords"), DESCRIBED)
+def test_type_checkers_know_the_types_that_are_described(
+    owner: type, described_by: type[SessionSettings], keywords: type
+) -> None:
+    descriptions = described(described_by)
+    known = {**SessionKeywords.__annotations__, **keywords.__annotations__}
+    for name, annotation in known.items():
+        spelled = getattr(annotation, "__forward_arg__", annotation)
+        assert spelled == descriptions[name].annotation, name
+
+
+@pytest.mark.parametrize(("owner", "described_by", "keywords"), DESCRIBED)
+def test_the_docstring_of_a_constructor_tells_of_each_setting(
+    owner: type, described_by: type[SessionSettings], keywords: type
+) -> None:
+    text = inspect.getdoc(owner.__init__)  # type: ignore[misc]  # of the class that is given
+    assert text is not None
+    told = re.findall(r"^    (\w+): ", text.partition("Raises:")[0], re.MULTILINE)
+    assert set(told) == {"callback", *described(described_by)}
+
+
+@pytest.mark.parametrize("described_by", [ServerSettings, ClientSettings, ConnectingSettings])
+def test_descriptions_are_one_line_each_and_say_what_none_means(
+    described_by: type[SessionSettings],
+) -> None:
+    for name, each in described(described_by).items():
+        assert each.what, name
+        assert "\n" not in each.what + each.trades + each.none, name
+        assert bool(each.none) == each.annotation.endswith("| None"), name
+
+
+def test_the_tables_of_the_documentation_are_what_is_described() -> None:
+    made = runpy.run_path(str(REPOSITORY / "docs/settings.py"))
+    text = (REPOSITORY / "docs/settings.md").read_text(encoding="utf-8")
+    assert text == made["page"](), "run: python docs/settings.py"
+    for name in {**described(ServerSettings), **described(ClientSettings)}:
+        assert f"| `{name}` |" in text
+    assert "(docs/settings.md)" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+# -- what is in effect
+
+
+@pytest.mark.parametrize("make", OWNERS)
+def test_an_owner_tells_its_settings_given_or_not(make: Make) -> None:
+    given = {"idle_milliseconds": 7, "framing": Line(), "overflow": PsOverflow.DROP_OLDEST}
+    told = make(**given).settings
+    expected = {**SESSION_SETTINGS, **given, "unsent_low_water": told.unsent_low_water}
+    assert {name: getattr(told, name) for name in SESSION_SETTINGS} == expected
+
+
+def test_the_owners_tell_their_own_settings() -> None:
+    server = make_server(listener=["unix:/tmp/x", ("::1", 0)], backlog=3)
+    assert (server.settings.port, server.settings.backlog) == (8710, 3)
+    assert server.settings.listener == ("unix:/tmp/x", ("::1", 0))
+    client = make_client(endpoints=[("localhost", 2)], source_address=("127.0.0.1", 0))
+    assert (client.settings.host, client.settings.port) == ("127.0.0.1", 1)
+    assert client.settings.endpoints == (("localhost", 2),)
+    assert client.settings.source_address == ("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("make", OWNERS)
+def test_the_settings_of_an_owner_are_read_only(make: Make) -> None:
+    owner = make()
+    with pytest.raises(AttributeError):
+        owner.settings = owner.settings
+    with pytest.raises(AttributeError):
+        owner.settings.idle_milliseconds = 1
+    assert owner.settings.idle_milliseconds == 60_000
+
+
+def test_a_list_that_changes_later_changes_no_setting() -> None:
+    networks = ["10.0.0.0/8"]
+    server = make_server(allowed_networks=networks)
+    networks.append("192.0.2.7")
+    assert server.settings.allowed_networks == ("10.0.0.0/8",)
+
+
+def test_settings_tell_what_was_chosen_where_one_left_it_open(ps_server: ServerFactory) -> None:
+    server = ps_server(PsCallback(), high_water=100_000)
+    assert server.settings.max_sessions == server._manager.pool.size  # type: ignore[union-attr]  # it is started
+    if sys.platform == "linux":
+        assert server.settings.unsent_low_water == 400_000
+        assert make_client(high_water=2**30).settings.unsent_low_water is None  # the kernel's own
+    assert make_server().settings.max_sessions is not None
+    assert make_server(max_sessions=3).settings.max_sessions == 3
+    assert make_client(reconnect=True).settings.reconnect == PsReconnect()
+    assert isinstance(make_multi_client(ssl_context=True).settings.ssl_context, ssl.SSLContext)
+
+
+def test_settings_tell_the_certificate_that_was_reloaded() -> None:
+    first, second = (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in range(2))
+    server = make_server(ssl_context=first)
+    assert server.settings.ssl_context is first
+    server.reload_tls(second)
+    assert server.settings.ssl_context is second
+
+
+# -- attributes that are none
+
+
+@pytest.mark.parametrize("make", OWNERS)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("idle_milliseconds", "'idle_milliseconds': it is a setting: give it to the constructor"),
+        ("idle_miliseconds", "did you mean the setting idle_milliseconds"),
+        ("get_sesion_count", "did you mean get_session_count?"),
+        ("colour_of_the_sky", "a subclass may have attributes of its own"),
+    ],
+)
+def test_an_unknown_attribute_is_an_error_that_names_the_nearest_one(
+    make: Make, name: str, said: str
+) -> None:
+    owner = make()
+    with pytest.raises(AttributeError, match=re.escape(said)):
+        setattr(owner, name, 1)
+    assert not hasattr(owner, name)
+
+
+def test_type_checkers_see_that_an_attribute_is_unknown() -> None:
+    """The ignored errors are the test: mypy reports an ignore that is not needed."""
+    server = PsServer(PsCallback())
+    with pytest.raises(AttributeError):
+        server.idle_miliseconds = 1  # type: ignore[attr-defined]  # what is tested
+    with pytest.raises(AttributeError):
+        server.settings.divide = 1  # type: ignore[misc]  # what is tested
+
+
+class Gateway(PsServer):
+    """A server with attributes of its own."""
+
+    limit = 3
+    port: int
+
+    def __init__(self, database: object) -> None:
+        self.database = database
+        super().__init__(PsCallback(), host="127.0.0.1", port=0)
+        self.routes: dict[str, str] = {}
+
+
+def test_a_subclass_has_attributes_of_its_own() -> None:
+    server = Gateway("a database")
+    server.limit = 4
+    server.port = 5  # a setting's name, and declared
+    server.routes = {"a": "b"}
+    assert (server.database, server.limit, server.port) == ("a database", 4, 5)
+    assert server.settings.port == 0
+
+
+def test_a_setting_that_a_subclass_does_not_declare_is_an_error_there_too() -> None:
+    server: Any = Gateway(None)
+    with pytest.raises(AttributeError, match="it is a setting"):
+        server.send_timeout = 3.0
+
+
+@pytest.mark.parametrize("make", OWNERS)
+def test_methods_of_one_owner_can_be_replaced_in_tests(make: Make) -> None:
+    owner = make()
+    with mock.patch.object(owner, "broadcast") as replaced:
+        owner.broadcast(b"x")
+    replaced.assert_called_once_with(b"x")
+    assert owner.broadcast(b"x") is None
+    assert weakref.ref(owner)() is owner

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 from gevent import Timeout, get_hub, getcurrent, socket
 
 from psofa_gevent.callback import PsCallback
+from psofa_gevent.checks import check_hostname, check_instance, check_ssl_context
 from psofa_gevent.connecting.reconnect import Link, PsReconnect, check_reconnect
+from psofa_gevent.connecting.settings import ConnectingSettings
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
 from psofa_gevent.hub.forking import keep, release, unwatch, watch
@@ -38,12 +40,7 @@ from psofa_gevent.net.sockopts import end, set_options
 from psofa_gevent.owner.base import SessionOwner
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import (
-    SessionSettings,
-    check_hostname,
-    check_instance,
-    check_ssl_context,
-)
+from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:
@@ -93,15 +90,13 @@ class ConnectingOwner(SessionOwner[M]):
     def __init__(
         self,
         callback: PsCallback[M],
-        settings: SessionSettings,
+        settings: ConnectingSettings,
         error: type[PsError],
-        ssl_context: ssl.SSLContext | bool | None,
-        reconnect: PsReconnect | bool | None,
     ) -> None:
         super().__init__(callback, settings)
         self._error = error
-        self._ssl_context = _context(ssl_context)
-        self._reconnect = check_reconnect(reconnect)
+        self._ssl_context = _context(settings.ssl_context)
+        self._reconnect = check_reconnect(settings.reconnect)
         self._connectors: set[Connector] = set()
         self._links: set[Link] = set()
 

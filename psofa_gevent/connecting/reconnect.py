@@ -21,11 +21,11 @@ import gevent
 from gevent import getcurrent
 from gevent.event import Event
 
+from psofa_gevent.checks import check_instance, check_int, check_number, check_seconds
 from psofa_gevent.errors import PsError, cut_traceback
 from psofa_gevent.hub.greenlets import ServiceGreenlet, may_wait
 from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.times import SHORTEST_TIMER
-from psofa_gevent.settings import check_instance, check_int, check_number, check_seconds
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager

@@ -26,7 +26,6 @@ from psofa_gevent.listening.farewell import LONGEST_FAREWELL, Farewells, say
 from psofa_gevent.listening.networks import Networks, peer_address
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint, end, endpoint
-from psofa_gevent.settings import MAX_BUFFER, check_bool, check_int
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager
@@ -57,18 +56,18 @@ class Admission:
         proxy_protocol: bool,
         trusted_proxies: object,
     ) -> None:
-        """Take the settings of `PsServer`; raises `TypeError` and `ValueError` for bad ones."""
+        """Take the settings of `PsServer`: numbers and flags are checked, networks and words here.
+
+        Raises:
+            TypeError, ValueError: the networks or the farewell are not what they should be.
+        """
         self._allowed = None
         if allowed_networks is not None:
             self._allowed = Networks("allowed_networks", allowed_networks)
         self._denied = Networks("denied_networks", denied_networks)
-        if max_sessions_per_peer is not None:
-            check_int("max_sessions_per_peer", max_sessions_per_peer, 1, MAX_BUFFER)
         self._most = max_sessions_per_peer
-        check_bool("refuse_when_full", refuse_when_full)
         self.refuse_when_full = refuse_when_full
         self._farewell = _check_farewell(farewell)
-        check_bool("proxy_protocol", proxy_protocol)
         self.proxy_protocol = proxy_protocol
         self._trusted = Networks("trusted_proxies", trusted_proxies)
         self._has_networks = self._allowed is not None or bool(self._denied)

@@ -24,6 +24,7 @@ from typing import Protocol, cast
 
 import gevent
 
+from psofa_gevent.checks import MAX_BUFFER, check_int
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.hub.greenlets import may_wait
@@ -37,7 +38,7 @@ from psofa_gevent.net.addresses import (
     format_address,
 )
 from psofa_gevent.net.sockopts import NAMELESS, Endpoint, endpoint
-from psofa_gevent.settings import MAX_BUFFER, SessionSettings, check_int
+from psofa_gevent.settings import SessionSettings
 
 __all__ = [
     "DEFAULT_HOST",

@@ -21,9 +21,9 @@ from typing import Any, TypeAlias, cast
 
 from gevent import socket
 
+from psofa_gevent.checks import MAX_PORT, check_instance, check_int
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.net.unix import PREFIX, is_unix, unix_path
-from psofa_gevent.settings import MAX_PORT, check_instance, check_int
 
 __all__ = [
     "Address",

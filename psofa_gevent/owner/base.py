@@ -11,10 +11,11 @@ import os
 import uuid
 from collections.abc import Collection, Hashable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Generic, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, cast
 from weakref import WeakValueDictionary
 
 from psofa_gevent.callback import PsCallback, check_callback
+from psofa_gevent.checks import check_instance, check_seconds
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.group import PsGroup, post_to_all
 from psofa_gevent.hub.forking import track
@@ -23,11 +24,12 @@ from psofa_gevent.hub.logs import PeerLog
 from psofa_gevent.hub.thread import LOOK_PERIOD, CallerEvent, Pulse, new_lock
 from psofa_gevent.hub.times import NEVER
 from psofa_gevent.messages import M, Message
+from psofa_gevent.owner.attributes import check_attribute
 from psofa_gevent.owner.keys import Keys
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.owner.shutdown import Stop
 from psofa_gevent.session.session import PsSession
-from psofa_gevent.settings import SessionSettings, check_instance, check_seconds
+from psofa_gevent.settings import SessionSettings
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
@@ -45,6 +47,9 @@ UNDO_TIMEOUT = 5.0
 class SessionOwner(Generic[M]):
     """The base of `PsServer`, `PsClient` and `PsMultiClient`."""
 
+    _settings_class: ClassVar[type[SessionSettings]]
+    """What describes the settings of this kind of owner."""
+
     def __init__(self, callback: PsCallback[M], settings: SessionSettings) -> None:
         check_callback(callback)
         self._callback = callback
@@ -55,6 +60,12 @@ class SessionOwner(Generic[M]):
         self._groups: WeakValueDictionary[str, PsGroup[M]] = WeakValueDictionary()
         self._groups_lock = new_lock()
         track(self)
+
+    if not TYPE_CHECKING:  # type checkers would let every name pass
+
+        def __setattr__(self, name: str, value: object) -> None:
+            check_attribute(self, name, self._settings_class)
+            super().__setattr__(name, value)
 
     # The attribute may change at any moment in which a signal handler or another thread runs: it is
     # read once in each method.

@@ -25,12 +25,12 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from psofa_gevent.checks import MAX_BUFFER, check_int
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import track
 from psofa_gevent.messages import as_bytes
 from psofa_gevent.session.buffers import Step
-from psofa_gevent.settings import MAX_BUFFER, check_int
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
+from psofa_gevent.checks import check_seconds
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import unwatch, watch
@@ -39,7 +40,7 @@ from psofa_gevent.session.send_queue import (
     TaskParking,
     run_in_greenlet,
 )
-from psofa_gevent.settings import DEFAULT, Default, check_seconds
+from psofa_gevent.settings import DEFAULT, Default
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, overload
 
 from gevent import GreenletExit, getcurrent
 
+from psofa_gevent.checks import check_instance, check_seconds
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.framing import Framing, Raw
@@ -65,13 +66,7 @@ from psofa_gevent.session.receiving import receive_next
 from psofa_gevent.session.sending import SendingHalf
 from psofa_gevent.session.starttls import Handshake, begin_tls, begin_tls_async
 from psofa_gevent.session.tasks import TaskReaper, spawn_task
-from psofa_gevent.settings import (
-    SessionSettings,
-    check_framing,
-    check_idle,
-    check_instance,
-    check_seconds,
-)
+from psofa_gevent.settings import SessionSettings, check_framing, check_idle
 from psofa_gevent.tls.socket import PsTlsInfo, TlsSocket, TlsWatcher
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from gevent import getcurrent
 
 from psofa_gevent.aio.coroutines import greenlet_that_waits
+from psofa_gevent.checks import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsTlsError
 from psofa_gevent.hub.forking import unwatch, watch
 from psofa_gevent.hub.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.session.send_queue import Parking, SendQueue, TaskParking, run_in_greenlet
-from psofa_gevent.settings import check_hostname, check_seconds, check_ssl_context
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:
