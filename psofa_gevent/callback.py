@@ -22,8 +22,8 @@ under the same rules, as tasks of the asyncio loop that runs on this thread's ge
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic
 
 from psofa_gevent.errors import PsCallbackError
@@ -61,6 +61,13 @@ ELSEWHERE = {
     "on_timeout": "on_idle",
 }
 """What other libraries call them, where a comparison of letters would lead astray."""
+METHOD_KINDS = (
+    staticmethod,
+    classmethod,
+    functools.partialmethod,
+    functools.singledispatchmethod,
+)
+"""What makes a method of a function, and can't be called itself."""
 
 
 class PsCallback(Generic[M]):
@@ -191,20 +198,19 @@ def _check_names(kind: type) -> None:
             continue
         # As it stands there: a property is not to be asked.
         value = inspect.getattr_static(kind, name)
-        if callable(value) or isinstance(value, (classmethod, staticmethod)):
+        if callable(value) or isinstance(value, METHOD_KINDS):
             raise PsCallbackError(
                 f"{kind.__name__}.{name} is no callback, so it would never be called: did you mean "
-                f"{_nearest(name, known)}? A method of your own needs a name that does not begin "
+                f"{_nearest(name)}? A method of your own needs a name that does not begin "
                 f"with {PREFIX!r}"
             )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    plain = name.removesuffix("_async")
-    if plain in ELSEWHERE:
-        return ELSEWHERE[plain] + name[len(plain) :]
-    (nearest,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
-    return nearest
+def _nearest(name: str) -> str:
+    names = ELSEWHERE | {each: each for each in METHODS}
+    meant = {f"{each}{end}": f"{names[each]}{end}" for each in names for end in ("", "_async")}
+    (nearest,) = difflib.get_close_matches(name, sorted(meant), n=1, cutoff=0.0)
+    return meant[nearest]
 
 
 def _check_is_called(callback: PsCallback[Any], name: str) -> None:

@@ -76,6 +76,13 @@ class PsTlsError(PsError):
     """A session could not go over to TLS."""
 
 
+class SlowPeerError(TimeoutError):
+    """``callback_timeout`` was over while the callback waited in a `send` to its peer.
+
+    An ordinary `TimeoutError` for the callback; the log tells it as what a peer did.
+    """
+
+
 def cut_traceback(cause: BaseException | None) -> None:
     """Take the traceback from `cause` and from all that it came from.
 

@@ -385,19 +385,16 @@ class _Request(Generic[T]):
         if not self.held_until:
             await self._parking
             return
-        timer = watch(
-            inside.thread_of(session).loop.timer(max(self.held_until - monotonic(), SHORTEST_TIMER))
-        )
-        timer.start(self.wake)
-        try:
-            await self._parking
-        finally:
-            unwatch(timer)
+        await self._pause(session, max(self.held_until - monotonic(), SHORTEST_TIMER))
         if monotonic() >= self.held_until:
             await self.look_again(session)  # a hub that stood still has not seen what came
 
     async def look_again(self, session: PsSession[Any]) -> None:
-        """Let a session that waits for bytes look whether some are there, and hand them over."""
+        """Let a session that waits for bytes look whether some are there, and hand them over.
+
+        All messages of one read, also while others have their turns in between; but of no more, as
+        a peer may never stop.
+        """
         has_looked = False
 
         def look_is_over() -> None:
@@ -409,6 +406,22 @@ class _Request(Generic[T]):
         inside.thread_of(session).loop.run_callback(look_is_over)  # after that: they come in order
         while not (self.is_over or has_looked):
             await self._parking
+        received = session.bytes_received
+        while (
+            not self.is_over
+            and inside.is_within_read(session)
+            and session.bytes_received == received
+        ):
+            await self._pause(session, SHORTEST_TIMER)
+
+    async def _pause(self, session: PsSession[Any], seconds: float) -> None:
+        """Wait for so long, or until somebody calls `wake`."""
+        timer = watch(inside.thread_of(session).loop.timer(seconds))
+        timer.start(self.wake)
+        try:
+            await self._parking
+        finally:
+            unwatch(timer)
 
     def get_reply(self) -> T:
         """The reply. Raises what kept it from coming."""

@@ -29,7 +29,7 @@ from psofa_gevent.listening.balance import (
     SharedLoad,
 )
 from psofa_gevent.listening.listener import ACCEPTS_OF_SHARED
-from psofa_gevent.testing import ScriptedClient, eventually
+from psofa_gevent.testing import ScriptedClient, ServerFactory, eventually
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 needs_locks = pytest.mark.skipif(
@@ -166,6 +166,47 @@ def test_who_waited_while_another_accepted_waits_again(load: SharedLoad, other: 
     for number in range(3):
         assert load.wait_for_others(FAR + number), number
         time.sleep(2 * SLOW_PATIENCE)
+
+
+@needs_locks
+def test_who_is_told_that_others_were_first_waits_again_at_once(
+    load: SharedLoad, other: Other
+) -> None:
+    """And gives up nobody, however long they have had that number."""
+    other.begin(0)
+    for _ in range(3):
+        assert load.wait_for_others(FAR) == FIRST_WAIT
+        load.others_were_first()
+        assert load.wait_for_others(FAR) == FIRST_WAIT
+        load.others_were_first()
+        time.sleep(SLOW_PATIENCE)
+
+
+@needs_locks
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_a_server_looks_after_its_wait_whether_others_were_first(
+    is_taken: bool,
+    listening: socket.socket,
+    ps_server: ServerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = [FIRST_WAIT]
+    told: list[bool] = []
+
+    def wait_for_others(_load: SharedLoad, _count: int) -> float:
+        if is_taken:
+            listening.accept()[0].close()
+        return waits.pop() if waits else 0.0
+
+    monkeypatch.setattr(SharedLoad, "wait_for_others", wait_for_others)
+    monkeypatch.setattr(SharedLoad, "others_were_first", lambda _load: told.append(True))
+    server = ps_server(PsCallback(), listener=listening)
+    with ScriptedClient(listening.getsockname()):
+        if is_taken:
+            eventually(lambda: told)
+        else:
+            eventually(lambda: server.sessions)
+            assert not told
 
 
 @needs_locks

@@ -206,6 +206,10 @@ def test_use_async_callback_that_is_no_bool_is_refused(value: object) -> None:
         ("on_message_asynk", "on_message_async"),
         ("on_connect", "on_open"),
         ("on_disconnect_async", "on_close_async"),
+        ("on_recieve", "on_message"),
+        ("on_data_received", "on_message"),
+        ("on_connection", "on_open"),
+        ("on_disconect_async", "on_close_async"),
         ("on_", "on_"),
         ("on_whatever", "on_"),
     ],
@@ -216,6 +220,7 @@ def test_a_method_with_the_name_of_no_callback_is_refused_with_the_nearest(
     any_function: Any = plain_function
     values: list[Any] = [plain_function, coroutine_function]
     values += [staticmethod(any_function), classmethod(any_function)]
+    values += [functools.partialmethod(any_function), functools.singledispatchmethod(any_function)]
     for value in values:
         with pytest.raises(PsCallbackError) as caught:
             make(overriding(name, value))

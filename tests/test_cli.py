@@ -680,6 +680,19 @@ def test_the_log_level_is_that_of_our_logger_where_the_application_has_set_up_lo
     assert all(line.startswith("OURS ") for line in started.log)
 
 
+def test_a_level_that_the_application_has_given_to_the_root_logger_stays(tmp_path: Path) -> None:
+    set_up = "logging.getLogger().setLevel(logging.ERROR)"
+    (tmp_path / "app.py").write_text(APP_THAT_LOGS.format("pass") + set_up)
+    with program(tmp_path, "serve", "app:make", "--port", "0") as started:
+        started.read_address()
+        assert started.stop() == 0
+    assert started.log == []
+    with program(tmp_path, "serve", "app:make", "--port", "0", "--log-level", "info") as started:
+        started.read_address()
+        assert started.stop() == 0
+    assert "INFO    psofa_gevent: <PsServer" in "".join(started.log)
+
+
 @pytest.mark.parametrize("level", [None, "debug", "warning"])
 def test_without_logging_of_the_application_serve_logs_at_its_level(
     level: str | None, tmp_path: Path

@@ -672,6 +672,38 @@ def test_a_child_that_is_forked_in_a_callback_goes_on_there(
 
 
 @PATCHED
+@pytest.mark.parametrize("how", ["at once", "when its turn is over"])
+def test_a_child_that_is_forked_within_a_read_gets_none_of_its_other_messages(
+    how: str, patched: str
+) -> None:
+    program = """
+        class Forks(PsCallback):
+            def on_message(self, session, message):
+                who = "parent" if os.getpid() == PARENT else "child"
+                seen.append(message)
+                say(who, message.decode())
+                if message == b"20":
+                    pid = os.fork()
+                    if pid:
+                        pids.append(pid)
+                    else:
+                        if how != "at once":
+                            monkey.get_original("time", "sleep")(0.03)
+                        gevent.spawn_later(0.5, leave)
+
+        how = sys.argv[1]
+        seen, pids = [], []
+        with PsServer(Forks(), host=HOST, port=0, framing=Line()) as server:
+            peer = Peer(server.address)
+            peer.send("".join(f"{number}\\n" for number in range(100)))
+            eventually(lambda: len(seen) == 100)
+            wait(*pids)
+    """
+    lines = run(program, patched, how)
+    assert sorted(lines) == sorted(f"parent {number}" for number in range(100))
+
+
+@PATCHED
 def test_a_child_that_leaves_by_sys_exit_leaves_its_parents_sessions_alone(patched: str) -> None:
     program = """
         pids = []
@@ -1009,6 +1041,40 @@ def test_the_servers_of_other_threads_are_left_alone_too() -> None:
     assert run("import gevent.monkey" + textwrap.dedent(program)) == []
 
 
+def test_what_another_thread_held_at_a_fork_holds_up_no_child() -> None:
+    program = """
+        class Keeps(Who):
+            def on_open(self, session):
+                super().on_open(session)
+                sessions.append(session)
+
+        def child():
+            signal.alarm(5)
+            session = sessions[0]
+            assert not session.post("x")
+            for ask in (session.send_eof, session.close, session.abort):
+                ask()
+            with contextlib.suppress(PsSendError):
+                session.send("x")
+
+        def in_thread():
+            "One without a hub, while another one is about to post."
+            pids.append(fork(child))
+
+        sessions, pids = [], []
+        with PsServer(Keeps(), host=HOST, port=0, framing=Line()) as server:
+            peer = Peer(server.address)
+            assert peer.who() == "parent"
+            with sessions[0]._manager.thread.lock:
+                monkey.get_original("_thread", "start_new_thread")(in_thread, ())
+                while not pids:
+                    monkey.get_original("time", "sleep")(0.01)
+            wait(*pids)
+            assert peer.ask() == "parent"
+    """
+    assert run(program) == []
+
+
 @PATCHED
 def test_a_signal_ends_a_child_of_a_program_in_serve_forever(patched: str) -> None:
     program = """
@@ -1037,6 +1103,32 @@ def test_a_signal_ends_a_child_of_a_program_in_serve_forever(patched: str) -> No
     """
     program = program.replace("spawn(forks)", "gevent.spawn_later(0.1, forks)")
     assert run(program, patched) == ["-15"]
+
+
+@PATCHED
+def test_a_worker_that_a_thread_has_forked_ends_gracefully_at_a_signal(patched: str) -> None:
+    """That thread is the main one of the child, to Python: it handles the signals there."""
+    program = """
+        class Closes(Who):
+            def on_close(self, session, reason):
+                say(reason.name)
+
+        def serve():
+            PsServer(Closes(), listener=sock, framing=Line()).serve_forever()
+
+        def in_thread():
+            workers.append(fork(serve, monkey.get_original("os", "fork")))
+
+        sock = listening()
+        workers = []
+        monkey.get_original("_thread", "start_new_thread")(in_thread, ())
+        eventually(lambda: workers)
+        peer = Peer(sock.getsockname())
+        assert peer.who() == str(workers[0])
+        os.kill(workers[0], signal.SIGTERM)
+        wait(*workers)
+    """
+    assert run(program, patched) == ["SHUTDOWN"]
 
 
 def test_a_child_whose_hub_has_nothing_to_do_ends() -> None:

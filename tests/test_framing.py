@@ -398,6 +398,24 @@ def test_noise_between_messages_is_an_error_or_skipped() -> None:
         assert decode(framing, pieces) == [b"one", b"three", b"four"]
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "messages"),
+    [
+        (b"$", b"$\n", [b"one", b"two"]),
+        (b"\n", b"\r\n\0", [b"one", b"two"]),
+        (b"ab", b"bc", [b"xa", b"ya"]),  # begins again where the message and its end meet
+    ],
+)
+def test_what_looks_like_a_start_in_an_end_is_none_however_the_stream_is_cut(
+    start: bytes, end: bytes, messages: list[bytes]
+) -> None:
+    framing = Between(start, end, resynchronise=True)
+    stream = b"".join(map(framing.encode, messages))
+    for size in range(1, len(stream) + 1):
+        chunks = cut(stream, range(size, len(stream), size))
+        assert decode(framing, chunks) == messages
+
+
 def test_a_message_that_is_given_up_does_not_count_for_the_size_of_the_next() -> None:
     framing = Between(b"(", b")", resynchronise=True, max_size=10)
     for step in (1, 5, 100):
@@ -502,6 +520,16 @@ def test_an_answer_that_can_not_be_is_an_error_that_names_the_framing(answer: An
 
     with pytest.raises(PsFramingError, match=r"Mistaken.*decode returned"):
         decode(Mistaken(), [b"abc"])
+
+
+def test_a_framing_that_lacks_a_half_says_which() -> None:
+    class Half(Framing[bytes]):
+        pass
+
+    with pytest.raises(PsFramingError, match="Half has no decode"):
+        decode(Half(), [b"abc"])
+    with pytest.raises(NotImplementedError, match="Half has no encode"):
+        Half().encode(b"abc")
 
 
 def test_what_is_skipped_is_neither_kept_nor_a_message_that_has_begun() -> None:

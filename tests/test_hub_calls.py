@@ -351,3 +351,62 @@ def test_nothing_of_ours_uses_the_threadsafe_callback_of_gevent() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "run_callback_threadsafe"
     ]
     assert users == []
+
+
+@pytest.mark.parametrize("forks", ["fork()", "NativeThread(fork).join()"])
+def test_a_fork_in_the_middle_of_another_threads_call_does_not_hang(forks: str) -> None:
+    """Python drops what other threads had before the hooks of a fork: one may hold a lock of ours.
+
+    And nothing of theirs is closed in the child, nor does a coroutine run to its end there.
+    """
+    printed = run_program(f"""
+        import asyncio, warnings
+        from gevent import monkey
+        from psofa_gevent import spawn_coroutine
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+
+        async def wait_for_the_end():
+            try:
+                while not over:
+                    await asyncio.sleep(0.001)
+            finally:
+                if os.getpid() != parent:
+                    print("it runs in the child", flush=True)
+
+        def live():
+            waiting = spawn_coroutine(wait_for_the_end())
+            threads.append(HubThread())
+            waiting.join()
+
+        def hold():
+            with threads[0]._calls._lock:
+                held.append(1)
+                while not children:
+                    native_sleep(0.001)
+
+        def fork():
+            child = monkey.get_original("os", "fork")()
+            if child == 0:
+                os._exit(7)
+            children.append(child)
+
+        parent = os.getpid()
+        threads, held, children, over = [], [], [], []
+        living = NativeThread(live)
+        while not threads:
+            native_sleep(0.001)
+        holding = NativeThread(hold)
+        while not held:
+            native_sleep(0.001)
+        {forks}
+        ended, deadline = (0, 0), time.monotonic() + 20
+        while ended[0] == 0 and time.monotonic() < deadline:
+            ended = monkey.get_original("os", "waitpid")(children[0], os.WNOHANG)
+            native_sleep(0.01)
+        assert ended[0] and os.waitstatus_to_exitcode(ended[1]) == 7, ended
+        over.append(1)
+        living.join()
+        holding.join()
+        print("done")
+        """)
+    assert printed == "done\n"

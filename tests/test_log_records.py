@@ -105,7 +105,7 @@ class UnbearableError(Exception):
     """As a `UnicodeDecodeError`: what it says of a message has all of it, several times over."""
 
     def __str__(self) -> str:
-        return "x\0\n" * HUGE
+        return "x\0\n" * (HUGE // 10)  # lines that traceback goes through one by one
 
     __repr__ = __str__
 
@@ -120,6 +120,13 @@ class UnspeakableError(Exception):
 def with_note() -> Exception:
     error = ValueError("short")
     error.add_note("y" * HUGE)
+    return error
+
+
+def with_notes() -> Exception:
+    error = ValueError("short")
+    for number in range(500):
+        error.add_note(f"{number} " + "y" * 900)
     return error
 
 
@@ -141,6 +148,7 @@ ERRORS: list[Callable[[], BaseException]] = [
     UnbearableError,
     UnspeakableError,
     with_note,
+    with_notes,
     with_cause,
     of_syntax,
     lambda: ExceptionGroup("several", [UnbearableError(), ValueError("w" * HUGE)]),
@@ -322,6 +330,44 @@ def test_a_record_says_when_it_was_logged_and_what_was_so_then(holding: Holding)
     eventually(lambda: len(holding.ended) == 2)
     assert holding.ended[1].created <= logged_at
     assert holding.messages()[1] == "first"
+
+
+def test_while_a_handler_waits_a_record_stays_what_it_was_for_the_others(
+    holding: Holding,
+) -> None:
+    class Changing:
+        state = "first"
+
+        def __repr__(self) -> str:
+            return self.state
+
+    subject = Changing()
+    later = Keeping()
+    with attached(later):
+        logs.log(logging.INFO, "%r", subject)
+        subject.state = "second"
+        assert later.records == []
+        holding.go_on.set()
+        eventually(lambda: later.records)
+        assert messages(later) == holding.messages() == ["first"]
+
+
+def test_a_handler_that_waits_does_not_keep_the_session_of_its_record(
+    holding: Holding, ps_server: ServerFactory
+) -> None:
+    holding.go_on.set()
+    callback = RecordingCallback()
+    server = ps_server(callback)
+    logs.flush()
+    holding.go_on.clear()
+    ScriptedClient(server.address).close()
+    callback.wait_for("on_close")
+    assert holding.begun[-1].getMessage().endswith(": opened")
+    session = weakref.ref(callback.named("on_open")[0].session or callback)
+    callback.events.clear()
+    server.shutdown()
+    eventually(lambda: session() is None)
+    holding.go_on.set()
 
 
 def test_what_waits_does_not_keep_a_session(holding: Holding, ps_server: ServerFactory) -> None:
@@ -818,6 +864,36 @@ class Overflowing(Noise):
                 pass
 
 
+class ReadsNothing(Noise):
+    settings = MappingProxyType({"callback_timeout": 0.02, "linger_timeout": 0})
+    text = "it waited in a send"
+    is_async = False
+
+    def callback(self) -> RecordingCallback:
+        class Sending(RecordingCallback):
+            def on_open(self, session: PsSession) -> None:
+                super().on_open(session)
+                session.send(bytes(32 * 1024 * 1024), timeout=None)
+
+            async def on_open_async(self, session: PsSession) -> None:
+                RecordingCallback.on_open(self, session)
+                await session.send_async(bytes(32 * 1024 * 1024), timeout=None)
+
+        self._callback = Sending(use_async_callback=self.is_async)
+        return self._callback
+
+    def make(self, address: tuple[Any, ...]) -> None:
+        ended = len(self._callback.named("on_close"))
+        with stalled_peer(address):
+            (*_, closed) = self._callback.wait_for("on_close", ended + 1)
+        assert closed.session is not None
+        assert isinstance(closed.session.close_cause, TimeoutError)
+
+
+class ReadsNothingOfCoroutines(ReadsNothing):
+    is_async = True
+
+
 class ScansTls(Noise):
     text = "TLS handshake failed"
 
@@ -834,7 +910,17 @@ class ScansTls(Noise):
 NOISES: Mapping[str, Callable[..., Noise]] = MappingProxyType(
     {
         kind.__name__: kind
-        for kind in (Malformed, Trickling, LeavesWithin, BadHeader, Refused, Overflowing, ScansTls)
+        for kind in (
+            Malformed,
+            Trickling,
+            LeavesWithin,
+            BadHeader,
+            Refused,
+            Overflowing,
+            ReadsNothing,
+            ReadsNothingOfCoroutines,
+            ScansTls,
+        )
     }
 )
 

@@ -788,6 +788,29 @@ def test_a_reply_that_came_while_the_hub_stood_still_is_the_reply(
     assert here.waiting == 0
 
 
+@pytest.mark.parametrize("kind", ["greenlet", "coroutine", "thread"])
+def test_so_is_one_behind_messages_that_take_more_than_a_turn(
+    kind: str, device: MakeDevice
+) -> None:
+    block = monkey.get_original("time", "sleep")
+
+    def decode(message: bytes) -> bytes:
+        block(0.003)
+        return message
+
+    def key(message: bytes) -> bytes | None:
+        return message if message == b"fine" else None
+
+    requester = PsRequester(key, request_key=lambda _message: b"fine")
+    here = device(requester, framing=Line().typed(decode, lambda message: message))
+    outcome = asker(kind, here, 0.2)
+    here.client.expect("?\n")
+    here.client.send("news\n" * 20 + "fine\n")  # without a switch
+    block(0.4)
+    assert outcome() == b"fine"
+    assert len(here.callback.named("on_message")) == 20
+
+
 def test_many_sessions_share_a_requester(ps_server: ServerFactory) -> None:
     requester: PsRequester[bytes] = PsRequester()
     callback = Asking(requester)

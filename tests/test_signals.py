@@ -528,7 +528,7 @@ STORM = """
 
 @pytest.mark.parametrize("mode", ["unpatched", "patched"])
 def test_shutdown_in_a_signal_handler_whatever_it_hits(mode: str) -> None:
-    done = run_python(STORM, mode, timeout=60.0)
+    done = run_python(STORM, mode, timeout=110.0)
     assert done.stderr == ""
     assert (done.stdout, done.returncode) == ("survived\n", 0)
 
@@ -587,7 +587,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN = """
 @needs_tracing
 @pytest.mark.parametrize("caller", ["main", "hub"])
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_a_shutdown(caller: str) -> None:
-    done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN, caller, timeout=60.0)
+    done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_SHUTDOWN, caller, timeout=110.0)
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
 
 
@@ -652,7 +652,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING = """
 
 @needs_tracing
 def test_shutdown_in_a_signal_handler_that_hits_any_line_of_accepting() -> None:
-    done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING, timeout=60.0)
+    done = run_python(A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING, timeout=110.0)
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
 
 
@@ -1038,7 +1038,7 @@ A_SIGNAL_AT_EVERY_LINE = """
 @both_signals
 def test_signal_at_any_moment_of_serve_forever_ends_it_gracefully(number: signal.Signals) -> None:
     """Before there is a manager too: from the moment in which the handlers are set."""
-    done = run_python(A_SIGNAL_AT_EVERY_LINE, number.name, timeout=60.0)
+    done = run_python(A_SIGNAL_AT_EVERY_LINE, number.name, timeout=110.0)
     assert (done.stdout, done.stderr, done.returncode) == ("survived\n", "", 0)
 
 

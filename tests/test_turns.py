@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from psofa_gevent import (
     PsSession,
     group,
 )
-from psofa_gevent.framing import Line
+from psofa_gevent.framing import SKIP, Decoded, Framing, Line
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -46,9 +47,16 @@ Act = Callable[[PsSession, bytes], object]
 class Blocking(RecordingCallback):
     """Records each message, blocks for a while, and does what a test says."""
 
-    def __init__(self, act: Act | None = None, *, use_async_callback: bool = False) -> None:
+    def __init__(
+        self,
+        act: Act | None = None,
+        *,
+        use_async_callback: bool = False,
+        suspends: bool = False,
+    ) -> None:
         super().__init__(use_async_callback=use_async_callback)
         self._act = act
+        self._suspends = suspends
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         super().on_message(session, message)
@@ -58,6 +66,8 @@ class Blocking(RecordingCallback):
 
     async def on_message_async(self, session: PsSession, message: bytes) -> None:
         self.on_message(session, message)
+        if self._suspends:
+            await asyncio.sleep(0)
 
     @property
     def messages(self) -> list[object]:
@@ -108,17 +118,24 @@ def throw_soon(session: PsSession, error: BaseException) -> None:
 
 
 class Rig:
-    """A way to get messages: in sync callbacks, in async ones, or by asking for them."""
+    """A way to get messages: in sync callbacks, in async ones, or by asking for them.
+
+    Async ones may suspend, and be woken by the asyncio loop alone.
+    """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def make(self, act: Act | None = None) -> tuple[Blocking, PsCallback]:
-        recording = Blocking(act, use_async_callback=self._kind == "async")
+        recording = Blocking(
+            act,
+            use_async_callback=self._kind in ("async", "suspending"),
+            suspends=self._kind == "suspending",
+        )
         return recording, Straight(recording) if self._kind == "handler" else recording
 
 
-@pytest.fixture(params=["sync", "async", "handler"])
+@pytest.fixture(params=["sync", "async", "suspending", "handler"])
 def rig(request: pytest.FixtureRequest) -> Rig:
     return Rig(request.param)
 
@@ -232,6 +249,24 @@ def test_who_closes_the_session_in_a_turn_of_others_ends_it_there(
     gevent.joinall(shutting_down)
 
 
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_a_session_that_closes_itself_gives_up_no_turn(
+    how: str, rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    def end(session: PsSession, message: bytes) -> None:
+        if message == LINES[9]:
+            block(0.02)  # its turn is over
+            getattr(session, how)()
+
+    recording, callback = rig.make(end)
+    server = ps_server(callback, framing=Line())
+    client = ps_client(server)  # the only one: when it is aborted nobody is left who could be ready
+    client.send(FLOOD)
+    (closed,) = recording.wait_for("on_close")
+    assert closed.value is PsCloseReason.SELF_CLOSE
+    assert recording.messages == LINES[:10]
+
+
 def test_a_session_whose_turn_is_over_is_neither_idle_nor_late(
     rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
 ) -> None:
@@ -329,6 +364,61 @@ def test_no_one_else_changes_the_framing_in_the_turn_of_others(
     recording.wait_for("on_message", COUNT)
     assert len(refused) == 1
     assert recording.messages == LINES
+
+
+class Noise(Framing[bytes]):
+    """Ended by LF, with zeros in between, each of which is looked at for long and skipped."""
+
+    max_size = 8
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    def decode(self, data: bytes, start: int) -> Decoded[bytes]:
+        if data[start] == 0:
+            block(BUSY)
+            self.skipped += 1
+            return SKIP, start + 1
+        end = data.find(b"\n", start)
+        return None if end < 0 else (data[start:end], end + 1)
+
+
+@pytest.mark.parametrize("is_typed", [False, True], ids=["plain", "typed"])
+def test_others_have_their_turns_while_a_framing_skips_what_is_no_message(
+    is_typed: bool, rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    noise = Noise()
+    framing = noise.typed(bytes, bytes) if is_typed else noise
+    recording, callback = rig.make()
+    server = ps_server(callback, framing=framing)
+    noisy, other = ps_client(server), ps_client(server)
+    eventually(lambda: server.get_session_count() == 2)
+    with ticking() as ticks:
+        noisy.send(bytes(COUNT) + b"noisy\n")
+        eventually(lambda: noise.skipped > 0)
+        other.send("other\n")
+        recording.wait_for("on_message", 2)
+        ticked = ticks.count
+    assert recording.messages == [b"other", b"noisy"]
+    assert ticked >= 4
+
+
+def test_who_closes_the_session_while_its_framing_skips_ends_it_there(
+    rig: Rig, ps_server: ServerFactory, ps_client: ClientFactory
+) -> None:
+    recording, callback = rig.make()
+    noise = Noise()
+    server = ps_server(callback, framing=noise)
+    client = ps_client(server)
+    eventually(lambda: server.get_session_count() == 1)
+    (session,) = server.sessions
+    client.send(b"first\n" + bytes(COUNT) + b"last\n")
+    recording.wait_for("on_message")
+    session.close()
+    recording.wait_for("on_close")
+    assert noise.skipped < COUNT
+    assert recording.messages == [b"first"]
+    assert close_reasons(recording) == [PsCloseReason.SELF_CLOSE]
 
 
 @pytest.mark.logs_errors

@@ -117,11 +117,13 @@ def set_up_logging(level: str | None) -> None:
     """Log to the standard error, unless the application has set up logging.
 
     Then its handlers, levels and formats stay as they are: `level`, if it was asked for, is that of
-    our own logger.
+    our own logger. So does a level that it has given to the root logger, and no handler.
     """
-    if not (logging.getLogger().handlers or has_handlers_of_the_program()):
+    root = logging.getLogger()
+    if not (root.handlers or has_handlers_of_the_program()):
+        has_level = level is None and root.level != logging.WARNING  # which Python gives it
         logging.basicConfig(
-            level=(level or DEFAULT_LOG_LEVEL).upper(),
+            level=root.level if has_level else (level or DEFAULT_LOG_LEVEL).upper(),
             format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         )
     elif level is not None:

@@ -23,6 +23,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from psofa_gevent.errors import PsFramingError
@@ -146,7 +147,7 @@ class Framing(Generic[T]):
             PsFramingError: these bytes can't be the beginning of a message. Any other exception
                 counts as that, too, and so does an index or a `Need` that can't be.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no decode")
 
     def encode(self, message: T) -> bytes:
         """The bytes that stand for `message` in the stream.
@@ -155,7 +156,7 @@ class Framing(Generic[T]):
             PsFramingError: this framing can't carry such a message.
             TypeError: it is of the wrong type.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no encode")
 
     def decoder(self) -> Decoder[T]:
         """A decoder for one connection."""
@@ -183,10 +184,19 @@ class Decoder(Generic[T]):
         spent: it takes no more; what comes is another framing's (`Raw` with a size).
         skips: how often it has skipped bytes that a message seemed to begin with: what it keeps
             begins after those, and after the last message that it gave out.
+        left_off: the iterator has ended early, since its turn was over: feed it with no bytes to
+            go on.
     """
 
     spent = False
     skips = 0
+    left_off = False
+
+    def take_turns(self, seconds: float) -> None:
+        """Leave off when bytes without a message have taken so long.
+
+        Only one that asks others for each thing that it skips needs it; the rest skip at once.
+        """
 
     def feed(self, data: bytes) -> Iterator[T]:
         """The messages that are whole with `data`, which has just come.
@@ -251,9 +261,18 @@ class _DecodeAgain(Decoder[T]):
         """The same, when it was fed for the last time."""
         self._need = 0
         """Bytes that there must be from there on, to ask again."""
+        self._turn = 0.0
+        """Seconds after which it leaves off; 0: it does not."""
+        self._turn_until = 0.0
+        """When that is; 0: nothing was skipped since it was fed."""
         self._line_ends = LineEnds()
 
+    def take_turns(self, seconds: float) -> None:
+        self._turn = seconds
+
     def feed(self, data: bytes) -> Iterator[T]:
+        self.left_off = False
+        self._turn_until = 0.0
         at = self._at
         buffer = self._buffer
         if buffer is not None:
@@ -279,11 +298,24 @@ class _DecodeAgain(Decoder[T]):
                     f"{at} and at most {len(data)}"
                 )
             self._at = at = end
-            if message is SKIP:
-                self.skips += 1
-            else:
+            if message is not SKIP:
                 yield message
+            elif self._leaves_off(len(data) - at):
+                break
         self._keep(data, at)
+
+    def _leaves_off(self, left: int) -> bool:
+        """Whether the turn is over, after one more skip, with so many bytes left to look at."""
+        self.skips += 1
+        if not self._turn:
+            return False
+        now = monotonic()
+        if not self._turn_until:
+            self._turn_until = now + self._turn
+        elif now >= self._turn_until and left:
+            self.left_off = True
+            self._need = 0
+        return self.left_off
 
     def _decode(self, data: bytes, at: int) -> Decoded[T]:
         try:
@@ -325,7 +357,7 @@ class _DecodeAgain(Decoder[T]):
             self._buffer, self._at = io.BytesIO(), 0
             self._buffer.write(memoryview(data)[at:])
         self._kept_from = self._at
-        if kept > self._framing.max_size:
+        if kept > self._framing.max_size and not self.left_off:
             before = min(self._line_ends.look(data, at), MOST_LINE_ENDS)
             if kept - before > self._framing.max_size:
                 raise too_large(self._framing, kept - before)
@@ -376,6 +408,7 @@ class _TypedDecoder(Decoder[U]):
         self._decode = decode
         self._framing = framing
         self.unread = decoder.unread  # type: ignore[method-assign]  # nothing to add
+        self.take_turns = decoder.take_turns  # type: ignore[method-assign]
 
     def feed(self, data: bytes) -> Iterator[U]:
         decode = self._decode
@@ -385,6 +418,7 @@ class _TypedDecoder(Decoder[U]):
             except Exception as exc:
                 raise _malformed(self._framing, exc) from exc
             yield made
+        self.left_off = self._decoder.left_off
         self.spent = self._decoder.spent
         self.skips = self._decoder.skips
 

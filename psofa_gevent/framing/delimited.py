@@ -437,9 +437,14 @@ class _BetweenDecoder(_SearchingDecoder):
         return found
 
     def _trim_tail(self, searched: int) -> None:
-        """Forget what a later start makes noise of. So many bytes were looked at before."""
+        """Forget what a later start makes noise of. So many bytes were looked at before.
+
+        Not of one that may belong to the end, of which the rest has yet to come.
+        """
         if self._resynchronise:
-            again = self._tail.rfind(self._start, max(searched - len(self._start) + 1, 0))
+            tail, start, end = self._tail, self._start, self._end
+            begin = max(searched - len(start) - len(end) + 2, 0)
+            again = tail.rfind(start, begin, len(tail) - _size_of_cut(end, tail))
             if again > 0:
                 del self._tail[:again]
                 self.skips += 1

@@ -8,7 +8,8 @@ holds for every record:
   ``lineno``), and its message says what was so at that moment.
 - It is at once handed to the handlers, in a greenlet of the log's own (`LogGreenlet`). When one of
   them waits (for a patched socket, a lock), whoever logged goes on, and what is logged meanwhile
-  lines up and comes in the same order afterwards. So no kill, and no time limit of a callback, hits
+  lines up and comes in the same order afterwards. From then on a record has its message as text,
+  without what that tells of (`_settle`). So no kill, and no time limit of a callback, hits
   a handler in its middle, and no handler that waits holds up, or wakes, a session.
 - Handlers and filters see context variables: those of the caller, or those that it gives.
 - Its message has at most `LONGEST` characters, in one line, whatever a peer has sent and an
@@ -120,19 +121,30 @@ class _Entry(NamedTuple):
     context: Context
 
 
+def _settle(record: logging.LogRecord) -> None:
+    """Let the message stay as it is: what it tells of may be otherwise when somebody looks again.
+
+    And is not kept by it: it may well be a session.
+    """
+    if record.args:
+        record.msg, record.args = record.getMessage(), ()
+
+
 class _HubLog:
     """What was logged in the thread of one hub, and has not been handed over."""
 
     # A signal handler may log, or shut a server down, between any two lines. So whoever logs first
     # puts the record where any other will find it, and only then looks who hands it over.
 
-    __slots__ = ("empty", "entries", "greenlet", "hub", "lost")
+    __slots__ = ("empty", "entries", "greenlet", "handled", "hub", "lost")
 
     def __init__(self, hub: Any) -> None:
         self.hub = hub
         self.entries: deque[_Entry] = deque()
         self.greenlet: LogGreenlet | None = None
         """What hands them over just now; a handler of it may wait."""
+        self.handled: logging.LogRecord | None = None
+        """What the handlers have just now, while none of them has waited."""
         self.empty: Event | None = None
         """Set when nothing is left, for who waits for that."""
         self.lost = 0
@@ -141,9 +153,8 @@ class _HubLog:
         if len(self.entries) >= MOST_WAITING:
             self.lost += 1
             return
-        if self.greenlet is not None:  # what is to be told may be otherwise when its turn comes
-            record = entry.record
-            record.msg, record.args = record.getMessage(), ()
+        if self.greenlet is not None:  # whose handler waits, or has called this
+            _settle(entry.record)
         self.entries.append(entry)
         if self.greenlet is None:
             _switch(LogGreenlet(self))
@@ -160,7 +171,9 @@ class _HubLog:
         while self.entries:
             entry = self.entries.popleft()
             try:
+                self.handled = entry.record
                 entry.context.run(logger.handle, entry.record)
+                self.handled = None
                 if self.entries:  # in the time in which a handler has waited: let others run
                     gevent.sleep(0)
             except (KeyboardInterrupt, SystemExit):
@@ -196,13 +209,17 @@ class LogGreenlet(greenlet):
             try:
                 hub_log.hand_over()
             finally:
-                hub_log.greenlet = None
+                hub_log.greenlet = hub_log.handled = None
                 if hub_log.empty is not None:
                     hub_log.empty.set()
                     hub_log.empty = None
 
     def switch_out(self) -> None:
         """Called by gevent when a handler is about to wait: the caller goes on."""
+        record, self._log.handled = self._log.handled, None
+        if record is not None:
+            with contextlib.suppress(Exception):  # of a repr
+                _settle(record)
         caller: Any = self.parent
         self.parent = self._log.hub
         if caller is not self._log.hub:
@@ -314,13 +331,28 @@ def _with_causes(exc: BaseException) -> Iterator[BaseException]:
 
 def _bounded_traceback(exc: BaseException) -> str:
     """The traceback with all that exceptions say shortened, and without the outermost frames."""
-    parts = list(traceback.TracebackException.from_exception(exc).format())
+    told = traceback.TracebackException.from_exception(exc)
+    _shorten_notes(told)
+    parts = list(told.format())
     left_out = len(parts) - 2 * MOST_FRAMES
     if left_out > 0:
         parts[MOST_FRAMES:-MOST_FRAMES] = [f"  … {left_out} more\n"]
     # A frame is a part of a few lines; one that is longer is something that an exception says.
     texts = (part if len(part) <= LONGEST else _without_middle(part) for part in parts)
     return "".join(texts).rstrip("\n")
+
+
+def _shorten_notes(told: traceback.TracebackException | None) -> None:
+    """Let the notes of an exception, and of those behind it, be one of `LONGEST` characters."""
+    while told is not None:
+        notes: object = getattr(told, "__notes__", None)
+        if isinstance(notes, (list, tuple)):
+            text = "\n".join(str(_showable(note)) for note in notes)
+            if len(text) > LONGEST:
+                told.__notes__ = [_without_middle(text)]
+        for each in told.exceptions or ():
+            _shorten_notes(each)
+        told = told.__cause__ or told.__context__
 
 
 # What peers do

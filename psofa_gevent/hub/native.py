@@ -8,6 +8,8 @@ from typing import Any
 
 from gevent import monkey
 
+from psofa_gevent.hub.forking import keep
+
 __all__ = ["AtThreadEnd", "get_ident", "new_local", "new_lock"]
 
 get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
@@ -21,12 +23,17 @@ new_local: Callable[[], Any] = monkey.get_original("threading", "local")
 class AtThreadEnd:
     """Calls a function in the thread that ends: to be kept in an attribute of a `new_local`.
 
-    It is called, too, when something else takes the place of this object there.
+    It is called, too, when something else takes the place of this object there. Not in a child
+    process: before ``os.fork`` returns there, and before any of its hooks, Python drops what the
+    other threads have, in the middle of whatever those were about. They may hold locks for ever.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
+        self._ident = get_ident()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        if get_ident() != self._ident:
+            keep(self._function)  # with what it belongs to, which is the parent's
+        elif not sys.is_finalizing():
             self._function()

@@ -66,6 +66,8 @@ class ReadySessions:
         self.now = 0.0
         """When those that are ready began to go on (`time.time`): asked once for all of them, as a
         clock for each message would be felt."""
+        self._rounds = 0
+        """How many the hub has made on libuv, which does not tell."""
         self._registered = 0
         self._check: Any = None
         self._soon: Any = None
@@ -73,6 +75,11 @@ class ReadySessions:
         self._keep_turning: Any = None
         """While somebody is in there: a round must not wait for an event."""
         track(self)
+
+    @property
+    def rounds(self) -> int:
+        """How often the hub has looked at all sockets and timers."""
+        return int(self._loop.iteration) if self._is_reversed else self._rounds
 
     def register(self) -> None:
         """One more session may become ready."""
@@ -162,6 +169,7 @@ class ReadySessions:
         return self._run if self._is_reversed else self._reverse_and_run
 
     def _reverse_and_run(self) -> None:
+        self._rounds += 1
         self.sessions.reverse()
         self._run()
 
@@ -169,6 +177,7 @@ class ReadySessions:
         self._check.callback = self._runs_a_round()
         self._keep_turning.stop()
         if not self._is_reversed:
+            self._rounds += 1
             self.sessions.reverse()
         resumed, self._gave_up_turn = self._gave_up_turn, []
         self.add(resumed)

@@ -33,6 +33,7 @@ from types import FrameType
 from gevent import get_hub
 
 from psofa_gevent.hub.forking import in_child, unwatch, watch
+from psofa_gevent.hub.native import get_ident
 from psofa_gevent.hub.watchers import READ
 
 try:
@@ -56,7 +57,7 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
     `ask` runs in whichever greenlet of the main thread runs just then, or in the hub: it must not
     wait. Outside of the main thread nothing is installed: signals are not handled there.
     """
-    if not get_hub().main_hub:
+    if not _is_main_thread():
         yield
         return
     try:
@@ -69,6 +70,16 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
             _asked.remove(ask)
         if not _asked:
             _installed.close()
+
+
+def _is_main_thread() -> bool:
+    """Whether Python calls the handlers of signals in this thread.
+
+    gevent's main hub is the first process's. In a child it is the thread that has forked.
+    """
+    if _main_of_child is not None:
+        return get_ident() == _main_of_child
+    return bool(get_hub().main_hub)
 
 
 @contextlib.contextmanager
@@ -118,9 +129,12 @@ def _waking_the_loop() -> Iterator[None]:
 
 
 def _drain(watched: _socket.socket) -> None:
-    # Running Python code is all it takes for the handler to be called.
+    # Running Python code is all it takes for the handler to be called, as a rule.
     with contextlib.suppress(BlockingIOError):
         watched.recv(4096)
+    # It calls them itself: Python 3.13 does not look for signals between two lines in a child that
+    # another thread than the main one has forked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
@@ -139,10 +153,14 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
 
 _asked: list[Callable[[str], None]] = []
 _installed = contextlib.ExitStack()
+_main_of_child: int | None = None
+"""The main thread of a process that was forked; None in one that was not."""
 
 
 @in_child
 def _restore() -> None:
     """A child process has the handlers of before: a signal is for it, and no server is."""
+    global _main_of_child  # noqa: PLW0603  # a fact about the process
+    _main_of_child = get_ident()
     _asked.clear()
     _installed.close()

@@ -138,6 +138,11 @@ class SharedLoad:
         self._waited_until = now + wait
         return wait
 
+    def others_were_first(self) -> None:
+        """When such a wait ended no connection was left: the next one is worth another."""
+        self._slow, self._has_waited = None, False
+        self._look_at = 0.0  # it has to ask again
+
     def begin(self, count: int) -> None:
         """This process accepts from now on, and has so many sessions."""
         if self._is_supported:

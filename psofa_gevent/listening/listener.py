@@ -32,11 +32,13 @@ import _socket
 import errno
 import logging
 import os
+import select
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from gevent import monkey
 from gevent.server import StreamServer
 
 from psofa_gevent.hub.forking import keep
@@ -57,6 +59,9 @@ from psofa_gevent.net.sockopts import (
 from psofa_gevent.owner.manager import SessionManager
 
 __all__ = ["Listeners"]
+
+_new_poll: Callable[[], Any] = monkey.get_original("select", "poll")
+"""The system's, which is asked in the hub, and with no time to wait."""
 
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
 """Hosts that are no address of an accepted socket."""
@@ -205,12 +210,22 @@ class Listener(StreamServer):
             timer.stop()
             timer.close()
         if self._wait:
-            self._start_pause(self._wait)
+            self._start_pause(self._wait, self._wait_is_over)
             self._wait = 0.0
 
-    def _start_pause(self, seconds: float) -> None:
+    def _start_pause(self, seconds: float, ended: Callable[[], None]) -> None:
         self._pause_timer = self.loop.timer(seconds)
-        self._pause_timer.start(self._try_accepting)
+        self._pause_timer.start(ended)
+
+    def _wait_is_over(self) -> None:
+        """Accept, unless others have meanwhile."""
+        if self._load is not None and self.started:
+            # Not a matter of time: the next connection may come in the very next moment.
+            asked = _new_poll()
+            asked.register(self.socket, select.POLLIN)
+            if not asked.poll(0):
+                self._load.others_were_first()
+        self._try_accepting()
 
     def accept_one(self) -> bool:
         """Accept one connection; false when none waits, or none may be accepted."""
@@ -318,7 +333,7 @@ class Listener(StreamServer):
             return
         if self._backoff == self.min_delay:
             self._tell(exc)
-        self._start_pause(self._backoff)
+        self._start_pause(self._backoff, self._try_accepting)
         self._backoff = min(self.max_delay, self._backoff * 2)
 
     def _tell(self, exc: OSError) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.aio.coroutines import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.errors import SlowPeerError
 from psofa_gevent.hub.logs import log
 from psofa_gevent.net.sockopts import Endpoint
 from psofa_gevent.owner.time_limit import TimeLimit
@@ -109,9 +110,17 @@ def _do_nothing(_owner: object) -> None:
 
 def _limited_in_session(call: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:
     def call_limited(session: PsSession[Any], *args: Any) -> Any:
-        def expired(error: TimeoutError) -> None:
+        def expired(error: TimeoutError) -> TimeoutError:
+            is_peers = inside.is_held_by_its_peer(session)
+            if is_peers:
+                error = SlowPeerError(f"{error}: it waited in a send")
             inside.request_close(session, PsCloseReason.FAILED, error)
-            inside.log(session, logging.WARNING, "%r: %s", session, error)
+            if is_peers:
+                kind = "callback_timeout in a send"
+                inside.log_peer(session, kind, "%r: %s", session, error)
+            else:
+                inside.log(session, logging.WARNING, "%r: %s", session, error)
+            return error
 
         with TimeLimit(name, timeout, expired) as limit:
             return inside.call_limited(session, limit, call, args)
@@ -124,8 +133,13 @@ def _limited_answer(
 ) -> Callable[[PsSession[Any], Endpoint | None], object]:
     def ask_limited(session: PsSession[Any], peer: Endpoint | None) -> object:
         errors: list[TimeoutError] = []
+
+        def expired(error: TimeoutError) -> TimeoutError:
+            errors.append(error)
+            return error
+
         try:
-            with TimeLimit("on_accept", timeout, errors.append):
+            with TimeLimit("on_accept", timeout, expired):
                 answer = ask(session, peer)
             if errors:  # and it was swallowed
                 raise errors[0]
@@ -138,9 +152,10 @@ def _limited_answer(
 
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
     def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
-        def expired(error: TimeoutError) -> None:
+        def expired(error: TimeoutError) -> TimeoutError:
             context = inside.context_of(subject) if args else None
             log(logging.WARNING, "%r: %s", subject, error, context=context)
+            return error
 
         with TimeLimit(name, timeout, expired):
             call(subject, *args)

@@ -28,10 +28,13 @@ class TimeLimit:
     `LONGEST_RETHROW` if that is less. One that never switches cannot be ended.
     """
 
-    def __init__(self, name: str, timeout: float, expired: Callable[[TimeoutError], None]) -> None:
+    def __init__(
+        self, name: str, timeout: float, expired: Callable[[TimeoutError], TimeoutError]
+    ) -> None:
+        """`expired` is called in the hub, once, with the first error; it returns what is thrown."""
         self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
         self._timeout = max(timeout, SHORTEST_TIMER)
-        self._expired: Callable[[TimeoutError], None] | None = expired
+        self._expired: Callable[[TimeoutError], TimeoutError] | None = expired
 
     def __enter__(self) -> Self:
         self._greenlet = getcurrent()
@@ -68,5 +71,5 @@ class TimeLimit:
         error = TimeoutError(self._message)
         expired, self._expired = self._expired, None
         if expired is not None:
-            expired(error)
+            error = expired(error)
         self._greenlet.throw(error)

@@ -61,7 +61,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
 from gevent import GreenletExit
 
 from psofa_gevent.enums import PsCloseReason
-from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError
+from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.hub.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.hub.greenlets import LibraryGreenlet, sends_to_the_end
 from psofa_gevent.hub.logs import PeerLog, log
@@ -392,6 +392,8 @@ class Connection(Generic[M]):
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
             # The session closed under a callback that was sending: no fault of the callback's.
             self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
+        elif isinstance(exc, SlowPeerError):  # that is told already, as what a peer did
+            self._log(logging.DEBUG, "%r: a callback was ended", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
             self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
         else:
@@ -422,6 +424,8 @@ class Connection(Generic[M]):
             self._reason = PsCloseReason.SELF_CLOSE
         self._open = self._may_linger = self._abort_asked = self._watches = False
         self.waiting_since = 0.0
+        if self._framed is not None:
+            self._framed.look_soon()  # the fork may be in the middle of a read
         keep(self._send_queue, self._outbox, self._tasks, self._reaper, self._cork)
         queue, self._send_queue = self._send_queue, None
         self._outbox = self._tasks = self._reaper = self._cork = None

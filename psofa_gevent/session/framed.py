@@ -8,7 +8,8 @@ calls. What may switch is ``on_message``, and the end of a turn.
 
 A read may have 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its turn:
 the hub and all sessions that are ready go on, then this one with the next message. That is a wait
-of the session's own, so whoever closes it ends it there; what its callbacks sent leaves before.
+of the session's own, so whoever closes it ends it there; what its callbacks sent leaves before. So
+it is with a framing of the application's own that skips for as long (`Decoder.left_off`).
 
 Error handling: bytes that are no message close the session with FAILED, after the messages before
 them were handed over and without a traceback, since it is the peer's fault. An exception of
@@ -50,6 +51,7 @@ class FramedReceiver:
         "_messages",
         "_turn_first",
         "_turn_look",
+        "_turn_round",
         "_turn_since",
         "framing",
     )
@@ -57,7 +59,7 @@ class FramedReceiver:
     def __init__(self, framing: Framing[Any]) -> None:
         self.framing: Framing[Any] | None = framing
         """What messages are sent with; received, too, unless that is `Raw` for so many bytes."""
-        self._decoder: Decoder[Any] = framing.decoder()
+        self._decoder: Decoder[Any] = _decoder(framing)
         self._messages: Iterator[Any] | None = None
         """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
         self._begun_after = (0, 0)
@@ -70,8 +72,15 @@ class FramedReceiver:
         """When its turn began, or a message or two later; 0: not known yet."""
         self._turn_first = 0
         """Messages that there had been then."""
+        self._turn_round = 0
+        """Which round of the hub that was (`ReadySessions.rounds`)."""
         self._left = NEVER
         """Seconds that the one that is not whole still has, while nobody waits for it."""
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether there may be messages that were read, and not taken."""
+        return self._messages is not None
 
     def set_framing(self, framing: Framing[Any] | None) -> None:
         """From the next byte on: bytes that were read already, but not handed over, included."""
@@ -134,19 +143,18 @@ class FramedReceiver:
                 raise
             raise _MalformedError(exc) from None
         if self._messages is messages:
-            self._all_taken()
+            self._all_taken(session)
 
     def look_soon(self) -> None:
         """Look around before the next message: something happened. From any thread."""
         self._look = 0
 
-    def others_had_turn(self) -> None:
-        """The session waits in the middle of its messages."""
-        self._look = 0
-        self._turn_since = 0.0
+    def waits(self) -> None:
+        """The session waits in the middle of its messages: others may have their turn."""
+        self._look = self._turn_look = 0
 
     def _look_around(self, session: SendingHalf[Any]) -> None:
-        if session._messages_received >= self._turn_look or not self._turn_since:
+        if session._messages_received >= self._turn_look:
             self._look_at_clock(session)
         # Before anyone looks whether the session is open: another thread may close it just now.
         self._look = self._turn_look
@@ -156,24 +164,25 @@ class FramedReceiver:
 
         That is after one more message, two more, four more, and so on: as many as there have been,
         as many as there seems to be time for, and not too many in any case.
+
+        A wait is no turn of others by itself: a callback and the asyncio loop can wake each other
+        for as long as there are messages, without the hub.
         """
         received = session._messages_received
         now = monotonic()
         step = 1
-        if not self._turn_since:
-            self._turn_since, self._turn_first = now, received
+        hub_round = session._ready.rounds
+        if not self._turn_since or hub_round != self._turn_round:
+            self._turn_since, self._turn_first, self._turn_round = now, received, hub_round
         elif now - self._turn_since < TURN:
             spent = now - self._turn_since
             step = received - self._turn_first
             if spent:
                 step = max(1, min(step, MOST_UNLOOKED, int(step * (TURN - spent) / spent)))
         else:
-            if session._time_limit is None:
-                session._give_up_turn()
-            else:
-                with session._time_limit.paused():
-                    session._give_up_turn()
+            _give_up_turn(session)
             self._turn_since, self._turn_first = monotonic(), received
+            self._turn_round = session._ready.rounds
         self._turn_look = received + step
 
     def take(self, session: SendingHalf[Any]) -> Any:
@@ -181,22 +190,26 @@ class FramedReceiver:
         self._look = 0  # in the middle of an ``on_message`` maybe, which handed over others
         if self._messages is not None and session._messages_received >= self._turn_look:
             self._look_at_clock(session)
-        try:
-            while self._messages is not None and session._open:
+        while self._messages is not None and session._open:
+            try:
                 for message in self._messages:
                     if session._cork is None:
                         session._cork = []
                     session._messages_received += 1
                     return message
-                self._all_taken()
-        except Exception as exc:
-            session._uncork_without_waiting()
-            _fail(session, exc)
+            except Exception as exc:
+                session._uncork_without_waiting()
+                _fail(session, exc)
+                break
+            self._all_taken(session)
         return NOTHING
 
-    def _all_taken(self) -> None:
+    def _all_taken(self, session: SendingHalf[Any]) -> None:
         self._messages = None
-        if self._decoder.spent:
+        if self._decoder.left_off:
+            self._messages = iter(self._decoder.feed(b""))
+            _give_up_turn(session)
+        elif self._decoder.spent:
             left = self._decoder.unread()
             self._decoder = _decoder(self.framing)
             if left:
@@ -266,8 +279,20 @@ def _fail(session: SendingHalf[Any], cause: Exception) -> None:
     session._log_peer("malformed message", "%r: malformed message: %s", session, cause)
 
 
+def _give_up_turn(session: SendingHalf[Any]) -> None:
+    if not session._open:
+        return  # it may be released, and nobody would let it go on
+    if session._time_limit is None:
+        session._give_up_turn()
+    else:
+        with session._time_limit.paused():
+            session._give_up_turn()
+
+
 def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:
-    return (Raw() if framing is None else framing).decoder()
+    decoder = (Raw() if framing is None else framing).decoder()
+    decoder.take_turns(TURN)
+    return decoder
 
 
 class _MalformedError(Exception):

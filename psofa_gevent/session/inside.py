@@ -118,6 +118,11 @@ post_encoded_from_thread = SendingHalf._post_from_thread
 """`post_encoded` in another thread."""
 
 
+def is_held_by_its_peer(session: Connection[Any]) -> bool:
+    """Whether a callback of it waits in a send, since the peer takes nothing."""
+    return session._send_queue is not None and session._send_queue.holds_callbacks
+
+
 def collect_post(session: SendingHalf[Any], data: bytes) -> bool:
     """Post what its framing has made of a message, at the next `flush`.
 
@@ -156,6 +161,13 @@ async def run_in_its_thread_async(session: Connection[Any], function: Callable[[
 
 
 # Wait for bytes
+
+
+def is_within_read(session: Connection[Any]) -> bool:
+    """Whether it has given up its turn between two messages of one read."""
+    framed = session._framed
+    return session.waiting_since > 0 and framed is not None and framed.has_messages
+
 
 wake = Connection._wake
 """Let it look around, soon, if it waits for bytes."""

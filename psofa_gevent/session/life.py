@@ -51,7 +51,7 @@ class SessionGreenlet(LibraryGreenlet):
         if self.session is not None and self.session._cork is not None:
             self.session._uncork_without_waiting()
             if self.session._framed is not None:
-                self.session._framed.others_had_turn()
+                self.session._framed.waits()
 
     def _run(self) -> None:
         assert self.session is not None

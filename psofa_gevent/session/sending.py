@@ -526,6 +526,8 @@ class SendingHalf(Connection[M]):
         until the peer's FIN. From any greenlet and any OS thread.
         """
         if get_ident() != self._thread_ident:
+            if self._released:
+                return  # in a child process nobody may ever release the lock
             # All of it, for it must not overtake a send that another thread has begun.
             with self._manager.thread.lock:
                 self._get_outbox().inbox.is_shut = True
