@@ -32,6 +32,7 @@ from psofa_gevent.group import PsGroup
 from psofa_gevent.handler import PsHandler
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
 from psofa_gevent.net.proxy_protocol import PsProxyInfo, PsProxyTls
+from psofa_gevent.public import publish as _publish
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer
 from psofa_gevent.session.session import PsSession
@@ -93,4 +94,5 @@ def __getattr__(name: str) -> str:
         return "0.0.0"
 
 
+_publish(__name__, __all__, globals())
 logging.getLogger("psofa_gevent").addHandler(logging.NullHandler())

@@ -31,11 +31,9 @@ from psofa_gevent.messages import M
 from psofa_gevent.net.sockopts import Endpoint
 
 if TYPE_CHECKING:
-    from psofa_gevent.client import PsClient
     from psofa_gevent.enums import PsCloseReason
-    from psofa_gevent.multi_client import PsMultiClient
-    from psofa_gevent.server import PsServer
     from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import PsClient, PsMultiClient, PsServer
 
 __all__ = ["PsCallback", "check_callback", "is_overridden"]
 

@@ -10,8 +10,9 @@ from typing import Any, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.checks import check_seconds
-from psofa_gevent.connecting.connector import ConnectingOwner
-from psofa_gevent.connecting.reconnect import Link, PsReconnect
+from psofa_gevent.connecting.base import ConnectingOwner
+from psofa_gevent.connecting.link import Link
+from psofa_gevent.connecting.reconnect import PsReconnect
 from psofa_gevent.connecting.settings import ClientSettings
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsClientError
@@ -256,7 +257,7 @@ class PsClient(ConnectingOwner[M]):
             if self._reconnect is None:
                 return self._connect(manager, target, timeout)
             link = self._new_link(manager, target, self._reconnect)
-            return link.wait(timeout)
+            return link.wait_connected(timeout, is_makers_wait=True)
         except BaseException:
             if link is not None:
                 link.disconnect()  # it may have connected just now
@@ -311,7 +312,7 @@ class PsClient(ConnectingOwner[M]):
     def _check_idle(self) -> None:
         """Raise unless it may begin to connect."""
         self._forget_if_hub_is_gone()
-        if self._is_stopping:
+        if self._is_shutting_down:
             raise PsClientError(
                 f"the client of {self._asked_for} is disconnecting, so it does not connect"
             )
@@ -340,7 +341,7 @@ class PsClient(ConnectingOwner[M]):
         Raises:
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
-        self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
+        self._shut_down(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
         self._forget_if_hub_is_gone()

@@ -11,8 +11,9 @@ from typing import Any, Generic, Self, Unpack, overload
 
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.checks import check_instance, check_seconds
-from psofa_gevent.connecting.connector import ConnectingOwner
-from psofa_gevent.connecting.reconnect import Link, PsReconnect
+from psofa_gevent.connecting.base import ConnectingOwner
+from psofa_gevent.connecting.link import Link
+from psofa_gevent.connecting.reconnect import PsReconnect
 from psofa_gevent.connecting.settings import ConnectingSettings
 from psofa_gevent.enums import PsCloseReason, PsOverflow, PsSocketAddressFamily
 from psofa_gevent.errors import PsMultiClientError
@@ -286,7 +287,7 @@ class PsMultiClient(ConnectingOwner[M]):
             return PsMultiClientConnection(host, port, session, None)
         link = self._new_link(manager, target, self._reconnect)
         try:
-            link.wait(timeout)
+            link.wait_connected(timeout, is_makers_wait=True)
         except BaseException:
             link.disconnect()  # it may have connected just now
             raise
@@ -381,7 +382,7 @@ class PsMultiClient(ConnectingOwner[M]):
         Raises:
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
-        self._stop_all(PsCloseReason.SELF_CLOSE, timeout)
+        self._shut_down(PsCloseReason.SELF_CLOSE, timeout)
 
     def __enter__(self) -> Self:
         self._forget_if_hub_is_gone()
@@ -411,7 +412,7 @@ class PsMultiClient(ConnectingOwner[M]):
     def _running_manager(self) -> SessionManager:
         self._forget_if_hub_is_gone()
         manager = self._manager
-        if manager is None or manager.stop is not None:
+        if manager is None or manager.shutdown is not None:
             raise PsMultiClientError(f"{self!r}: call init_bundle first")
         if not manager.has_started:
             raise PsMultiClientError(f"{self!r} is starting: on_start has not returned")

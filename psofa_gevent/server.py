@@ -29,14 +29,15 @@ from psofa_gevent.listening.binds import (
     PATIENCE,
     BindOptions,
     Given,
-    check_places,
+    check_binds,
     check_reuse_port,
     open_when_free,
 )
-from psofa_gevent.listening.listener import Listeners, ListeningSocket
+from psofa_gevent.listening.listener import Listeners
 from psofa_gevent.listening.notifier import ServiceNotifier
 from psofa_gevent.listening.preamble import Preamble
 from psofa_gevent.listening.settings import ServerSettings
+from psofa_gevent.listening.sockets import ListeningSocket
 from psofa_gevent.messages import M
 from psofa_gevent.net.addresses import format_address
 from psofa_gevent.net.sockopts import Endpoint
@@ -265,9 +266,9 @@ class PsServer(SessionOwner[M]):
                 heartbeat=heartbeat,
             ),
         )
-        self._places = check_places(listener, host, port, socket_address_family)
+        self._binds = check_binds(listener, host, port, socket_address_family)
         if reuse_port:
-            check_reuse_port(self._places)
+            check_reuse_port(self._binds)
         self._bind_options = BindOptions(
             backlog=backlog,
             receive_buffer_size=receive_buffer_size,
@@ -292,15 +293,15 @@ class PsServer(SessionOwner[M]):
             )
         self._listeners: Listeners | None = None
         self._bound_to: list[Endpoint] | None = None
-        self._service: ServiceNotifier | None = None
+        self._notifier: ServiceNotifier | None = None
         self._left_in: int | None = None
         """In a child process: the one in which it ran at the fork, until it is started anew."""
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
-        if self._is_stopping:
+        if self._is_shutting_down:
             state = "shutting down"
-        more = f" and {len(self._places) - 1} more" if len(self._places) > 1 else ""
+        more = f" and {len(self._binds) - 1} more" if len(self._binds) > 1 else ""
         return f"<PsServer {format_address(*self.address[:2])}{more} {state}>"
 
     def start(self) -> None:
@@ -323,10 +324,10 @@ class PsServer(SessionOwner[M]):
         with self._starting(manager):
             opened = self._open(manager)
             try:
-                if manager.stop is not None:
+                if manager.shutdown is not None:
                     raise PsServerError(f"{self!r} was shut down while it started")
-                self._set_entrance(manager)
-                listeners = self._listeners = Listeners(opened, manager)
+                admission = self._admit_by_rules(manager)
+                listeners = self._listeners = Listeners(opened, manager, admission)
             except BaseException:
                 for each in opened:
                     each.close()
@@ -363,7 +364,7 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         if manager is None and self._left_in is None:
             return True
-        starts = manager is not None and getcurrent() in manager.entering
+        starts = manager is not None and getcurrent() in manager.starters
         is_elsewhere = manager is not None and not manager.thread.is_current()
         if starts or is_elsewhere or not may_wait_for_callbacks():
             raise PsServerError(
@@ -411,7 +412,7 @@ class PsServer(SessionOwner[M]):
             if manager is not None:
                 manager.thread.call_soon(gevent.spawn, shut_down)
 
-        with ask_on_signals(ask), self._telling_the_manager() as ready:
+        with ask_on_signals(ask), self._telling_the_service_manager() as ready:
             try:
                 self._forget_if_hub_is_gone()
                 if self._manager is None:
@@ -426,24 +427,24 @@ class PsServer(SessionOwner[M]):
                 self.shutdown(shutdown_timeout, drain=drain)
 
     @contextlib.contextmanager
-    def _telling_the_manager(self) -> Iterator[Callable[[], None]]:
-        if self._service is not None:  # another greenlet is in `serve_forever`, and tells
+    def _telling_the_service_manager(self) -> Iterator[Callable[[], None]]:
+        if self._notifier is not None:  # another greenlet is in `serve_forever`, and tells
             yield lambda: None
             return
-        service = self._service = ServiceNotifier(gevent.get_hub().loop)
+        notifier = self._notifier = ServiceNotifier(gevent.get_hub().loop)
 
         def ready() -> None:
             if self.started:
                 where = [format_address(*address[:2]) for address in self.addresses]
-                service.ready(", ".join(where))
+                notifier.ready(", ".join(where))
             if not self.started:  # any more: a signal handler has shut it down meanwhile
-                service.stopping()
+                notifier.stopping()
 
         try:
             yield ready
         finally:
-            self._service = None
-            service.close()
+            self._notifier = None
+            notifier.close()
 
     def stop_accepting(self) -> None:
         """Let new connections wait in the backlog; the open sessions go on.
@@ -497,7 +498,7 @@ class PsServer(SessionOwner[M]):
             TypeError: a time is not a number.
             ValueError: a time is negative.
         """
-        self._stop_all(PsCloseReason.SHUTDOWN, timeout, drain)
+        self._shut_down(PsCloseReason.SHUTDOWN, timeout, drain)
         if self._left_in is not None and self._manager is None:
             self._left_in = self._bound_to = None
 
@@ -536,7 +537,7 @@ class PsServer(SessionOwner[M]):
     @property
     def addresses(self) -> list[Endpoint]:
         """The same of all listeners, in the order in which they were given."""
-        return list(self._bound_to or [place.asked_for for place in self._places])
+        return list(self._bound_to or [each.asked_for for each in self._binds])
 
     def __enter__(self) -> Self:
         self._forget_if_hub_is_gone()
@@ -554,19 +555,19 @@ class PsServer(SessionOwner[M]):
 
     def _open(self, manager: SessionManager) -> list[ListeningSocket]:
         """Listen; in a child of a process that did, at the same addresses, when that has ended."""
-        places = self._places
+        binds = self._binds
         if self._left_in is not None:
-            bound = zip(places, self.addresses, strict=True)
-            places = [place.where(endpoint) for place, endpoint in bound]
+            bound = zip(binds, self.addresses, strict=True)
+            binds = [each.where(endpoint) for each, endpoint in bound]
 
         def tell(why: str) -> None:
             log(logging.WARNING, "%r: %s: trying again for %g s", self, why, PATIENCE)
 
         return open_when_free(
-            places,
+            binds,
             self._bind_options,
             left_in=self._left_in,
-            is_wanted=lambda: manager.stop is None and manager.process == os.getpid(),
+            is_wanted=lambda: manager.shutdown is None and manager.process == os.getpid(),
             told=tell,
         )
 
@@ -574,21 +575,21 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         if manager is not None:
             has_hub = hub is manager.thread.hub
-            if manager.has_started and manager.stop is None:
+            if manager.has_started and manager.shutdown is None:
                 self._left_in = manager.process
             if self._listeners is not None:
                 self._listeners.let_go(has_hub=has_hub)
                 self._listeners = None
             self._admission.let_go(has_hub=has_hub)
-        self._service = None
+        self._notifier = None
         super()._let_go(hub)
 
-    def _set_entrance(self, manager: SessionManager) -> None:
-        """Say who is let in, and what comes before ``on_open``."""
+    def _admit_by_rules(self, manager: SessionManager) -> Admission | None:
+        """Set what comes before ``on_open``. Returns the rules for the hub; ``None``: no rules."""
         admission = self._admission
         if admission.has_rules:
             admission.begin()
-            manager.admission = admission
+            manager.counter = admission
         asks = manager.callbacks.on_accept is not None
         if self._ssl_context is not None or admission.proxy_protocol or asks:
             manager.preamble = Preamble(
@@ -597,14 +598,15 @@ class PsServer(SessionOwner[M]):
                 admission.admits,
                 proxy_protocol=admission.proxy_protocol,
             )
+        return admission if admission.has_rules else None
 
-    def _bar_entrance(self) -> None:
-        if self._service is not None:
-            self._service.stopping()
+    def _stop_admitting(self) -> None:
+        if self._notifier is not None:
+            self._notifier.stopping()
         # A flag for each, and no more: this may be in the middle of an accept, or of closing them.
         self.stop_accepting()
 
-    def _close_entrance(self) -> None:
+    def _close_listeners_or_attempts(self) -> None:
         if self._listeners is not None:
             self._listeners.close()
             self._listeners = None

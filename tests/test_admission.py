@@ -342,7 +342,7 @@ def test_what_was_refused_is_counted_since_the_server_was_made() -> None:
 def test_without_rules_nothing_is_asked_or_counted(ps_server: ServerFactory) -> None:
     server = ps_server(echo())
     assert server._manager is not None
-    assert server._manager.admission is None
+    assert server._manager.counter is None
     assert server._manager.preamble is None
     assert server._manager.callbacks.on_accept is None
     assert server.refused == dict.fromkeys(PsRefusal, 0)
@@ -791,8 +791,8 @@ def test_a_farewell_reaches_who_is_refused_even_one_that_talks(
 def test_who_does_not_leave_after_a_farewell_is_closed_soon(
     ps_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert farewell_module.LONGEST_TIME == 1.0
-    monkeypatch.setattr(farewell_module, "LONGEST_TIME", 0.2)
+    assert farewell_module.LONGEST_FAREWELL_TIME == 1.0
+    monkeypatch.setattr(farewell_module, "LONGEST_FAREWELL_TIME", 0.2)
     server = ps_server(echo(), max_sessions=1, refuse_when_full=True, farewell="full")
     with ScriptedClient(server.address) as first, ScriptedClient(server.address) as second:
         ask(first)

@@ -22,11 +22,11 @@ from helpers import NativeThread
 from psofa_gevent.aio.coroutines import (
     await_greenlet,
     hub_loop,
-    in_coroutine,
     run_coroutine,
     run_task,
     spawn_coroutine,
 )
+from psofa_gevent.hub.greenlets import in_coroutine
 from psofa_gevent.testing import eventually
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")

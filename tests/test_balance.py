@@ -24,8 +24,8 @@ from psofa_gevent.listening.balance import (
     FORGIVENESS,
     LEAST_LEAD,
     LONGEST_WAIT,
-    LOOK_PERIOD,
-    PATIENCE,
+    SLOW_PATIENCE,
+    TELL_PERIOD,
     SharedLoad,
 )
 from psofa_gevent.listening.listener import ACCEPTS_OF_SHARED
@@ -165,7 +165,7 @@ def test_who_waited_while_another_accepted_waits_again(load: SharedLoad, other: 
     other.begin(0)
     for number in range(3):
         assert load.wait_for_others(FAR + number), number
-        time.sleep(2 * PATIENCE)
+        time.sleep(2 * SLOW_PATIENCE)
 
 
 @needs_locks
@@ -179,7 +179,7 @@ def test_who_is_told_that_others_were_first_waits_again_at_once(
         load.others_were_first()
         assert load.wait_for_others(FAR) == FIRST_WAIT
         load.others_were_first()
-        time.sleep(PATIENCE)
+        time.sleep(SLOW_PATIENCE)
 
 
 @needs_locks
@@ -218,7 +218,7 @@ def test_a_number_that_was_lost_is_told_again(
     assert other.wait_for_others(FAR)
     os.close(os.dup(listening.fileno()))
     assert not other.wait_for_others(2 * FAR)
-    time.sleep(LOOK_PERIOD)
+    time.sleep(TELL_PERIOD)
     load.wait_for_others(0)
     assert other.wait_for_others(3 * FAR)
 

@@ -898,9 +898,9 @@ def test_a_daemon_takes_over_other_sockets(kind: str, tmp_path: Path) -> None:
 
 def test_a_child_may_not_serve_what_its_parent_goes_on_to_serve() -> None:
     program = """
-        from psofa_gevent.listening import binds as places
+        from psofa_gevent.listening import binds
 
-        places.PATIENCE = 0.5
+        binds.PATIENCE = 0.5
         server = PsServer(Who(), host=HOST, port=0, framing=Line())
         server.start()
         address = server.address

@@ -94,7 +94,7 @@ def test_a_session_that_fails_at_any_line_is_undone(wrap: Callable[[Any], Any]) 
     with PsMultiClient(PsCallback(), framing=Line(), heartbeat=(1_000, "beat")) as bundle:
         of_bundle = bundle._manager
         assert of_bundle is not None
-        of_bundle.admission = Admission(
+        counter = of_bundle.counter = Admission(
             allowed_networks=None,
             denied_networks=(),
             max_sessions_per_peer=5,
@@ -114,8 +114,8 @@ def test_a_session_that_fails_at_any_line_is_undone(wrap: Callable[[Any], Any]) 
                     break
                 failures += 1
                 assert not of_bundle.sessions, line.where
-                assert not of_bundle.admission._keys, line.where
-                assert not of_bundle.admission._counts, line.where
+                assert not counter._keys, line.where
+                assert not counter._counts, line.where
                 assert not any(place.sessions for place in of_bundle._idle._slices), line.where
                 assert of_bundle._idle._count == 0, line.where
                 assert ready._registered == registered, line.where

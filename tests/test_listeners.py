@@ -735,7 +735,7 @@ def test_listeners_of_a_stopped_server_go_without_the_garbage_collector(
             second.expect_nothing(0.02)
             listeners = server._listeners
             assert listeners is not None
-            alive = [weakref.ref(each) for each in (*listeners._all, listeners._all[0]._turns)]
+            alive = [weakref.ref(each) for each in (*listeners._all, listeners._all[0]._queue)]
             del listeners
         eventually(lambda: [each() for each in alive] == [None] * 4)
     finally:

@@ -7,6 +7,7 @@ of a base class for everything that is one.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -36,7 +37,6 @@ DELIBERATE = {
     ("LibraryGreenlet", "spawning_stack_limit"): "gevent's setting",
     ("Listener", "max_accept"): "gevent's setting",
     ("Listener", "do_handle"): "takes what do_read gives, which is ours, too",
-    ("Listener", "_timer"): "gevent's own, started with our time, and stopped by gevent",
     ("HubLoop", "_ssock"): "made and closed by asyncio, but later: _make_self_pipe",
     ("HubLoop", "_csock"): "made and closed by asyncio, but later: _make_self_pipe",
 }
@@ -75,15 +75,32 @@ def bases_of_others(cls: type) -> list[type]:
     return [base for base in bases if base not in (object, typing.Generic, typing.Protocol)]
 
 
+@functools.cache
+def our_sources() -> dict[str, list[ast.AST]]:
+    """By name, as public classes do not say in which file they are written."""
+    found: dict[str, list[ast.AST]] = {}
+    for module in our_modules():
+        for node in ast.walk(ast.parse(inspect.getsource(module) or "")):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(node)
+    return found
+
+
+def sources_of(cls: type) -> list[ast.AST]:
+    if is_ours(cls):
+        return our_sources().get(cls.__name__, [])
+    try:
+        return [ast.parse(textwrap.dedent(inspect.getsource(cls)))]
+    except (OSError, TypeError):
+        return []
+
+
 def of_instances(cls: type) -> set[str]:
     """The attributes that the class's own code gives its instances, as far as there is source."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):
-        return set()
     return {
         node.attr
-        for node in ast.walk(ast.parse(source))
+        for written in sources_of(cls)
+        for node in ast.walk(written)
         if isinstance(node, ast.Attribute)
         and isinstance(node.ctx, ast.Store)
         and isinstance(node.value, ast.Name)

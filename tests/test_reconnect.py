@@ -27,7 +27,7 @@ from psofa_gevent import (
     PsSession,
     run_coroutine,
 )
-from psofa_gevent.connecting.reconnect import Link
+from psofa_gevent.connecting.link import Link
 from psofa_gevent.hub.greenlets import LibraryGreenlet
 from psofa_gevent.owner.manager import SessionManager
 from psofa_gevent.testing import RecordingCallback, eventually
@@ -823,7 +823,7 @@ def test_a_stranger_that_kills_all_greenlets_does_not_end_it() -> None:
         for number in range(3):
             peer = scripted.accept(timeout=20)
             callback.wait_for("on_open", number + 1)
-            worker = link._worker
+            worker = link._service
             assert worker is not None
             assert isinstance(worker.greenlet, LibraryGreenlet)
             gevent.kill(worker.greenlet)

@@ -20,7 +20,7 @@ import pytest
 from gevent import monkey
 from gevent.event import Event
 
-import psofa_gevent.listening.listener
+import psofa_gevent.listening.sockets
 from helpers import (
     LOOPBACK,
     NativeThread,
@@ -357,7 +357,7 @@ def test_machine_without_ipv6_gets_a_clear_error(
                 raise OSError(code, os.strerror(code))
             super().__init__(family, *args, **kwargs)
 
-    monkeypatch.setattr(psofa_gevent.listening.listener, "_SystemSocket", OnlyIpv4)
+    monkeypatch.setattr(psofa_gevent.listening.sockets, "_SystemSocket", OnlyIpv4)
     server = PsServer(PsCallback(), host="::", port=0, socket_address_family=IPV6)
     with pytest.raises(PsServerError, match=r"\[::\]:0.*no IPv6"):
         server.start()
@@ -1116,7 +1116,7 @@ class FailingAccept:
                 accepted: tuple[int, Any] = super()._accept()
                 return accepted
 
-        monkeypatch.setattr(psofa_gevent.listening.listener, "_SystemSocket", Listening)
+        monkeypatch.setattr(psofa_gevent.listening.sockets, "_SystemSocket", Listening)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """`shutdown`: what it ends, in which time, and that every session hears of it.
 
-The same `Stop` ends `PsClient.disconnect` and `PsMultiClient.destroy_bundle`.
+The same `Shutdown` ends `PsClient.disconnect` and `PsMultiClient.destroy_bundle`.
 """
 
 from __future__ import annotations

@@ -645,7 +645,7 @@ A_SIGNAL_AT_EVERY_LINE_OF_ACCEPTING = """
         # Nobody was let in meanwhile.
         assert names[-1] == "on_stop", (line, names)
         assert gevent.wait(timeout=10), (line, "something is left")
-    assert functions >= {"full", "take_turn", "do_read", "do_handle", "_give", "pause"}, functions
+    assert functions >= {"full", "accept_one", "do_read", "do_handle", "_give", "pause"}, functions
     print("survived")
 """
 

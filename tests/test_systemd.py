@@ -490,7 +490,7 @@ def test_a_shutdown_in_the_middle_of_telling_is_told_too(
     def interrupted(state: str, sending: Any) -> bool:
         if state.startswith("READY=1"):
             monkeypatch.setattr(systemd, "send", send)
-            server._begin_stop(server._manager, PsCloseReason.SHUTDOWN, 5.0, 0.0)  # type: ignore[arg-type]  # it has one
+            server._begin_shutdown(server._manager, PsCloseReason.SHUTDOWN, 5.0, 0.0)  # type: ignore[arg-type]  # it has one
         return send(state, sending)
 
     monkeypatch.setattr(systemd, "send", interrupted)

@@ -183,7 +183,7 @@ def test_a_directory_that_somebody_has_locked_is_no_hindrance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_unlocked: bool
 ) -> None:
     """As a program may that has a directory of its own in /tmp (systemd-tmpfiles(8))."""
-    monkeypatch.setattr(unix, "MOST_TURNS", 1_000 if is_unlocked else 2)
+    monkeypatch.setattr(unix, "MOST_LOCK_TRIES", 1_000 if is_unlocked else 2)
     directory = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_EX)
     unlocking = gevent.spawn_later(0.02 if is_unlocked else 1_000, os.close, directory)

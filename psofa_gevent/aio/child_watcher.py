@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psofa_gevent.aio.loop import HubLoop
+    from psofa_gevent.aio.base import BaseHubLoop
 
 __all__ = ["watch_child"]
 
@@ -23,7 +23,7 @@ UNKNOWN = 255
 """What asyncio gives for the exit code of a child whose status somebody else has read."""
 
 
-def watch_child(loop: HubLoop, process: Any, ended: Callable[[int], None]) -> None:
+def watch_child(loop: BaseHubLoop, process: Any, ended: Callable[[int], None]) -> None:
     """Have `loop` call `ended` with the exit code when `process`, a ``Popen``, has ended.
 
     In the loop's thread. The hub stays alive for it.
@@ -45,7 +45,7 @@ def watch_child(loop: HubLoop, process: Any, ended: Callable[[int], None]) -> No
     loop.add_reader(descriptor, reap)
 
 
-def _watch_in_thread(loop: HubLoop, pid: int, ended: Callable[[int], None]) -> None:
+def _watch_in_thread(loop: BaseHubLoop, pid: int, ended: Callable[[int], None]) -> None:
     def wait() -> None:
         code = _wait(pid)
         try:

@@ -56,17 +56,16 @@ import gevent
 from gevent import Greenlet, getcurrent
 from greenlet import greenlet
 
-from psofa_gevent.aio.greenlet import LoopGreenlet
 from psofa_gevent.aio.loop import HubLoop, hub_loop
 from psofa_gevent.aio.run import Run
-from psofa_gevent.hub.logs import LogGreenlet
+from psofa_gevent.hub.greenlets import in_coroutine
+from psofa_gevent.hub.thread import resolve
 from psofa_gevent.hub.times import SHORTEST_TIMER
 
 __all__ = [
     "await_greenlet",
     "greenlet_that_waits",
     "hub_loop",
-    "in_coroutine",
     "run_coroutine",
     "run_task",
     "spawn_coroutine",
@@ -156,7 +155,7 @@ async def await_greenlet(greenlet: Greenlet[..., T]) -> T:
     cancelled: CancelledError | None = None
     while not greenlet.ready():
         ended = loop.create_future()
-        link = partial(_set_result_unless_done, ended)
+        link = partial(_end, ended)
         greenlet.rawlink(link)
         try:
             await ended
@@ -170,21 +169,6 @@ async def await_greenlet(greenlet: Greenlet[..., T]) -> T:
         return greenlet.get(block=False)
     finally:
         del cancelled  # with its traceback it would keep this frame alive
-
-
-def in_coroutine() -> bool:
-    """Whether the caller runs inside a step (or callback) of the loop of this thread's hub.
-
-    In a greenlet that such a step runs and waits for by itself, as SQLAlchemy does, too.
-    """
-    current: greenlet | None = getcurrent()
-    while current is not None:
-        if isinstance(current, LoopGreenlet):
-            return True
-        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
-            return False
-        current = current.parent
-    return False
 
 
 def greenlet_that_waits(task: asyncio.Task[Any]) -> greenlet | None:
@@ -214,7 +198,7 @@ def run_task(
         context: The context to run in; by default a copy of the caller's.
         name: The name of the task.
         in_turn: For callers that wait for something else next, as sessions do for bytes: it begins
-            after those that are ready, and the hub has its turn only then.
+            after those that are ready, and the hub runs only then.
 
     Raises:
         RuntimeError: as `run_coroutine`.
@@ -230,7 +214,7 @@ def run_task(
         except RuntimeError:
             coro.close()
             raise
-    return Run(loop, coro, current, context, name).wait(in_turn=in_turn)
+    return Run(loop.greenlet, coro, current, context, name).wait(in_turn=in_turn)
 
 
 def _check_caller(current: greenlet, loop: HubLoop) -> None:
@@ -250,6 +234,5 @@ async def _await(awaitable: Awaitable[T]) -> T:
     return await awaitable
 
 
-def _set_result_unless_done(future: asyncio.Future[None], _source: object) -> None:
-    if not future.done():
-        future.set_result(None)
+def _end(future: asyncio.Future[None], _greenlet: object) -> None:
+    resolve(future, None)

@@ -22,20 +22,20 @@ from asyncio import AbstractEventLoop, CancelledError, Task
 from asyncio.log import logger as asyncio_logger
 from collections import deque
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gevent import GreenletExit, getcurrent
 from greenlet import greenlet
 
 from psofa_gevent.hub.calls import close_watcher
 from psofa_gevent.hub.forking import keep, leave_behind, left_behind, not_woken, release
-from psofa_gevent.hub.ready import ready_sessions
+from psofa_gevent.hub.greenlets import StepGreenlet
+from psofa_gevent.hub.ready import Ready, ready_sessions
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.aio.loop import HubLoop
-    from psofa_gevent.aio.run import Run
+    from psofa_gevent.aio.base import BaseHubLoop
 
 __all__ = ["LoopGreenlet"]
 
@@ -50,8 +50,31 @@ waiting greenlet in this time, that has it; if not, the main greenlet gets it.
 _switch = greenlet.switch
 
 
-class LoopGreenlet(greenlet):
-    """Runs a `HubLoop`, and hides it while it is switched out."""
+class Beginning(Ready, Protocol):
+    """A coroutine that begins in the loop's greenlet: a `psofa_gevent.aio.run.Run`."""
+
+    is_cancelled: bool
+
+    @property
+    def task(self) -> Task[Any] | None:
+        """None: not begun."""
+
+    @property
+    def waiting_greenlet(self) -> greenlet:
+        """The greenlet that waits for it."""
+
+    def begin(self) -> bool:
+        """Take the first step; whether it has ended."""
+
+    def waits(self) -> None:
+        """The coroutine waits for something."""
+
+    def drop(self) -> None:
+        """Never begin."""
+
+
+class LoopGreenlet(StepGreenlet):
+    """Runs a `psofa_gevent.aio.loop.HubLoop`, and hides it while it is switched out."""
 
     # Found faster than in a dictionary, several times for each coroutine.
     __slots__ = (
@@ -81,20 +104,20 @@ class LoopGreenlet(greenlet):
         "runs",
     )
 
-    def __init__(self, loop: HubLoop, hub: Hub) -> None:
+    def __init__(self, loop: BaseHubLoop, hub: Hub) -> None:
         super().__init__(None, hub)
         self.aio_loop = loop
         self.hub = hub
         self.parked = False
         self.run_queue = ready_sessions()
-        self.runs: dict[Task[Any], Run[Any]] = {}
+        self.runs: dict[Task[Any], Beginning] = {}
         """Those that have begun, and have not ended in their first step."""
-        self._beginning: deque[Run[Any]] = deque()
-        self._begins: Run[Any] | None = None
+        self._beginning: deque[Beginning] = deque()
+        self._begins: Beginning | None = None
         """The one that takes its first step just now."""
         self._is_queued = False
         """Whether it is among those that are ready, for what is to begin."""
-        self._ended: list[Run[Any]] = []
+        self._ended: list[Beginning] = []
         """Of those that begin just now: they go on when all have begun, or when one waits."""
         self._woken: bool = False
         """Whether there is something to do for the loop; not only coroutines that begin."""
@@ -103,7 +126,7 @@ class LoopGreenlet(greenlet):
         self._to_cancel: set[Task[Any]] = set()
         self._ending = False
         self._has_let_go = False
-        # Of the one whose turn it was before ours: an asyncio.run in another greenlet, or nobody.
+        # Of the one that ran before ours: an asyncio.run in another greenlet, or nobody.
         self._other_loop: AbstractEventLoop | None = None
         self._other_task: Task[Any] | None = None
         self._other_hooks = sys.get_asyncgen_hooks()
@@ -208,7 +231,7 @@ class LoopGreenlet(greenlet):
             self._begins = None
             self._add_ended()
 
-    def _report_if_slow(self, run: Run[Any], seconds: float) -> None:
+    def _report_if_slow(self, run: Beginning, seconds: float) -> None:
         """Say, as asyncio does of the other steps in its debug mode, that a first step blocked."""
         if seconds >= self.aio_loop.slow_callback_duration:
             asyncio_logger.warning("Executing %.900r took %.3f seconds", run, seconds)
@@ -220,17 +243,17 @@ class LoopGreenlet(greenlet):
             # We switch to the first one ourselves; nobody knows in which way that waits next.
             self.run_queue.run_soon()
 
-    def begin(self, run: Run[Any]) -> None:
+    def begin(self, run: Beginning) -> None:
         """Let a coroutine begin soon. In the hub's thread, in any greenlet."""
         self._beginning.append(run)
         if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
-    def begin_in_turn(self, run: Run[Any]) -> None:
-        """Let a coroutine begin after those that are ready now, before the hub has its turn.
+    def begin_in_turn(self, run: Beginning) -> None:
+        """Let a coroutine begin after those that are ready now, before the hub runs.
 
         The caller waits next, so it comes to that; and not only for coroutines, or the hub would
-        never have its turn.
+        never run.
         """
         self._beginning.append(run)
         if not self.parked:  # held, for as long as it takes
@@ -275,7 +298,7 @@ class LoopGreenlet(greenlet):
         if self.parked:
             _switch(self)
 
-    def cancel(self, run: Run[Any]) -> None:
+    def cancel(self, run: Beginning) -> None:
         """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.
 
         Soon, and not at once: a task that has not begun would never begin, and a callback that was

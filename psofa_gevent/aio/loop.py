@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from gevent import get_hub, getcurrent
 
+from psofa_gevent.aio.base import BaseHubLoop
 from psofa_gevent.aio.child_watcher import watch_child
 from psofa_gevent.aio.greenlet import LoopGreenlet
 from psofa_gevent.aio.run import Run
@@ -55,7 +56,7 @@ def hub_loop() -> HubLoop:
     return loop
 
 
-class HubLoop(asyncio.SelectorEventLoop):
+class HubLoop(BaseHubLoop):
     """The asyncio loop of one hub. It runs by itself; get it from `hub_loop`."""
 
     def __init__(self) -> None:
@@ -71,10 +72,6 @@ class HubLoop(asyncio.SelectorEventLoop):
         """For what was not scheduled after all."""
         self.nothing_to_call.cancel()
         track(self)
-
-    def has_work(self) -> bool:
-        """Whether a callback is due in the next round."""
-        return bool(self._ready)  # type: ignore[attr-defined]  # a name of all asyncio's loops
 
     def call_soon(
         self,
@@ -161,7 +158,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         if hub is self.hub:
             self._hub_selector.close()
         # The loop may just be in a round, and calls as many as were there at its beginning.
-        ready: Any = self._ready  # type: ignore[attr-defined]  # see has_work
+        ready: Any = self._ready  # type: ignore[attr-defined]  # a name of all asyncio's loops
         scheduled: Any = self._scheduled  # type: ignore[attr-defined]  # the same of timers
         keep(list(ready), list(scheduled))
         for due in range(len(ready)):

@@ -21,7 +21,8 @@ from gevent import GreenletExit
 if TYPE_CHECKING:
     from greenlet import greenlet
 
-    from psofa_gevent.aio.loop import HubLoop
+    from psofa_gevent.aio.base import BaseHubLoop
+    from psofa_gevent.aio.greenlet import LoopGreenlet
 
 __all__ = ["Run"]
 
@@ -41,7 +42,7 @@ class Run(Generic[T]):
         "_coro",
         "_failure",
         "_greenlet",
-        "_loop",
+        "_loop_greenlet",
         "_name",
         "_waiting_since",
         "has_ended",
@@ -51,13 +52,13 @@ class Run(Generic[T]):
 
     def __init__(
         self,
-        loop: HubLoop,
+        loop_greenlet: LoopGreenlet,
         coro: Coroutine[Any, Any, T],
         current: greenlet,
         context: Context | None,
         name: str | None,
     ) -> None:
-        self._loop = loop
+        self._loop_greenlet = loop_greenlet
         self._coro = coro
         self._context = copy_context() if context is None else context
         self._name = name
@@ -82,26 +83,26 @@ class Run(Generic[T]):
     def wait(self, *, in_turn: bool = False) -> T:
         """Begin soon, and wait for the end, in the greenlet that runs this coroutine.
 
-        `in_turn`: before the hub has its turn (`LoopGreenlet.begin_in_turn`).
+        `in_turn`: before the hub runs (`LoopGreenlet.begin_in_turn`).
         """
-        host = self._loop.greenlet
+        loop_greenlet = self._loop_greenlet
         thrown: BaseException | None = None
         try:
             if in_turn:
-                host.begin_in_turn(self)
+                loop_greenlet.begin_in_turn(self)
             else:
-                host.begin(self)
+                loop_greenlet.begin(self)
             while not self.has_ended:
                 self._waiting_since = 1.0
                 try:
                     if in_turn:
-                        host.run_queue.switch_on()
+                        loop_greenlet.run_queue.switch_on()
                     else:
-                        host.hub.switch()
+                        loop_greenlet.hub.switch()
                 except BaseException as exc:
                     if not isinstance(thrown, ENDINGS):
                         thrown = exc
-                    host.cancel(self)
+                    loop_greenlet.cancel(self)
                 finally:
                     self._waiting_since = 0.0
             if self._failure is not None:
@@ -128,7 +129,7 @@ class Run(Generic[T]):
         """
         task = self.task = _new_task(Task)
         try:
-            _begin(task, self._coro, self._loop, self._name, self._context)
+            _begin(task, self._coro, self._loop_greenlet.aio_loop, self._name, self._context)
         except BaseException as exc:
             if not self._is_the_coroutines(exc):
                 self._goes_on(task)
@@ -147,7 +148,7 @@ class Run(Generic[T]):
 
     def _goes_on(self, task: Task[T]) -> None:
         self.waits()
-        self._loop.greenlet.runs[task] = self
+        self._loop_greenlet.runs[task] = self
         task.add_done_callback(self)
         if self.is_cancelled:
             task.cancel()
@@ -181,11 +182,11 @@ class Run(Generic[T]):
         """The task has ended. In the moment in which it does (`HubLoop.call_soon`)."""
         task = self.task
         assert task is not None
-        del self._loop.greenlet.runs[task]
+        del self._loop_greenlet.runs[task]
         if not task.cancelled() and (exc := task.exception()) is not None:
-            self._loop.greenlet.claim(exc)
+            self._loop_greenlet.claim(exc)
         self.has_ended = True
-        run_queue = self._loop.greenlet.run_queue
+        run_queue = self._loop_greenlet.run_queue
         run_queue.add([self])
         run_queue.run_soon()
 
@@ -211,7 +212,7 @@ if sys.version_info >= (3, 12):
     def _begin(
         task: Task[T],
         coro: Coroutine[Any, Any, T],
-        loop: HubLoop,
+        loop: BaseHubLoop,
         name: str | None,
         context: Context,
     ) -> None:
@@ -226,7 +227,7 @@ else:
     def _begin(
         task: Task[T],
         coro: Coroutine[Any, Any, T],
-        loop: HubLoop,
+        loop: BaseHubLoop,
         name: str | None,
         context: Context,
     ) -> None:

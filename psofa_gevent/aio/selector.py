@@ -46,8 +46,8 @@ class HubSelector(selectors.BaseSelector):
         self._timer: Any = None
         """That of a `select` which is under way."""
         self._is_closed = False
-        self._turn = _turn(hub.loop)
-        self._turn_due = False
+        self._round = _round(hub.loop)
+        self._round_due = False
 
     def register(
         self, fileobj: FileDescriptorLike, events: int, data: Any = None
@@ -81,8 +81,8 @@ class HubSelector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As in `selectors`; the hub runs meanwhile.
 
-        With a timeout of 0 it runs one full turn, in which it polls, so coroutines that never wait
-        for anything starve nobody. Every other time: a turn costs more than a round of the loop.
+        With a timeout of 0 it runs one full round, in which it polls, so coroutines that never wait
+        for anything starve nobody. Every other time: the hub's round costs more than the loop's.
         """
         timer = None
         if self._is_closed:  # in a child process, in the middle of a round
@@ -90,20 +90,20 @@ class HubSelector(selectors.BaseSelector):
         elif timeout is not None:
             if timeout > 0:
                 timer = self._timer = self._hub.loop.timer(max(timeout, SHORTEST_TIMER))
-            elif not self._turn_due:
-                self._turn_due = True
+            elif not self._round_due:
+                self._round_due = True
                 return self._ready()
             else:
-                timer = self._turn
+                timer = self._round
             timer.start(self._wake)
-        self._turn_due = False
+        self._round_due = False
         try:
             if self._stopped:
                 self._start_watchers()
             self._park()
         finally:
-            if timer is self._turn:
-                self._turn.stop()
+            if timer is self._round:
+                self._round.stop()
             elif timer is not None:
                 self._timer = None
                 self._close(timer)
@@ -157,7 +157,7 @@ class HubSelector(selectors.BaseSelector):
         self._is_closed = True
         for watcher in self._watchers.values():
             self._close(watcher)
-        self._turn.close()
+        self._round.close()
         if self._timer is not None:
             self._close(self._timer)
         self._watchers.clear()
@@ -166,8 +166,8 @@ class HubSelector(selectors.BaseSelector):
         self._fired.clear()
 
 
-class _Turn:
-    """Calls back when the hub has made one full turn: on libev a timer of 0 s does."""
+class _Round:
+    """Calls back when the hub has made one full round: on libev a timer of 0 s does."""
 
     def __init__(self, loop: Any) -> None:
         self._timer = loop.timer(0)
@@ -186,7 +186,7 @@ class _Turn:
         close_watcher(self._timer)
 
 
-class _UvTurn:
+class _UvRound:
     """The same on libuv, where gevent makes such a timer of a check watcher.
 
     That must not be stopped in a greenlet before it has fired (`psofa_gevent.hub.ready` has the
@@ -215,8 +215,8 @@ class _UvTurn:
         close_watcher(self._watcher)
 
 
-def _turn(loop: Any) -> _Turn | _UvTurn:
-    return _UvTurn(loop) if "libuv" in type(loop).__module__ else _Turn(loop)
+def _round(loop: Any) -> _Round | _UvRound:
+    return _UvRound(loop) if "libuv" in type(loop).__module__ else _Round(loop)
 
 
 class _KeyMap(Mapping["FileDescriptorLike", selectors.SelectorKey]):

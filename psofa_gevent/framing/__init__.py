@@ -19,6 +19,7 @@ from psofa_gevent.framing.base import (
 )
 from psofa_gevent.framing.counted import FixedSize, LengthPrefix, Raw, Varint
 from psofa_gevent.framing.delimited import Between, Delimiter, Line
+from psofa_gevent.public import publish as _publish
 
 __all__ = [
     "DEFAULT_MAX_SIZE",
@@ -36,3 +37,5 @@ __all__ = [
     "Raw",
     "Varint",
 ]
+
+_publish(__name__, __all__, globals())

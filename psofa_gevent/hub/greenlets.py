@@ -1,6 +1,6 @@
 """The greenlets of the library, and the question whether a caller may wait.
 
-`LibraryGreenlet` marks them: users' callbacks run in some, and all of them are needed for a stop to
+`LibraryGreenlet` marks them: users' callbacks run in some, and a shutdown needs all of them to
 come to its end. A call that waits for that end must not wait in one of them, nor in the hub:
 `may_wait_for_callbacks` tells. (A signal handler runs in whichever greenlet runs just then.)
 """
@@ -15,7 +15,6 @@ from gevent import Greenlet, getcurrent
 from gevent._hub_local import get_hub_if_exists  # a thread without one must not get one here
 from greenlet import greenlet
 
-from psofa_gevent.aio.coroutines import in_coroutine
 from psofa_gevent.hub.forking import leave_behind, left_behind, not_woken, track
 from psofa_gevent.hub.logs import LogGreenlet
 
@@ -23,7 +22,9 @@ __all__ = [
     "LibraryGreenlet",
     "ServiceGreenlet",
     "SessionTask",
+    "StepGreenlet",
     "in_callback",
+    "in_coroutine",
     "may_wait",
     "may_wait_for_callbacks",
     "sends_to_the_end",
@@ -77,6 +78,27 @@ class SessionTask(LibraryGreenlet):
     __slots__ = ()
 
 
+class StepGreenlet(greenlet):
+    """One that runs steps of coroutines: a wait in gevent's way holds all of them."""
+
+    __slots__ = ()
+
+
+def in_coroutine() -> bool:
+    """Whether the caller runs inside a step (or callback) of the loop of this thread's hub.
+
+    In a greenlet that such a step runs and waits for by itself, as SQLAlchemy does, too.
+    """
+    current: greenlet | None = getcurrent()
+    while current is not None:
+        if isinstance(current, StepGreenlet):
+            return True
+        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
+            return False
+        current = current.parent
+    return False
+
+
 def sends_to_the_end() -> bool:
     """Whether the caller is a callback, whose sends SHUTDOWN lets go on."""
     current = getcurrent()
@@ -97,7 +119,7 @@ def may_wait() -> bool:
 def may_wait_for_callbacks() -> bool:
     """Whether the caller may wait until callbacks have ended: it is none, and may wait at all.
 
-    No log handler, as the end of a stop waits for those.
+    No log handler, as the end of a shutdown waits for those.
     """
     current = getcurrent()
     is_hub = current is get_hub_if_exists()
@@ -156,8 +178,8 @@ class ServiceGreenlet:
         self.greenlet = None
         self.ensure()
 
-    def is_me(self) -> bool:
-        """Whether the caller is the worker's greenlet: not one that was given up."""
+    def is_current(self) -> bool:
+        """Whether the caller is the greenlet: not one that was given up."""
         return getcurrent() is self.greenlet
 
     def stop(self) -> None:

@@ -15,8 +15,8 @@ holds for every record:
 - Its message has at most `LONGEST` characters, in one line, whatever a peer has sent and an
   exception says. So has the text of each exception in a traceback; the frames are not counted.
 
-What waits is bounded (`MOST_WAITING`), and what is beyond is counted. A stop, and the end of the
-process, wait a moment (`LAST_MOMENT`) for it. A thread without a hub calls the handlers itself.
+What waits is bounded (`MOST_WAITING`), and what is beyond is counted. A shutdown, and the end of
+the process, wait a moment (`LAST_MOMENT`) for it. A thread without a hub calls the handlers itself.
 
 What a peer does, over and over if it likes, is a warning once a minute for each kind of thing
 (`PeerLog`), with the number of those like it.
@@ -56,7 +56,7 @@ MOST_FRAMES = 100
 MOST_WAITING = 10_000
 """Records that wait for a handler that waits. Each takes about 1 kB, more with a traceback."""
 LAST_MOMENT = 1.0
-"""Seconds that handlers have for what waits, at the end of a stop and of the process."""
+"""Seconds that handlers have for what waits, at the end of a shutdown and of the process."""
 WARNING_PERIOD = 60.0
 """Seconds from one warning about peers to the next of the same kind."""
 
@@ -394,8 +394,9 @@ class PeerLog:
     """What the peers of one owner do: a warning for each kind of thing, once a minute at most.
 
     The first of a kind is a WARNING. For a minute others are DEBUG, and counted; when it is over,
-    another WARNING says how many there were, and the next minute begins. A stop tells it at once,
-    at INFO. All of it belongs to the hub's thread, and may be called in the hub.
+    another WARNING says how many there were, and the next minute begins. A shutdown tells
+    how many there were at once, at INFO. All of it belongs to the hub's thread, and may be called
+    in the hub.
     """
 
     def __init__(self) -> None:

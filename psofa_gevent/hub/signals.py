@@ -34,6 +34,7 @@ from gevent import get_hub
 
 from psofa_gevent.hub.forking import in_child, unwatch, watch
 from psofa_gevent.hub.native import get_ident
+from psofa_gevent.hub.watchers import READ
 
 try:
     import ctypes
@@ -47,8 +48,6 @@ __all__ = ["ask_on_signals"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LARGEST_SIGACTION = 1024
 """Bytes for a struct sigaction, which is copied as it is: Linux has 152 at most, macOS 16."""
-READ = 1
-"""The event mask of gevent's io watchers (libev's EV_READ)."""
 
 
 @contextlib.contextmanager

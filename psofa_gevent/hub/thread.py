@@ -30,6 +30,7 @@ __all__ = [
     "Pulse",
     "get_ident",
     "new_lock",
+    "resolve",
 ]
 
 P = ParamSpec("P")
@@ -242,7 +243,7 @@ class HubThread:
             if greenlet.value is not None:
                 errors.append(greenlet.value)
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(_resolve, ended, None)
+                loop.call_soon_threadsafe(resolve, ended, None)
 
         def start() -> None:
             if not has_left:
@@ -294,6 +295,7 @@ def _outcome(function: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def _resolve(future: asyncio.Future[T], value: T) -> None:
+def resolve(future: asyncio.Future[T], value: T) -> None:
+    """Give a future its result, unless it has one, or was cancelled. In the thread of its loop."""
     if not future.done():
         future.set_result(value)

@@ -29,7 +29,8 @@ from psofa_gevent.net.sockopts import Endpoint, end, endpoint
 
 if TYPE_CHECKING:
     from psofa_gevent.owner.manager import SessionManager
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
 __all__ = ["Admission"]
 
@@ -189,8 +190,8 @@ class Admission:
         if has_words:
             say(session._sock, self._farewell)
         session._request_close(PsCloseReason.SELF_CLOSE, linger=has_words)
-        host = session._manager
-        self._tell(host.peer_log, host.owner, reason, peer, session._context)
+        manager = session._manager
+        self._tell(manager.peer_log, manager.owner, reason, peer, session._context)
         return False
 
     def _tell(

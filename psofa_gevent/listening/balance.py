@@ -42,14 +42,14 @@ SESSIONS_PER_LEAD = 32
 """Sessions of its own that allow it one more: 3 percent."""
 STEPS_PER_LEAD = 2
 """How often it tells its number, and asks for those of others, while that changes by so much."""
-LOOK_PERIOD = 0.02
+TELL_PERIOD = 0.02
 """Seconds after which it does so in any case, and sets its lock anew."""
 FIRST_WAIT = 0.001
 """Seconds for which it leaves connections to others: long enough for them to wake up, and to accept
 twenty; and the least that libev waits. So much longer a client waits, at most, if they do not."""
 LONGEST_WAIT = 0.008
 """Seconds that such a wait may become, doubled each time, while nothing changes: all are busy."""
-PATIENCE = 0.1
+SLOW_PATIENCE = 0.1
 """Seconds for which it waits for a process whose number does not change: it is busy, or stopped."""
 FORGIVENESS = 1.0
 """Seconds after which it waits for such processes again."""
@@ -111,7 +111,7 @@ class SharedLoad:
         if not self._is_supported:
             return 0.0
         now = monotonic()
-        if self._slow is not None and now > self._waited_until + LOOK_PERIOD:
+        if self._slow is not None and now > self._waited_until + TELL_PERIOD:
             # No connection was left after the wait, so others have accepted it.
             self._slow, self._has_waited = None, False
         lead = LEAST_LEAD + count // SESSIONS_PER_LEAD
@@ -162,7 +162,7 @@ class SharedLoad:
 
     def _look(self, count: int, now: float) -> None:
         """Set the lock anew, and see who else has one."""
-        self._look_at = now + LOOK_PERIOD
+        self._look_at = now + TELL_PERIOD
         self.withdraw()
         self._tell(count)
         self.has_others = self._first_within(0, TO_THE_END) is not None
@@ -183,13 +183,13 @@ class SharedLoad:
         if slow is None:
             self._slow = None
         elif slow != self._slow:
-            self._slow, self._slow_until = slow, now + PATIENCE
+            self._slow, self._slow_until = slow, now + SLOW_PATIENCE
             self._wait = FIRST_WAIT
         elif now >= self._slow_until:
             self._stuck.add(slow)
             self._stuck_until = now + FORGIVENESS
             self._slow = self._first_below(limit)
-            self._slow_until = now + PATIENCE
+            self._slow_until = now + SLOW_PATIENCE
         return self._slow
 
     def _first_below(self, limit: int) -> int | None:

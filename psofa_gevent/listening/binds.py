@@ -1,13 +1,13 @@
 """Where a server listens: what it was told, checked in the constructor and opened at its start.
 
-A place is an address, a path, or a socket that somebody else made and that listens already. Each
+A bind is an address, a path, or a socket that somebody else made and that listens already. Each
 opens itself; what differs from one kind to another is in its class and nowhere else.
 
 Resource handling: what is opened belongs to the server, until `ListeningSocket.close`. A given
 socket or descriptor stays its owner's: a duplicate is opened (dup(2)), and closed, and its file is
 not removed.
 
-The constructor's part (`check_places`) opens nothing. `open_when_free` runs in the greenlet of
+The constructor's part (`check_binds`) opens nothing. `open_when_free` runs in the greenlet of
 ``start``, and switches while a name is looked up, and while another process has yet to leave.
 """
 
@@ -28,7 +28,7 @@ from psofa_gevent.checks import MAX_BUFFER, check_int
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsServerError
 from psofa_gevent.hub.greenlets import may_wait
-from psofa_gevent.listening.listener import ListeningSocket, bind, bind_unix, duplicate
+from psofa_gevent.listening.sockets import ListeningSocket, bind, bind_unix, duplicate
 from psofa_gevent.listening.taken import path_is_taken, port_is_taken
 from psofa_gevent.net.addresses import (
     Address,
@@ -37,7 +37,7 @@ from psofa_gevent.net.addresses import (
     check_address,
     format_address,
 )
-from psofa_gevent.net.sockopts import NAMELESS, Endpoint, endpoint
+from psofa_gevent.net.sockopts import UNNAMED, Endpoint, endpoint
 from psofa_gevent.settings import SessionSettings
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "Bind",
     "BindOptions",
     "Given",
-    "check_places",
+    "check_binds",
     "check_reuse_port",
     "open_when_free",
 ]
@@ -90,10 +90,10 @@ class BindOptions:
 
 
 class Bind(Protocol):
-    """One place to listen on."""
+    """One thing that a server listens on. `open` may switch; what else there is does not."""
 
     def __str__(self) -> str:
-        """The place for people."""
+        """As errors and the log name it."""
 
     @property
     def asked_for(self) -> Endpoint:
@@ -114,7 +114,7 @@ class Bind(Protocol):
         """Whether another process listens there."""
 
     def where(self, endpoint: Endpoint) -> Bind:
-        """The place where it is, when it is bound to `endpoint`: to listen there again."""
+        """The same with the port of `endpoint`, to which it was bound: to listen there again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class InheritedBind:
         try:
             with _looking_at(descriptor) as found:
                 self._check(found)
-                self.asked_for = endpoint(found.getsockname()) or NAMELESS
+                self.asked_for = endpoint(found.getsockname()) or UNNAMED
             status = os.fstat(descriptor)
             self.identity: object = status.st_dev, status.st_ino
         except OSError as exc:
@@ -240,13 +240,13 @@ class InheritedBind:
         return self
 
 
-def check_places(
+def check_binds(
     listener: Given | Sequence[Given] | None,
     host: str,
     port: int,
     family: PsSocketAddressFamily,
 ) -> Sequence[Bind]:
-    """The places that a server is to listen on, in their order.
+    """What a server is to listen on, in that order.
 
     Args:
         listener: one, or several; ``None``: host and port say it.
@@ -273,49 +273,49 @@ def check_places(
         several = [cast("Given", listener)]
     if not several:
         raise ValueError(f"listener must have one listener or more, not {listener!r}")
-    places = [_place(one, family) for one in several]
+    binds = [_bind_of(one, family) for one in several]
     known: set[object] = set()
-    for given, place in zip(several, places, strict=True):
-        if place.identity in known:
+    for given, each in zip(several, binds, strict=True):
+        if each.identity in known:
             raise ValueError(f"listener must not have the same twice: {given!r}")
-        if place.identity is not None:
-            known.add(place.identity)
-    return places
+        if each.identity is not None:
+            known.add(each.identity)
+    return binds
 
 
-def check_reuse_port(places: Sequence[Bind]) -> None:
+def check_reuse_port(binds: Sequence[Bind]) -> None:
     """Raise `ValueError` where ``reuse_port=True`` has nothing to do, or can't be."""
     if REUSE_PORT is None:
         raise ValueError("reuse_port must not be True: this system has no SO_REUSEPORT")
-    if not any(isinstance(place, TcpBind) for place in places):
-        where = ", ".join(map(str, places))
+    if not any(isinstance(each, TcpBind) for each in binds):
+        where = ", ".join(map(str, binds))
         raise ValueError(f"reuse_port must not be True without a host and port, but for {where}")
 
 
-def _open_all(places: Sequence[Bind], options: BindOptions) -> list[ListeningSocket]:
+def _open_all(binds: Sequence[Bind], options: BindOptions) -> list[ListeningSocket]:
     """Listen on all of them, or on none.
 
     Raises:
-        PsServerError: it is not possible; it names the place.
+        PsServerError: it is not possible; it names the bind that failed.
     """
     opened: list[ListeningSocket] = []
     try:
-        for place in places:
+        for each in binds:
             try:
-                opened.append(place.open(options))
+                opened.append(each.open(options))
             except OSError as exc:
                 cause = exc.__cause__ if isinstance(exc.__cause__, OSError) else exc
-                text = f"cannot listen on {place}: {exc.strerror or exc}"
+                text = f"cannot listen on {each}: {exc.strerror or exc}"
                 raise PsServerError(text) from cause
     except BaseException:
-        for each in opened:
-            each.close()
+        for listening in opened:
+            listening.close()
         raise
     return opened
 
 
 def open_when_free(
-    places: Sequence[Bind],
+    binds: Sequence[Bind],
     options: BindOptions,
     *,
     left_in: int | None,
@@ -330,7 +330,7 @@ def open_when_free(
     anywhere. Switches meanwhile.
 
     Args:
-        places: where; in a child of a process that listened, with the ports that it was given.
+        binds: where; in a child of a process that listened, with the ports that it was given.
         options: how.
         left_in: the id of the process in which the server ran at the fork; ``None``: it did not.
         is_wanted: false when it is to be tried no more.
@@ -343,12 +343,12 @@ def open_when_free(
     pause = FIRST_PAUSE
     while True:
         try:
-            return _open_all(places, options)
+            return _open_all(binds, options)
         except PsServerError as exc:
             cause = exc.__cause__
             waits = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE and is_wanted()
             if left_in is None:
-                waits = waits and may_wait() and any(place.is_taken() for place in places)
+                waits = waits and may_wait() and any(each.is_taken() for each in binds)
             if not waits or monotonic() >= deadline:
                 text = f"{exc}, by another process for {PATIENCE:g} s" if waits else str(exc)
                 if left_in is not None:
@@ -372,7 +372,7 @@ def _is_address(given: tuple[object, ...]) -> bool:
     return isinstance(port, int) or (isinstance(port, str) and port.isdecimal())
 
 
-def _place(given: object, family: PsSocketAddressFamily) -> Bind:
+def _bind_of(given: object, family: PsSocketAddressFamily) -> Bind:
     if isinstance(given, bool):
         raise TypeError(f"listener must be {WANTED}, not {given!r}")
     if isinstance(given, int):

@@ -16,6 +16,7 @@ from typing import Any
 
 from psofa_gevent.hub.forking import keep, release
 from psofa_gevent.hub.thread import HubThread
+from psofa_gevent.hub.watchers import READ
 from psofa_gevent.net.sockopts import end
 
 __all__ = ["LONGEST_FAREWELL", "Farewells", "say"]
@@ -24,12 +25,10 @@ LONGEST_FAREWELL = 4_096
 """Bytes: any send buffer that is empty takes them."""
 MOST_AT_A_TIME = 32
 """Half of the descriptors that the default of ``max_sessions`` leaves to others."""
-LONGEST_TIME = 1.0
+LONGEST_FAREWELL_TIME = 1.0
 """Seconds."""
 MOST_BYTES = 65_536
-READ_SIZE = 4_096
-READ = 1
-"""The event mask of gevent's io watchers."""
+DROPPED_AT_A_TIME = 4_096
 
 
 def say(sock: _socket.socket, words: bytes) -> None:
@@ -82,7 +81,7 @@ class _Leaving:
         self._among = among
         self._left = MOST_BYTES
         self._watcher = loop.io(sock.fileno(), READ)
-        self._timer = loop.timer(LONGEST_TIME)
+        self._timer = loop.timer(LONGEST_FAREWELL_TIME)
         try:
             self._watcher.start(self._read_and_drop)
             self._timer.start(self.close)
@@ -92,7 +91,7 @@ class _Leaving:
 
     def _read_and_drop(self) -> None:
         try:
-            data = self._sock.recv(READ_SIZE)
+            data = self._sock.recv(DROPPED_AT_A_TIME)
         except BlockingIOError:
             return
         except OSError:

@@ -18,7 +18,7 @@ __all__ = ["path_is_taken", "port_is_taken"]
 
 LISTENS = "0A"
 """The state of a TCP socket that listens (Linux, net/tcp_states.h: TCP_LISTEN)."""
-ACCEPTS = 0x10000
+SO_ACCEPTCON = 0x10000
 """The flag of a Unix socket that listens (Linux, linux/net.h: __SO_ACCEPTCON)."""
 
 
@@ -38,7 +38,7 @@ def path_is_taken(path: str) -> bool:
     found = {
         fields[6]
         for fields in _rows("unix", 8)
-        if len(fields) == 8 and int(fields[3], 16) & ACCEPTS and fields[7] == path
+        if len(fields) == 8 and int(fields[3], 16) & SO_ACCEPTCON and fields[7] == path
     }
     return _are_of_others(found)
 

@@ -23,7 +23,7 @@ from gevent import socket
 
 from psofa_gevent.checks import MAX_PORT, check_instance, check_int
 from psofa_gevent.enums import PsSocketAddressFamily
-from psofa_gevent.net.unix import PREFIX, is_unix, unix_path
+from psofa_gevent.net.unix import UNIX_PREFIX, is_unix, unix_path
 
 __all__ = [
     "Address",
@@ -94,7 +94,7 @@ class UnixAddress:
     @property
     def host(self) -> str:
         """The path as it is written where a host is asked for."""
-        return PREFIX + self.path
+        return UNIX_PREFIX + self.path
 
 
 Address: TypeAlias = TcpAddress | UnixAddress

@@ -16,7 +16,7 @@ import errno
 import os
 import struct
 import sys
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from psofa_gevent.net.unix import unix_endpoint
 
@@ -27,12 +27,9 @@ except ImportError:
 else:
     HAS_CTYPES = True
 
-if TYPE_CHECKING:
-    from psofa_gevent.settings import SessionSettings
-
 __all__ = [
     "ARE_INHERITED",
-    "NAMELESS",
+    "UNNAMED",
     "UNSENT_LOW_WATER",
     "USER_TIMEOUT",
     "Endpoint",
@@ -55,9 +52,26 @@ class Socket(Protocol):
     def close(self) -> None: ...
 
 
+class SocketSettings(Protocol):
+    """What this module has to know of the settings of a session."""
+
+    @property
+    def no_delay(self) -> bool: ...
+    @property
+    def high_water(self) -> int: ...
+    @property
+    def send_buffer_size(self) -> int | None: ...
+    @property
+    def unsent_low_water(self) -> int | None: ...
+    @property
+    def keep_alive(self) -> float | None: ...
+    @property
+    def user_timeout(self) -> float | None: ...
+
+
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
-NAMELESS: Endpoint = ("", 0)
+UNNAMED: Endpoint = ("", 0)
 """That of a listening socket without a name, which few systems let listen."""
 
 ARE_INHERITED = sys.platform == "linux"
@@ -153,7 +167,7 @@ def release_send_buffer(sock: _socket.socket) -> None:
             sock.setsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK, locks & ~_SOCK_SNDBUF_LOCK)
 
 
-def unsent_low_water(settings: SessionSettings) -> int:
+def unsent_low_water(settings: SocketSettings) -> int:
     """Bytes that the kernel may keep unsent; 0: as many as it likes.
 
     Without a setting that goes by how much may wait for the peer here: else one that does not read
@@ -176,7 +190,7 @@ def set_unsent_low_water(sock: _socket.socket, size: int) -> None:
             sock.setsockopt(_socket.IPPROTO_TCP, UNSENT_LOW_WATER, size)
 
 
-def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
+def set_options(sock: _socket.socket, settings: SocketSettings) -> None:
     """Set what the settings say of a session's connection."""
     if settings.no_delay:
         set_no_delay(sock)
@@ -190,7 +204,7 @@ def set_options(sock: _socket.socket, settings: SessionSettings) -> None:
         set_unsent_low_water(sock, size)
 
 
-def set_all_options(sock: _socket.socket, settings: SessionSettings) -> None:
+def set_all_options(sock: _socket.socket, settings: SocketSettings) -> None:
     """Set what the settings say, also that something is off: whoever made its listener set more."""
     with contextlib.suppress(OSError):  # what is no TCP has none of them
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, settings.no_delay)

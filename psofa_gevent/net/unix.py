@@ -5,7 +5,7 @@ They are hosts that begin with ``unix:``, as in ``unix:/run/app.sock``; the port
 Resource handling: the file belongs to the server that made it, which removes it when it stops. A
 file that is left of a server that ended without a word is replaced; one on which a server listens,
 or that is no socket, is refused. Between bind(2) and listen(2) a server's file looks like one that
-is left: so servers that start in one directory take turns (`starting_in_turn`).
+is left: so servers that start in one directory wait for each other (`starting_alone`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import NamedTuple
 
 import gevent
 
-__all__ = ["UnixFile", "is_unix", "make_room", "starting_in_turn", "unix_endpoint", "unix_path"]
+__all__ = ["UnixFile", "is_unix", "make_room", "starting_alone", "unix_endpoint", "unix_path"]
 
-PREFIX = "unix:"
+UNIX_PREFIX = "unix:"
 LONGEST_PATH = 107
 """Bytes (unix(7): sun_path has 108, with a null byte). macOS has 104."""
-TURN_PERIOD = 0.01
-"""Seconds between two looks whether it is our turn to start."""
-MOST_TURNS = 100
-"""Looks, then it goes without: who has the lock for so long is no server that starts."""
+LOCK_PERIOD = 0.01
+"""Seconds between two tries to lock the directory."""
+MOST_LOCK_TRIES = 100
+"""Tries, then it goes without: who has the lock for so long is no server that starts."""
 
 
 def is_unix(host: object) -> bool:
     """Whether a host is a Unix socket, of whatever name: also one that nobody could ask for."""
-    return isinstance(host, str) and host.startswith(PREFIX)
+    return isinstance(host, str) and host.startswith(UNIX_PREFIX)
 
 
 def unix_path(host: str) -> str | None:
@@ -43,9 +43,9 @@ def unix_path(host: str) -> str | None:
     Raises:
         ValueError: it is too long, or none.
     """
-    if not host.startswith(PREFIX):
+    if not host.startswith(UNIX_PREFIX):
         return None
-    path = host.removeprefix(PREFIX)
+    path = host.removeprefix(UNIX_PREFIX)
     size = len(os.fsencode(path))
     if not 1 <= size <= LONGEST_PATH:
         raise ValueError(
@@ -58,7 +58,7 @@ def unix_endpoint(name: object) -> tuple[str, int] | None:
     """What the socket module says of a Unix socket, as a host and a port; unnamed: ``None``."""
     if isinstance(name, bytes):  # in Linux's abstract namespace
         name = os.fsdecode(name.replace(b"\0", b"@"))
-    return (PREFIX + name, 0) if isinstance(name, str) and name else None
+    return (UNIX_PREFIX + name, 0) if isinstance(name, str) and name else None
 
 
 class UnixFile(NamedTuple):
@@ -86,7 +86,7 @@ class UnixFile(NamedTuple):
 
 
 @contextlib.contextmanager
-def starting_in_turn(path: str) -> Iterator[None]:
+def starting_alone(path: str) -> Iterator[None]:
     """The time in which a server makes the file `path` and begins to listen. Switches, to wait.
 
     Its directory is locked (flock(2)), which leaves nothing behind; where it can't be, it goes
@@ -96,11 +96,11 @@ def starting_in_turn(path: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             directory = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
             unlocking.callback(os.close, directory)
-            for _ in range(MOST_TURNS):
+            for _ in range(MOST_LOCK_TRIES):
                 try:
                     fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    gevent.sleep(TURN_PERIOD)
+                    gevent.sleep(LOCK_PERIOD)
                 else:
                     # By itself, too: a child process may have a duplicate of the directory.
                     unlocking.callback(fcntl.flock, directory, fcntl.LOCK_UN)

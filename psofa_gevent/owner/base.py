@@ -1,6 +1,7 @@
 """What the three owners of sessions share: they start, they hold one manager, and they stop.
 
-The state is explicit: stopped (no manager), running (a manager), stopping (a manager and a stop).
+The state is explicit: stopped (no manager), running (a manager), shutting down (a manager and
+its shutdown).
 It changes in the hub's thread only, where a signal handler may change it between any two lines.
 """
 
@@ -27,14 +28,14 @@ from psofa_gevent.messages import M, Message
 from psofa_gevent.owner.attributes import check_attribute
 from psofa_gevent.owner.keys import Keys
 from psofa_gevent.owner.manager import SessionManager
-from psofa_gevent.owner.shutdown import Stop
+from psofa_gevent.owner.shutdown import Shutdown
 from psofa_gevent.session.session import PsSession
 from psofa_gevent.settings import SessionSettings
 
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["SessionOwner"]
 
@@ -73,7 +74,7 @@ class SessionOwner(Generic[M]):
     def get_session_count(self) -> int:
         """How many sessions have not ended: open ones, and those whose close is on its way.
 
-        Also those to come, whose header or handshake is under way: they take places, too.
+        Also those to come, whose header or handshake is under way: they count for the pool, too.
         """
         manager = self._manager
         return 0 if manager is None else len(manager.sessions)
@@ -183,7 +184,7 @@ class SessionOwner(Generic[M]):
     def started(self) -> bool:
         """Whether it is started, and its end (`shutdown`, `disconnect`, …) not asked for yet."""
         manager = self._manager
-        return manager is not None and manager.stop is None
+        return manager is not None and manager.shutdown is None
 
     @property
     def _is_starting(self) -> bool:
@@ -191,9 +192,9 @@ class SessionOwner(Generic[M]):
         return manager is not None and not manager.has_started
 
     @property
-    def _is_stopping(self) -> bool:
+    def _is_shutting_down(self) -> bool:
         manager = self._manager
-        return manager is not None and manager.stop is not None
+        return manager is not None and manager.shutdown is not None
 
     def _let_go(self, hub: Hub | None) -> None:
         """Be stopped, in a child process. The manager lets go by itself."""
@@ -210,32 +211,33 @@ class SessionOwner(Generic[M]):
             self._stopped()
 
     def _new_manager(self, max_sessions: int | None = None) -> SessionManager:
-        return SessionManager(cast("Owner", self), self._callback, self._settings, max_sessions)
+        owner = cast("Owner", self)
+        return SessionManager(owner, self._callback, self._settings, self._peer_log, max_sessions)
 
     @contextlib.contextmanager
     def _starting(self, manager: SessionManager) -> Iterator[None]:
         """The time in which the caller starts; an exception undoes it, without ``on_stop``.
 
-        A stop that is asked for meanwhile waits until this is over.
+        A shutdown that is asked for meanwhile waits until this is over.
         """
         try:
-            with manager.entrance():
+            with manager.starting():
                 yield
         except BaseException:
             self._undo(manager)
             raise
 
     def _undo(self, manager: SessionManager) -> None:
-        """Stop a manager that has no sessions, and wait for it if possible."""
+        """Shut down a manager that has no sessions, and wait for that if possible."""
         if self._manager is manager:
-            self._begin_stop(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
+            self._begin_shutdown(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
         if may_wait() and manager.process == os.getpid():
             manager.stopped.wait()
 
-    def _stop_all(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
-        """Stop, and wait for the end where the caller may wait. From any greenlet and OS thread.
+    def _shut_down(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
+        """Shut down, and wait for the end where the caller may. From any greenlet and OS thread.
 
-        Another OS thread waits no longer than the stop may take by itself if the hub does not run.
+        Another OS thread waits no longer than the shutdown may take if the hub does not run.
         """
         check_seconds("timeout", timeout)
         check_seconds("drain", drain, optional=False)
@@ -244,10 +246,10 @@ class SessionOwner(Generic[M]):
         if manager is None:
             return
         if manager.thread.is_current():
-            self._begin_stop(manager, reason, timeout, drain).wait(manager)
+            self._begin_shutdown(manager, reason, timeout, drain).wait(manager)
             return
         done = CallerEvent()
-        manager.thread.call_soon(self._stop_for_thread, manager, reason, timeout, drain, done)
+        manager.thread.call_soon(self._shut_down_for_thread, manager, reason, timeout, drain, done)
         if not may_wait_for_callbacks():
             return
         until = NEVER if timeout is None else monotonic() + drain + timeout
@@ -261,7 +263,7 @@ class SessionOwner(Generic[M]):
             if not pulse.felt_since(now - HUB_PATIENCE) and now >= until:
                 return
 
-    def _stop_for_thread(
+    def _shut_down_for_thread(
         self,
         manager: SessionManager,
         reason: PsCloseReason,
@@ -270,33 +272,42 @@ class SessionOwner(Generic[M]):
         done: CallerEvent,
     ) -> None:
         if self._manager is manager:
-            self._begin_stop(manager, reason, timeout, drain).add_thread(done)
+            self._begin_shutdown(manager, reason, timeout, drain).add_thread(done)
         else:
             done.set()
 
-    def _begin_stop(
+    def _begin_shutdown(
         self, manager: SessionManager, reason: PsCloseReason, timeout: float | None, drain: float
-    ) -> Stop:
-        """Begin the stop, or shorten the one that is on its way. Does not switch.
+    ) -> Shutdown:
+        """Begin the shutdown, or shorten the one that is on its way. Does not switch.
 
         A signal handler may do the same in the middle of this: so there is no look before a leap,
         and each step may be done twice.
         """
-        stop = manager.set_stop(Stop(manager, reason, self._close_entrance, self._stopped))
+        shutdown = manager.set_shutdown(
+            Shutdown(manager, reason, self._close_listeners_or_attempts, self._stopped)
+        )
         if self._manager is manager:
-            self._bar_entrance()
-        stop.shorten(timeout, drain)
-        stop.begin(manager)
-        return stop
+            self._stop_admitting()
+        shutdown.shorten(timeout, drain)
+        shutdown.begin(manager)
+        return shutdown
 
-    def _bar_entrance(self) -> None:
-        """Let no new connection in from now on. At any line of any greenlet, again and again."""
+    def _stop_admitting(self) -> None:
+        """Admit no new connection from now on. In the hub's thread; does not switch.
+
+        A signal handler may call it at any line of any greenlet, again and again.
+        """
         raise NotImplementedError
 
-    def _close_entrance(self) -> None:
-        """Release what lets connections in. In the stop's greenlet, when nobody starts any more."""
+    def _close_listeners_or_attempts(self) -> None:
+        """Close the listeners, or end the attempts to connect.
+
+        In the shutdown's greenlet, when no greenlet is in ``start`` or ``connect`` any more.
+        """
         raise NotImplementedError
 
     def _stopped(self) -> None:
+        """The shutdown is over, or the hub was destroyed. Does not switch."""
         self._manager = None
         self._peer_log.close()

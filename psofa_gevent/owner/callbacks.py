@@ -11,29 +11,23 @@ thrown into the waiting greenlet cancels it (`psofa_gevent.aio.coroutines.run_ta
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
-
-from gevent import get_hub, getcurrent
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from psofa_gevent.aio.coroutines import run_task
 from psofa_gevent.callback import PsCallback, is_overridden
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import SlowPeerError
-from psofa_gevent.hub.forking import unwatch, watch
 from psofa_gevent.hub.logs import log
-from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.net.sockopts import Endpoint
+from psofa_gevent.owner.time_limit import TimeLimit
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
-__all__ = ["Callbacks", "TimeLimit"]
-
-LONGEST_RETHROW = 1.0
-"""Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
+__all__ = ["Callbacks"]
 
 
 class Callbacks:
@@ -169,57 +163,3 @@ def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[.
             call(subject, *args)
 
     return call_limited
-
-
-class TimeLimit:
-    """Throws `TimeoutError` into the greenlet that entered it, once the time is over and then on.
-
-    A callback that swallows the error gets the next one after the same time again, or after
-    `LONGEST_RETHROW` if that is less. One that never switches cannot be ended.
-    """
-
-    def __init__(
-        self, name: str, timeout: float, expired: Callable[[TimeoutError], TimeoutError]
-    ) -> None:
-        """`expired` is called in the hub, once, with the first error; it returns what is thrown."""
-        self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
-        self._timeout = max(timeout, SHORTEST_TIMER)
-        self._expired: Callable[[TimeoutError], TimeoutError] | None = expired
-
-    def __enter__(self) -> Self:
-        self._greenlet = getcurrent()
-        self._start()
-        return self
-
-    def __exit__(self, *_exc_info: object) -> None:
-        self._stop()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time in the block, and begin anew after it."""
-        self._stop()
-        try:
-            yield
-        finally:
-            self._start()
-
-    def restart(self) -> None:
-        """Begin anew."""
-        self._stop()
-        self._start()
-
-    def _start(self) -> None:
-        again = min(self._timeout, LONGEST_RETHROW)
-        self._timer = watch(get_hub().loop.timer(self._timeout, again))
-        self._timer.start(self._throw)
-
-    def _stop(self) -> None:
-        unwatch(self._timer)
-
-    def _throw(self) -> None:
-        # In the hub, so the callback is switched out: the throw reaches it in its wait.
-        error = TimeoutError(self._message)
-        expired, self._expired = self._expired, None
-        if expired is not None:
-            error = expired(error)
-        self._greenlet.throw(error)

@@ -5,7 +5,7 @@ never waits for a session, and a slow ``on_close`` delays other ``on_close`` cal
 ``on_stop`` runs here too, after the last of them.
 
 All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and in the
-greenlet that stops the manager `CloseQueue.abandon` and `CloseQueue.stop`.
+greenlet of the shutdown `CloseQueue.abandon` and `CloseQueue.stop`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextvars import Context
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gevent
 from gevent import GreenletExit, getcurrent
@@ -30,18 +30,31 @@ from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.owner.callbacks import Callbacks
 
 if TYPE_CHECKING:
-    from psofa_gevent.session.session import Owner, PsSession
+    from psofa_gevent.session.session import PsSession
+    from psofa_gevent.typing import Owner
 
 __all__ = ["CloseQueue"]
 
 DYING_TIME = 0.05
-"""Seconds that a killed callback has to end, at least: an async one needs a turn of its loop."""
+"""Seconds that a killed callback has to end, at least: an async one needs a round of its loop."""
 LAST_DYING_TIME = 0.5
-"""Seconds that those have, at most, which are killed all at once in the end."""
-LAST_MOMENT = 0.01
-"""Seconds that calls for which no time was left have, once they have begun."""
+"""Grace, in seconds, for the calls that are killed together at the end."""
+LATE_CALL_TIME = 0.01
+"""Grace, in seconds, for calls that are only started after the deadline."""
 KILLS_BEFORE_GIVING_UP = 5
 """How often a callback that swallows its end is killed before it is left behind."""
+
+
+class _Call(NamedTuple):
+    """One call that is due."""
+
+    name: str
+    """What the log calls it."""
+    subject: object
+    """Who it is about, for the log."""
+    function: Callable[[], object]
+    session: PsSession[Any] | None = None
+    """Whose context it runs in, which is let go of afterwards; ``None``: that of ``on_stop``."""
 
 
 class CloseQueue:
@@ -61,42 +74,43 @@ class CloseQueue:
             context: that of ``on_stop``.
             thread: where they run.
             settled: called whenever nothing is left to deliver. In the close greenlet; where a call
-                is left behind (`hurry`, `abandon`), in the greenlet that stops the manager.
+                is left behind (`hurry`, `abandon`), in the greenlet of the shutdown.
         """
-        self._dispatch = callbacks
+        self._callbacks = callbacks
         self._context = context
         self._thread = thread
         self._settled = settled
-        self._queue: Queue[tuple[Callable[..., None], Any, tuple[object, ...]]] = Queue()
-        self._subject: object = None
+        self._queue: Queue[_Call] = Queue()
+        self._running: _Call | None = None
         self._since = 0.0
         self._kills = 0
         self._killed_since = 0.0
-        self._worker = ServiceGreenlet(self._deliver_for_ever, self._has_work)
+        self._service = ServiceGreenlet(self._deliver_for_ever, self._has_work)
         self.pending = 0
         """Calls that were put in and have not ended."""
         self._given_up = 0
 
     def put(self, session: PsSession[Any]) -> None:
         """Have ``on_close`` called for a session that has ended."""
-        self._put(self._dispatch.on_close, session, session._reason)
+        on_close = partial(self._callbacks.on_close, session, session._reason)
+        self._put(_Call("on_close", session, on_close, session))
 
-    def put_stop(self, owner: Owner) -> None:
+    def put_on_stop(self, owner: Owner) -> None:
         """Have ``on_stop`` called, after all that was put in before."""
-        self._put(self._dispatch.on_stop, owner)
+        self._put(_Call("on_stop", owner, partial(self._callbacks.on_stop, owner)))
 
     def put_call(self, function: Callable[[], object]) -> None:
         """Have `function` called, which must not block, after all that was put in before."""
-        self._put(_call, function)
+        self._put(_Call("the call", function, function))
 
-    def is_me(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the caller is the close greenlet."""
-        return self._worker.is_me()
+        return self._service.is_current()
 
     def hurry(self, deadline: float) -> float:
         """End the running call if it has had its share of the time until `deadline`.
 
-        For the end of a shutdown, called again and again, so that every pending call gets its turn:
+        For the end of a shutdown, called again and again, so that every pending call begins:
         half of its share is its own time, and in the other half it is killed, again and again. One
         that does not let itself be ended is left behind, and another greenlet goes on.
 
@@ -105,14 +119,14 @@ class CloseQueue:
         """
         now = monotonic()
         half_share = max(deadline - now, 0.0) / max(2 * self.pending, 1)
-        if self._subject is not None and now - self._since >= half_share:
+        if self._running is not None and now - self._since >= half_share:
             if self._kills == 0:
                 self._killed_since = now
             if self._kills >= KILLS_BEFORE_GIVING_UP and now - self._killed_since >= DYING_TIME:
                 self._give_up()
-            elif self._worker.greenlet is not None:
+            elif self._service.greenlet is not None:
                 self._kills += 1
-                self._worker.greenlet.kill(block=False)
+                self._service.greenlet.kill(block=False)
         return half_share / KILLS_BEFORE_GIVING_UP
 
     def abandon(self) -> int:
@@ -126,15 +140,15 @@ class CloseQueue:
         """
         begun: list[LibraryGreenlet] = []
         while not self._queue.empty():
-            begun.append(LibraryGreenlet(partial(self._call, *self._queue.get_nowait())))
+            begun.append(LibraryGreenlet(partial(self._run, self._queue.get_nowait())))
             self._one_less()
-        if begun or self._subject is not None:
+        if begun or self._running is not None:
             self._begin_all(begun)
-            gevent.sleep(LAST_MOMENT)
+            gevent.sleep(LATE_CALL_TIME)
             self._kill_all(begun)
             gevent.sleep(DYING_TIME)
             gevent.joinall(begun, timeout=LAST_DYING_TIME)
-        if self._subject is not None:
+        if self._running is not None:
             self._give_up()
         given_up = self._given_up + sum(not greenlet.dead for greenlet in begun)
         self._given_up = 0
@@ -155,32 +169,35 @@ class CloseQueue:
         all_begun.wait()
 
     def _kill_all(self, begun: list[LibraryGreenlet]) -> None:
-        running = self._worker.greenlet
-        for greenlet in [*begun, *([running] if self._subject is not None and running else [])]:
+        greenlets = list(begun)
+        if self._running is not None and self._service.greenlet is not None:
+            greenlets.append(self._service.greenlet)
+        for greenlet in greenlets:
             if not greenlet.dead:
                 greenlet.kill(block=False)
 
     def stop(self) -> None:
         """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
-        self._worker.stop()
+        self._service.stop()
 
     def let_go(self) -> None:
         """Deliver nothing more: it is the parent process's to deliver."""
-        self._worker.let_go()
-        self._subject = None
+        self._service.let_go()
+        self._running = None
         self.pending = 0
 
-    def _put(self, call: Callable[..., None], subject: object, *args: object) -> None:
+    def _put(self, call: _Call) -> None:
         self.pending += 1
-        self._queue.put((call, subject, args))
-        self._worker.ensure()
+        self._queue.put(call)
+        self._service.ensure()
 
     def _give_up(self) -> None:
         """Leave the running call behind, and let another greenlet go on with the queue."""
-        log(logging.ERROR, "%r: its callback does not end: left behind", self._subject)
-        self._subject = None
+        call, self._running = self._running, None
+        if call is not None:
+            log(logging.ERROR, "%r: its callback does not end: left behind", call.subject)
         self._given_up += 1
-        self._worker.replace()
+        self._service.replace()
         self._one_less()
 
     def _has_work(self) -> bool:
@@ -188,51 +205,44 @@ class CloseQueue:
 
     def _deliver_for_ever(self) -> None:
         turn_since = monotonic()
-        while self._worker.is_me():
-            self._deliver(*self._queue.get())
+        while self._service.is_current():
+            self._deliver(self._queue.get())
             if self._since - turn_since >= TURN and not self._queue.empty():
                 # Thousands may have ended at once. (Zero would come before all sockets.)
                 gevent.sleep(SHORTEST_TIMER)
                 turn_since = monotonic()
 
-    def _deliver(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
-        self._subject, self._since, self._kills = subject, monotonic(), 0
+    def _deliver(self, call: _Call) -> None:
+        self._running, self._since, self._kills = call, monotonic(), 0
         try:
-            self._call(call, subject, args)
+            self._run(call)
         finally:
-            if self._worker.is_me():
-                self._subject = None
+            if self._service.is_current():
+                self._running = None
                 self._one_less()
 
-    def _call(self, call: Callable[..., None], subject: Any, args: tuple[object, ...]) -> None:
+    def _run(self, call: _Call) -> None:
+        session = call.session
         # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
         current: Any = getcurrent()
         before = current.gr_context
-        current.gr_context = subject._context if args else self._context
+        current.gr_context = self._context if session is None else session._context
         try:
-            call(subject, *args)
+            call.function()
         except GreenletExit as exc:
-            log(logging.WARNING, "%r: %s was ended", subject, _name(args), exc_info=exc)
+            log(logging.WARNING, "%r: %s was ended", call.subject, call.name, exc_info=exc)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._thread.raise_in_main(exc)
-            log(logging.ERROR, "%r: %s failed", subject, _name(args), exc_info=exc)
+            log(logging.ERROR, "%r: %s failed", call.subject, call.name, exc_info=exc)
         finally:
             current.gr_context = before
-            if args:
-                subject._context = None
-                if subject.close_cause is not None:
-                    cut_traceback(subject.close_cause)
+            if session is not None:
+                session._context = None
+                if session.close_cause is not None:
+                    cut_traceback(session.close_cause)
 
     def _one_less(self) -> None:
         self.pending -= 1
         if self.pending == 0:
             self._settled()
-
-
-def _call(function: Callable[[], object]) -> None:
-    function()
-
-
-def _name(args: tuple[object, ...]) -> str:
-    return "on_close" if args else "on_stop"

@@ -54,14 +54,14 @@ class Heartbeats:
         self._heartbeat = heartbeat
         self._quiet: dict[PsSession[Any], _Quiet] = {}
         self._not_empty = Event()
-        self._worker = ServiceGreenlet(self._look_for_ever, self._has_work)
+        self._service = ServiceGreenlet(self._look_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
         """Let `session` have heartbeats from now on."""
         self._quiet[session] = _Quiet(monotonic())
         if len(self._quiet) == 1:
             self._not_empty.set()
-            self._worker.ensure()
+            self._service.ensure()
 
     def discard(self, session: PsSession[Any]) -> None:
         """No more of them."""
@@ -71,11 +71,11 @@ class Heartbeats:
 
     def stop(self) -> None:
         """End the greenlet. Waits for it, so not from within it."""
-        self._worker.stop()
+        self._service.stop()
 
     def let_go(self) -> None:
         """No more of them: the sessions are the parent process's."""
-        self._worker.let_go()
+        self._service.let_go()
 
     def _has_work(self) -> bool:
         return bool(self._quiet)

@@ -1,13 +1,13 @@
 """The idle timer: one greenlet that finds the sessions that have waited too long for bytes.
 
-The sessions are kept in ``divide`` slices, and one slice has its turn every 1/``divide`` seconds.
+The sessions are kept in ``divide`` slices, and one slice is due every 1/``divide`` seconds.
 So each session can be looked at once a second and no look is long. Empty slices are skipped: a
-single session costs one turn a second, and no session none.
+single session costs one look a second, and no session none.
 
 A slice is only looked at when a session in it may have reached its deadline. A wait that begins
-later has a later deadline, so what a look finds holds until the earliest deadline that it saw, or a
-shorter idle time than before. With the default of a minute, 15,000 idle sessions are looked at
-twice in that time instead of sixty times.
+later has a later deadline, so the result of a look stays valid until the earliest deadline that it
+saw, unless the idle time of a session is shortened. With the default of a minute, 15,000 idle
+sessions are looked at twice in that time instead of sixty times.
 
 A look compares two numbers per session. It waits for nothing, no session's callback can hold it
 up, and it closes nothing: it wakes the session, which looks once more whether bytes are there.
@@ -66,54 +66,54 @@ class IdleTimer:
         self._count = 0
         self._added = 0
         self._not_empty = Event()
-        self._worker = ServiceGreenlet(self._scan_for_ever, self._has_work)
+        self._service = ServiceGreenlet(self._scan_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
         """Look at `session` from now on."""
-        place = self._slices[self._added % len(self._slices)]
-        place.due = min(place.due, monotonic() + session._idle)
-        place.sessions.add(session)
-        session._slice = place
+        own = self._slices[self._added % len(self._slices)]
+        own.due = min(own.due, monotonic() + session._idle)
+        own.sessions.add(session)
+        session._slice = own
         self._added += 1
         self._count += 1
         if self._count == 1:
             self._not_empty.set()
-            self._worker.ensure()
+            self._service.ensure()
 
     def discard(self, session: PsSession[Any]) -> None:
         """Look at `session` no more."""
-        place, session._slice = session._slice, None
-        if place is not None:
-            place.sessions.discard(session)
+        own, session._slice = session._slice, None
+        if own is not None:
+            own.sessions.discard(session)
             self._count -= 1
             if self._count == 0:
                 self._not_empty.clear()
 
     def stop(self) -> None:
         """End the greenlet. Waits for it, so not from within it."""
-        self._worker.stop()
+        self._service.stop()
 
     def let_go(self) -> None:
         """Look at nobody any more: the sessions are the parent process's."""
-        self._worker.let_go()
+        self._service.let_go()
 
     def _has_work(self) -> bool:
         return self._count > 0
 
     def _scan_for_ever(self) -> None:
         period = 1 / len(self._slices)
-        turn = 0
+        current = 0
         while True:
             self._not_empty.wait()
-            steps = self._steps_to_sessions(turn)
+            steps = self._steps_to_sessions(current)
             gevent.sleep(steps * period)
-            turn = (turn + steps) % len(self._slices)
-            self._slices[turn].look()
+            current = (current + steps) % len(self._slices)
+            self._slices[current].look()
 
-    def _steps_to_sessions(self, turn: int) -> int:
-        """How many slices on from `turn` the next one with sessions is: 1 to ``divide``."""
+    def _steps_to_sessions(self, current: int) -> int:
+        """How many slices on from `current` the next one with sessions is: 1 to ``divide``."""
         divide = len(self._slices)
         for steps in range(1, divide):
-            if self._slices[(turn + steps) % divide].sessions:
+            if self._slices[(current + steps) % divide].sessions:
                 return steps
         return divide

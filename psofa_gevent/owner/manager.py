@@ -1,13 +1,13 @@
 """The manager: what a server and the clients have in common, from the connected socket on.
 
-One `SessionManager` lives from one start to the next stop: it holds the registry of sessions, their
-pool, the idle timer and the close queue; `psofa_gevent.owner.shutdown` is the way to stop all of
-it. How a socket comes to be is not its affair: it is handed over in `open`.
+One `SessionManager` lives from one start to the end of the next shutdown
+(`psofa_gevent.owner.shutdown`): it holds the registry of sessions, their pool, the idle timer and
+the close queue. How a socket comes to be is not its affair: it is handed over in `open`.
 
 All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
 There are two exceptions: owners copy and count `SessionManager.sessions` in any thread, and
 `SessionManager.end_with_hub` runs in any thread, when the hub was destroyed. Nothing here switches
-greenlets but `release`, which `Stop` calls in a greenlet of its own.
+greenlets but `release`, which `Shutdown` calls in a greenlet of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gevent import GreenletExit, getcurrent
 from gevent.event import Event
@@ -30,6 +30,7 @@ from gevent.pool import Pool
 from psofa_gevent.callback import PsCallback
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub.forking import keep, leave_behind, track
+from psofa_gevent.hub.logs import PeerLog
 from psofa_gevent.hub.ready import ready_sessions
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.net.sockopts import Endpoint
@@ -46,11 +47,21 @@ from psofa_gevent.tls.socket import TlsSocket
 if TYPE_CHECKING:
     from gevent.hub import Hub
 
-    from psofa_gevent.listening.admission import Admission
-    from psofa_gevent.owner.shutdown import Stop
-    from psofa_gevent.session.session import Owner
+    from psofa_gevent.typing import Owner
 
 __all__ = ["SessionManager"]
+
+T = TypeVar("T")
+
+
+class SessionCounter(Protocol):
+    """What counts the sessions of one manager. In the hub's thread; must not switch."""
+
+    def opened(self, session: PsSession[Any]) -> None:
+        """The manager has the session."""
+
+    def ended(self, session: PsSession[Any]) -> None:
+        """The manager has the session no more."""
 
 
 class SessionManager:
@@ -61,6 +72,7 @@ class SessionManager:
         owner: Owner,
         callback: PsCallback[Any],
         settings: SessionSettings,
+        peer_log: PeerLog,
         max_sessions: int | None = None,
     ) -> None:
         self.owner = owner
@@ -71,20 +83,22 @@ class SessionManager:
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.callbacks = Callbacks(callback, settings.callback_timeout)
-        self.peer_log = owner._peer_log
+        self.peer_log = peer_log
         self.preamble: Callable[[PsSession[Any]], None] | None = None
-        self.admission: Admission | None = None
-        """Who is let in; None: everyone, and nobody is counted."""
+        self.counter: SessionCounter | None = None
+        """What is told of each session; None: nobody wants to know."""
         self.pool = Pool(max_sessions)
+        self.slot_is_free: Callable[[], object] | None = None
+        """Called when the pool has room for one more again: a session's greenlet has ended."""
         self.changed = Event()
         """Set when a session ended, or the close queue ran empty: look again."""
         self.stopped = Event()
-        """Set when the stop is over: no callback runs any more."""
-        self.entering: set[object] = {getcurrent()}
-        """The greenlets in `start` and ``connect``: a stop waits for them, and they not for it."""
-        self.stop: Stop | None = None
-        """What stops this manager, once that has begun."""
-        self._stops: list[Stop] = []
+        """Set when the shutdown is over: no callback runs any more."""
+        self.starters: set[object] = {getcurrent()}
+        """The greenlets in `start` and ``connect``: a shutdown waits for them, not they for it."""
+        self.shutdown: object = None
+        """What shuts this manager down, once that has begun (`psofa_gevent.owner.shutdown`)."""
+        self._shutdowns: list[Any] = []
         self.has_started = False
         """``on_start`` has returned, so ``on_stop`` is due."""
         self.sessions = Registry()
@@ -130,8 +144,8 @@ class SessionManager:
             self._idle.add(session)
             if self._heartbeats is not None:
                 self._heartbeats.add(session)
-            if self.admission is not None:
-                self.admission.opened(session)
+            if self.counter is not None:
+                self.counter.opened(session)
             # Never waits: a server accepts only while the pool has room.
             self.pool.start(greenlet)
         except BaseException as exc:
@@ -146,21 +160,22 @@ class SessionManager:
                 return session
         return None
 
-    def set_stop(self, stop: Stop) -> Stop:
-        """Keep `stop`, unless there is one: return the one that stays. In one atomic step."""
-        self._stops.append(stop)
-        self.stop = self._stops[0]
-        return self._stops[0]
+    def set_shutdown(self, shutdown: T) -> T:
+        """Keep `shutdown`, unless there is one: return the one that stays. In one atomic step."""
+        self._shutdowns.append(shutdown)
+        first: T = self._shutdowns[0]
+        self.shutdown = first
+        return first
 
     @contextlib.contextmanager
-    def entrance(self) -> Iterator[None]:
+    def starting(self) -> Iterator[None]:
         """The time in which the caller starts, or makes a connection."""
         current = getcurrent()
-        self.entering.add(current)
+        self.starters.add(current)
         try:
             yield
         finally:
-            self.entering.discard(current)
+            self.starters.discard(current)
             self.changed.set()
 
     def session_ended(self, session: PsSession[Any]) -> None:
@@ -181,7 +196,7 @@ class SessionManager:
 
         With the moment of the monotonic clock in which the session had ended, before ``on_close``.
         It is called in the close greenlet, also if no ``on_close`` was due, as for a session that
-        never began. It is not called for a session that a stop leaves behind.
+        never began. It is not called for a session that a shutdown abandons.
         """
         self._when_over[session] = function
 
@@ -196,8 +211,8 @@ class SessionManager:
         self._idle.discard(session)
         if self._heartbeats is not None:
             self._heartbeats.discard(session)
-        if self.admission is not None:
-            self.admission.ended(session)
+        if self.counter is not None:
+            self.counter.ended(session)
         if not self.sessions:
             self.changed.set()
         return True
@@ -267,6 +282,11 @@ class SessionManager:
         self.closing.stop()
 
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
+        ended: Any = greenlet
+        if ended in self.pool:
+            self.pool.discard(ended)  # it would go by itself, but after this
+        if self.slot_is_free is not None:
+            self.slot_is_free()
         # A greenlet that is killed before it starts never runs: this is all that is seen of it.
         session, greenlet.session = greenlet.session, None
         if session is not None:

@@ -1,4 +1,4 @@
-"""Stopping: the way from the first call of ``shutdown`` (``disconnect``, …) to the last callback.
+"""A shutdown: the way from the first call of ``shutdown`` (``disconnect``, …) to the last callback.
 
 Its phases, in a greenlet of its own, so that it may be asked for in any greenlet, in a signal
 handler and in any OS thread:
@@ -8,7 +8,7 @@ handler and in any OS thread:
    delivered. This may take ``timeout`` seconds.
 3. Kill: what still runs is killed, again and again, and each pending ``on_close`` gets its share of
    as long again, at least a second.
-4. What does not end even then is left behind, counted, and logged as an error.
+4. Abandon: what does not end even then is counted, and logged as an error.
 
 Then ``on_stop``, and the release of timer and close greenlet. A second call waits for the first and
 may shorten either time. Each phase ends as soon as nothing is left to wait for.
@@ -31,53 +31,55 @@ from psofa_gevent.hub.thread import CallerEvent
 from psofa_gevent.hub.times import NEVER, SHORTEST_TIMER
 from psofa_gevent.owner.manager import SessionManager
 
-__all__ = ["Stop"]
+__all__ = ["Shutdown"]
 
 LEAST_SECOND_BOUND = 1.0
 """Seconds that killed callbacks and their ``on_close`` have at least."""
-KILL_PERIOD = 0.05
+TIME_BETWEEN_KILLS = 0.05
 """Seconds between two kills of a callback that swallows them."""
-FIRST_LOOK = 0.01
+LEAST_FIRST_BOUND = 0.01
 """Seconds that sessions have even with a timeout of 0: those that wait for bytes end by then."""
 
 
 class _Asked(NamedTuple):
-    """One call that asked for the stop: when, and what it allows."""
+    """One call that asked for the shutdown: when, and what it allows."""
 
     at: float
     timeout: float
     drain: float
 
 
-class Stop:
-    """One stop of one manager. Made, and its methods called, in the hub's thread.
+class Shutdown:
+    """The shutdown of one manager. Made, and its methods called, in the hub's thread.
 
-    It is kept by its manager and does not keep it: what has stopped goes when its owner is dropped.
+    Only `wait` switches, and the greenlet that `begin` starts. The manager keeps it, and it
+    does not keep the manager: what has stopped goes when its owner is dropped.
     """
 
     def __init__(
         self,
         manager: SessionManager,
         reason: PsCloseReason,
-        close_entrance: Callable[[], None],
+        close_listeners_or_attempts: Callable[[], None],
         finished: Callable[[], None],
     ) -> None:
-        """Prepare to stop.
+        """Prepare the shutdown.
 
         Args:
-            manager: what is to be stopped.
+            manager: what is to be shut down.
             reason: SHUTDOWN, or SELF_CLOSE for clients.
-            close_entrance: releases what lets connections in; called when nobody starts any more.
+            close_listeners_or_attempts: closes what makes connections. Called in the greenlet of
+                the shutdown, when no other one is in ``start`` or ``connect`` any more.
             finished: called at the end, before those who wait go on.
         """
         self._changed = manager.changed
         self._stopped = manager.stopped
         self._reason = reason
-        self._close_entrance = close_entrance
+        self._close_listeners_or_attempts = close_listeners_or_attempts
         self._finished = finished
         self._asked_for: list[_Asked] = []
         self._closing_since: float | None = None
-        self._stop_called = False
+        self._has_put_on_stop = False
         self._has_finished = False
         self._waiting_threads: list[CallerEvent] = []
         self._greenlets: list[LibraryGreenlet] = []
@@ -89,7 +91,7 @@ class Stop:
         self._changed.set()
 
     def begin(self, manager: SessionManager) -> None:
-        """Start the greenlet that stops `manager`, after a `shorten`. May be called again.
+        """Start the greenlet that shuts `manager` down, after a `shorten`. May be called again.
 
         By a signal handler that hits this very call, too. `Greenlet.start` would not do: on libuv
         a part of it is Python code, and a start in its middle switches to the greenlet twice.
@@ -112,7 +114,7 @@ class Stop:
 
     def wait(self, manager: SessionManager) -> None:
         """Wait until all is over, where the caller may wait for that; else return at once."""
-        if may_wait_for_callbacks() and getcurrent() not in manager.entering:
+        if may_wait_for_callbacks() and getcurrent() not in manager.starters:
             self._stopped.wait()
 
     def _new_greenlet(self, manager: SessionManager) -> LibraryGreenlet:
@@ -141,7 +143,7 @@ class Stop:
         since = self._closing_since
         assert since is not None
         first = min(max(since, asked.at) + asked.timeout for asked in self._asked_for)
-        return max(first, since + FIRST_LOOK)
+        return max(first, since + LEAST_FIRST_BOUND)
 
     def _second_deadline(self, since: float) -> float:
         return min(
@@ -152,16 +154,16 @@ class Stop:
     def _run(self, manager: SessionManager) -> None:
         try:
             if not self._has_finished:
-                self._stop_callbacks(manager)
+                self._shut_down(manager)
         except GreenletExit:
             raise  # `_ended` starts another greenlet
         except BaseException as exc:  # nothing of ours raises here: those who wait go on
             log(logging.ERROR, "%r: failed to stop", manager.owner, exc_info=exc)
         self._end(manager)
 
-    def _stop_callbacks(self, manager: SessionManager) -> None:
-        self._wait(lambda: not manager.entering, self._start_deadline)
-        self._close_entrance()
+    def _shut_down(self, manager: SessionManager) -> None:
+        self._wait(lambda: not manager.starters, self._start_deadline)
+        self._close_listeners_or_attempts()
         if self._closing_since is None:
             self._wait(lambda: not manager.sessions, self._drain_deadline)
             self._begin_closing(manager)
@@ -190,7 +192,7 @@ class Stop:
         while not manager.is_quiet() and monotonic() < self._second_deadline(since):
             if monotonic() >= next_kill:
                 manager.kill_sessions(again=next_kill > since)
-                next_kill = monotonic() + KILL_PERIOD
+                next_kill = monotonic() + TIME_BETWEEN_KILLS
             self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
         if abandoned:
@@ -198,9 +200,9 @@ class Stop:
             log(logging.ERROR, text, manager.owner, abandoned)
 
     def _call_on_stop(self, manager: SessionManager) -> None:
-        if not self._stop_called and manager.has_started:
-            self._stop_called = True
-            manager.closing.put_stop(manager.owner)
+        if not self._has_put_on_stop and manager.has_started:
+            self._has_put_on_stop = True
+            manager.closing.put_on_stop(manager.owner)
         if not self._wait(manager.is_quiet, self._deadline):
             since = monotonic()
             while not manager.is_quiet():
@@ -208,7 +210,7 @@ class Stop:
 
     def _hurry(self, manager: SessionManager, since: float) -> None:
         pace = manager.closing.hurry(self._second_deadline(since))
-        pace = min(max(pace, SHORTEST_TIMER), KILL_PERIOD)
+        pace = min(max(pace, SHORTEST_TIMER), TIME_BETWEEN_KILLS)
         until = monotonic() + pace
         self._wait(manager.is_quiet, lambda: until)
 

@@ -74,8 +74,9 @@ if TYPE_CHECKING:
 
     from psofa_gevent.client import PsClient
     from psofa_gevent.multi_client import PsMultiClient
-    from psofa_gevent.owner.callbacks import Callbacks, TimeLimit
+    from psofa_gevent.owner.callbacks import Callbacks
     from psofa_gevent.owner.idle import IdleSlice
+    from psofa_gevent.owner.time_limit import TimeLimit
     from psofa_gevent.server import PsServer
 
     Owner: TypeAlias = PsServer[Any] | PsClient[Any] | PsMultiClient[Any]
