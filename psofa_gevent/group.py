@@ -26,7 +26,6 @@ from gevent import get_hub
 from psofa_gevent.checks import check_instance
 from psofa_gevent.hub.forking import keep, track, unwatch, watch
 from psofa_gevent.hub.native import new_local
-from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.times import SHORTEST_TIMER, TURN
 from psofa_gevent.messages import M, Message, as_bytes
 from psofa_gevent.session import inside
@@ -127,22 +126,13 @@ def post_to_all(
         excluded = {exclude} if isinstance(exclude, PsSession) else set(exclude)
         sessions = [session for session in sessions if session not in excluded]
     # Framed for all, before the first one gets something. Bound methods of one framing are equal.
-    alike: list[tuple[bytes, HubThread, list[PsSession[Any]]]] = []
-    receivers: list[PsSession[Any]] = []
-    encode: object = alike  # none yet
-    thread = None
+    alike = inside.alike(sessions)
     framed: dict[object, bytes] = {}
-    encoder_of, thread_of = inside.encoder_of, inside.thread_of
-    for session in sessions:
-        own, its_thread = encoder_of(session), thread_of(session)
-        if own != encode or its_thread is not thread:
-            encode, thread = own, its_thread
-            if encode not in framed:
-                framed[encode] = as_bytes(message if raw or own is None else own(message))
-            receivers = []
-            alike.append((framed[encode], thread, receivers))
-        receivers.append(session)
-    for data, thread, receivers in alike:
+    for encode, _, _ in alike:
+        if encode not in framed:
+            framed[encode] = as_bytes(message if raw or encode is None else encode(message))
+    for encode, thread, receivers in alike:
+        data = framed[encode]
         if thread.is_current():
             _post_to_each(receivers, data)
         else:

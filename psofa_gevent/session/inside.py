@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from contextvars import Context
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub.thread import HubThread
@@ -28,6 +28,11 @@ from psofa_gevent.session.sending import COLLECTED, SendingHalf
 from psofa_gevent.session.session import PsSession
 from psofa_gevent.session.tasks import TaskReaper, kill_tasks
 
+Encode: TypeAlias = Callable[[Any], bytes]
+"""What a framing makes of a message."""
+Alike: TypeAlias = tuple[Encode | None, HubThread, list[PsSession[Any]]]
+"""What encodes messages for some sessions, where they live, and which they are."""
+
 # Who it is, and where it lives: in any thread
 
 manager_of: Callable[[Connection[Any]], Manager] = attrgetter("_manager")
@@ -36,8 +41,6 @@ thread_of: Callable[[Connection[Any]], HubThread] = attrgetter("_manager.thread"
 """Where its hub runs."""
 context_of: Callable[[Connection[Any]], Context | None] = attrgetter("_context")
 """The context variables of its callbacks; None when ``on_close`` has returned."""
-encoder_of: Callable[[Connection[Any]], Callable[[Any], bytes] | None] = attrgetter("_encode")
-"""What its framing makes of a message; None: nothing does. Those of one framing are equal."""
 
 
 def id_bytes(session: Connection[Any]) -> bytes:
@@ -116,6 +119,25 @@ post_encoded = SendingHalf._post_here
 """Post in the hub's thread what its framing has made of a message; whether it was taken."""
 post_encoded_from_thread = SendingHalf._post_from_thread
 """`post_encoded` in another thread."""
+
+
+def alike(sessions: Iterable[PsSession[Any]]) -> list[Alike]:
+    """Group those that follow each other, and take the same bytes in the same thread.
+
+    One call, as there may be thousands.
+    """
+    found: list[Alike] = []
+    receivers: list[PsSession[Any]] = []
+    encode: object = found  # none yet
+    thread = None
+    for session in sessions:
+        own = session._encode
+        if own != encode or session._manager.thread is not thread:
+            encode, thread = own, session._manager.thread
+            receivers = []
+            found.append((own, thread, receivers))
+        receivers.append(session)
+    return found
 
 
 def is_held_by_its_peer(session: Connection[Any]) -> bool:
