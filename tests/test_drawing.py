@@ -70,6 +70,14 @@ def test_a_step_of_a_way_is_where_the_document_says(file: str, name: str) -> Non
     assert name in defined(file)
 
 
+def test_names_that_the_architecture_tells_of_are_in_the_package() -> None:
+    package = ROOT / "psofa_gevent"
+    source = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    names = set(re.findall(r"\w+", source))
+    for name in re.findall(r"`(\w+)`", ARCHITECTURE):
+        assert name in names, name
+
+
 def test_files_and_folders_that_the_documents_name_exist() -> None:
     package = ROOT / "psofa_gevent"
     for path in re.findall(r"`([\w/]+(?:\.py|\.json|\.ini|/))`", ARCHITECTURE):
