@@ -213,7 +213,7 @@ class SessionManager:
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             session._request_close(reason)
 
     def kill_sessions(self, *, again: bool) -> None:
@@ -222,7 +222,7 @@ class SessionManager:
         `again`: callbacks that run have swallowed one, so what works beside them gets one as well;
         at first it is left for the session to kill, once its callback has ended.
         """
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             if session._greenlet is not None:
                 session._greenlet.kill(block=False)
             if session._greenlet is None or (again and session._killer is None):
@@ -230,7 +230,7 @@ class SessionManager:
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
-        stuck = list(self.sessions)
+        stuck = self.sessions.copy()
         for session in stuck:
             self.forget(session)
             session._release()
@@ -242,15 +242,15 @@ class SessionManager:
 
     def end_with_hub(self) -> None:
         """Close the sockets of all sessions: the hub was destroyed. From any thread."""
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             session._end_with_hub()
 
     def _let_go(self, hub: Hub | None) -> None:
         """In a child process: leave all of it to the parent (`psofa_gevent.forking`)."""
-        keep(self, list(self.sessions), dict(self._when_over))
+        keep(self, self.sessions.copy(), dict(self._when_over))
         for greenlet in self.pool.greenlets:  # also those of sessions that were left behind
             leave_behind(greenlet)
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             session._let_go(has_hub=hub is self.thread.hub)
         self.sessions.clear()
         self._when_over.clear()

@@ -75,7 +75,7 @@ class SessionOwner(Generic[M]):
             return []
         return [
             session
-            for session in list(manager.sessions)
+            for session in manager.sessions.copy()
             if session._open and not session._is_opening
         ]
 
