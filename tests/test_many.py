@@ -568,6 +568,27 @@ def test_a_key_that_its_session_loses_stays_with_the_one_that_has_got_it(room: M
         sys.setswitchinterval(before)
 
 
+def test_threads_see_the_sessions_while_others_come_and_go(room: MakeRoom) -> None:
+    def look() -> int:
+        looks = 0
+        while not ended:
+            looks += len(here.server.sessions) > 0
+        return looks
+
+    here = room(10)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    ended: list[bool] = []
+    looking = NativeThread(look)
+    try:
+        for _ in range(1_000):
+            ScriptedClient(here.server.address).close()
+    finally:
+        ended.append(True)
+        sys.setswitchinterval(before)
+    assert looking.join(10) > 0
+
+
 @pytest.mark.parametrize("turn", range(4))
 def test_sessions_that_come_and_go_leave_nothing_behind(turn: int, room: MakeRoom) -> None:
     class Joining(PsCallback):

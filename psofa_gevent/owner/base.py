@@ -86,7 +86,7 @@ class SessionOwner(Generic[M]):
         manager = self._manager
         if manager is None:
             return []
-        return inside.usable_of(list(manager.sessions))
+        return inside.usable_of(manager.sessions.copy())
 
     # Many sessions
 

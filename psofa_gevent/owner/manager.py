@@ -229,17 +229,17 @@ class SessionManager:
 
     def request_closes(self, reason: PsCloseReason) -> None:
         """Ask all sessions to close."""
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             inside.request_close(session, reason)
 
     def kill_sessions(self, *, again: bool) -> None:
         """Throw `GreenletExit` into whatever the sessions still do (`inside.kill`)."""
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             inside.kill(session, again=again)
 
     def abandon_sessions(self) -> int:
         """Release the sockets of those that never end, and count them no more: how many."""
-        stuck = list(self.sessions)
+        stuck = self.sessions.copy()
         for session in stuck:
             self.forget(session)
             inside.abandon(session)
@@ -249,15 +249,15 @@ class SessionManager:
 
     def end_with_hub(self) -> None:
         """Close the sockets of all sessions: the hub was destroyed. From any thread."""
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             inside.end_with_hub(session)
 
     def _let_go(self, hub: Hub | None) -> None:
         """In a child process: leave all of it to the parent (`psofa_gevent.hub.forking`)."""
-        keep(self, list(self.sessions), dict(self._when_over))
+        keep(self, self.sessions.copy(), dict(self._when_over))
         for greenlet in self.pool.greenlets:  # also those of sessions that were left behind
             leave_behind(greenlet)
-        for session in list(self.sessions):
+        for session in self.sessions.copy():
             inside.let_go(session, has_hub=hub is self.thread.hub)
         self.sessions.clear()
         self._when_over.clear()

@@ -8,7 +8,7 @@ at the first time nor later.
 Ids that are chosen may be the same. The sessions that come when there is one with their id are
 kept by themselves in that dictionary, and in a second one, which is empty as a rule.
 
-It is changed in the hub's thread, and may be looked at and copied in any: a look is one step of a
+It is changed in the hub's thread, and may be copied and asked in any: each of that is one step of a
 dictionary.
 """
 
@@ -41,6 +41,11 @@ class Registry:
 
     def __iter__(self) -> Iterator[PsSession[Any]]:
         return iter(self._sessions.values())
+
+    def copy(self) -> list[PsSession[Any]]:
+        """All of them, as they came. From any thread."""
+        # One step: with list(self), `__len__` is one in between, and more may have come by then.
+        return list(self._sessions.values())
 
     def add(self, session: PsSession[Any]) -> None:
         """Keep one more session."""
