@@ -477,7 +477,7 @@ class _InOrder(_Pending[T]):
         self._session = session
         self._late_timeout = late_timeout
         self._skips = skips
-        self._send_queue: deque[_Request[T]] = deque()
+        self._line: deque[_Request[T]] = deque()
         self._given_up = 0
         """How many of the line."""
         self._held: dict[_Request[T], None] = {}
@@ -497,7 +497,7 @@ class _InOrder(_Pending[T]):
 
     @property
     def count(self) -> int:
-        return len(self._send_queue) - self._given_up + len(self._held)
+        return len(self._line) - self._given_up + len(self._held)
 
     def add(self, request: _Request[T]) -> bool:
         if self._trial is not None or self._must_be_held(request):
@@ -510,17 +510,17 @@ class _InOrder(_Pending[T]):
         else:
             self._wake_held()
         self._replies = 0
-        self._send_queue.append(request)
+        self._line.append(request)
         return True
 
     def _must_be_held(self, request: _Request[T]) -> bool:
         if self._held and request is not next(iter(self._held)):
             return True
-        if not self._send_queue or self._given_up < len(self._send_queue):
+        if not self._line or self._given_up < len(self._line):
             return False
         now = monotonic()
         if self._skips:
-            left = max(each.late_at for each in self._send_queue) - now
+            left = max(each.late_at for each in self._line) - now
             if request.timeout is None or left <= request.timeout * PAUSE:
                 return True  # until they are given up
         if self._in_doubt and not request.held_until:
@@ -533,7 +533,7 @@ class _InOrder(_Pending[T]):
         return self._late_timeout if timeout is None else min(timeout, self._late_timeout)
 
     def take(self, key: Hashable | None, message: T) -> bool:
-        if not self._send_queue:
+        if not self._line:
             return False
         self._replies += 1
         self._reply_at = monotonic()
@@ -555,7 +555,7 @@ class _InOrder(_Pending[T]):
 
     def _take_first(self) -> _Request[T]:
         """Take the first one, to which a reply has come, out of the line."""
-        first = self._send_queue.popleft()
+        first = self._line.popleft()
         if first.late_at:
             self._given_up -= 1
             if not self._given_up:
@@ -574,7 +574,7 @@ class _InOrder(_Pending[T]):
     def _pass_trial(self, trial: _Request[T]) -> None:
         """The reply was its own, and those that were given up before get none."""
         trial.end(reply=self._kept)
-        self._send_queue.clear()
+        self._line.clear()
         self._given_up = 0
         self._stop_timer()
         self._end_trial()
@@ -595,28 +595,28 @@ class _InOrder(_Pending[T]):
         if request.is_over:
             return
         request.is_over = True
-        if request not in self._send_queue:
+        if request not in self._line:
             return
         if self._trial is request:
             if self._kept is not _NOTHING:
                 self._take_first()
             self._end_trial()
         if not request.is_sent:
-            self._send_queue.remove(request)
+            self._line.remove(request)
             return
         request.late_at = monotonic() + self._late_timeout
         self._given_up += 1
         self._in_doubt = (
             self._replies == 1
-            and self._send_queue[-1] is request
-            and self._given_up == len(self._send_queue)
+            and self._line[-1] is request
+            and self._given_up == len(self._line)
             and self._is_prompt(request)
         )
         if self._timer is None:
             self._start_timer()
 
     def _start_timer(self) -> None:
-        next_at = min(request.late_at for request in self._send_queue if request.late_at)
+        next_at = min(request.late_at for request in self._line if request.late_at)
         seconds = max(next_at - monotonic(), SHORTEST_TIMER)
         self._timer = watch(inside.thread_of(self._session).loop.timer(seconds, ref=False))
         self._timer.start(self._give_places_up)
@@ -629,14 +629,14 @@ class _InOrder(_Pending[T]):
         """In the hub: there may be places for which no reply has come in time."""
         self._stop_timer()
         now = monotonic()
-        over = [each for each in self._send_queue if each.late_at and each.late_at <= now]
+        over = [each for each in self._line if each.late_at and each.late_at <= now]
         if over and self._trial is not None and self._kept is not _NOTHING:
             self._pass_trial(self._trial)
         elif over and not self._skips:
             self._close_session()
         else:
             for each in over:
-                self._send_queue.remove(each)
+                self._line.remove(each)
             self._given_up -= len(over)
             if self._given_up:
                 self._start_timer()
@@ -658,10 +658,10 @@ class _InOrder(_Pending[T]):
             self._timer = None  # it went with the hub
         self._stop_timer()
         self._trial = None
-        for request in (*self._send_queue, *self._held):
+        for request in (*self._line, *self._held):
             if not request.is_over:
                 request.end(error=error())
-        self._send_queue.clear()
+        self._line.clear()
         self._held.clear()
         self._given_up = 0
 

@@ -346,7 +346,7 @@ def test_a_silent_peer_lets_no_places_pile_up(device: MakeDevice) -> None:
     assert pool.join(timeout=20, raise_error=True)
     memberships = here.session._memberships
     assert memberships is not None
-    line = memberships[here.requester]._send_queue
+    line = memberships[here.requester]._line
     eventually(lambda: not line)
 
 

@@ -40,10 +40,11 @@ What may switch here: `Connection._wait_until_woken` and `Connection._give_up_tu
 session's own greenlet. All else, logging too, runs through without another greenlet in between.
 
 All attributes belong to the hub's thread, and callers in other OS threads are handed over
-(`HubThread`). Three change attributes where they are called: `_note_asked` notes at once that a
-close was asked for (with ``_abort_asked``, for an abort), `_join` and `_leave` change the
-memberships in steps that no thread can divide, and `_end_with_hub` ends a session whose hub runs no
-more.
+(`HubThread`). These change attributes where they are called: `_note_asked` notes at once that a
+close was asked for (with ``_abort_asked``, for an abort), ``post`` and ``send_eof`` put what they
+are given into the outbox, under a lock, and make that if there is none, `_join` and `_leave` change
+the memberships in steps that no thread can divide, ``connection_id`` makes an id of the random
+bytes, and `_end_with_hub` ends a session whose hub runs no more.
 """
 
 from __future__ import annotations

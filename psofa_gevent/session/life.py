@@ -1,8 +1,10 @@
 """The life of a session, in its own greenlet: ``on_open``, its messages, its end.
 
 That greenlet (`SessionLife._live`) is the only one that ends the session, and it closes the socket.
-Three others close the socket in its place: `SessionLife._abort`, `SessionLife._drop` for a session
-that never began, and `Connection._end_with_hub` for one whose hub was destroyed.
+Others close the socket in its place: `SessionLife._abort`, `SessionLife._drop` for a session that
+never began, `psofa_gevent.session.inside.abandon` for one whose callback never ends,
+`Connection._end_with_hub` for one whose hub was destroyed, and `Connection._let_go` in a child
+process, which leaves the connection to its parent.
 
 What may switch: whatever runs a callback, the preamble, `linger`, and the wait for tasks that end.
 """
