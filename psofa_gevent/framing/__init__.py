@@ -6,6 +6,9 @@ whole messages, one call each, and ``send`` takes whole messages.
 All of it is sans-I/O: bytes in, messages out. Nothing here knows of sockets, greenlets or time. A
 `Framing` holds settings and serves any number of connections; what is kept of one connection is in
 its `Decoder`. A framing of your own is a small class: see `Framing`.
+
+To add one to the library: a class in a file of this package, its name here and in ``__all__``, and
+in `psofa_gevent.cli.options` for the command line.
 """
 
 from psofa_gevent.errors import PsFramingError

@@ -1,9 +1,10 @@
 """Forks: a child process lets go of all that its parent's servers and clients have.
 
-Who has accepted or connected serves, alone. A child has copies of all of it: descriptors, watchers,
-greenlets, coroutines. If it waited in gevent's way, its hub would accept the parent's connections
-and take messages out of the parent's sessions. So at the fork, in the child, before ``os.fork``
-returns there (`os.register_at_fork`; for ``os.fork``, ``gevent.os.fork`` and ``multiprocessing``):
+Only the process that accepted or made a connection serves it. A child has copies of everything:
+descriptors, watchers, greenlets, coroutines. If it waited in gevent's way, its hub would accept the
+parent's connections and take messages out of the parent's sessions. So at the fork, in the child,
+before ``os.fork`` returns there (`os.register_at_fork`; for ``os.fork``, ``gevent.os.fork`` and
+``multiprocessing``):
 
 - Watchers and timers are stopped, and duplicates of descriptors closed. Nothing is shut down, so no
   peer notices, and nobody's file is removed.

@@ -1,7 +1,7 @@
 """The greenlets of the library, and the question whether a caller may wait.
 
-`LibraryGreenlet` marks them: users' callbacks run in some, and a shutdown needs all of them to
-come to its end. A call that waits for that end must not wait in one of them, nor in the hub:
+`LibraryGreenlet` marks them: users' callbacks run in some, and a shutdown cannot finish until all
+of them can run. A call that waits for the shutdown must not wait in one of them, nor in the hub:
 `may_wait_for_callbacks` tells. (A signal handler runs in whichever greenlet runs just then.)
 """
 

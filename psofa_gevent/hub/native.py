@@ -1,4 +1,7 @@
-"""What is about OS threads in a patched process too, where ``threading`` is about greenlets."""
+"""Thread primitives that are those of OS threads in a patched process, too.
+
+In a patched process gevent has made ``threading``'s ones about greenlets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places to wait: where a greenlet and an asyncio task that waits differ.
+"""How a greenlet waits, and how an asyncio task waits, behind one interface.
 
 An algorithm that may wait in either is one coroutine, which awaits a `Parking`. `GreenletParking`
 switches to the hub and never suspends the coroutine, `TaskParking` awaits a future. Whoever wakes a

@@ -1,10 +1,11 @@
-"""The sessions whose sockets have become readable, and how one goes on after the other.
+"""The run queue: the sessions whose sockets are readable, resumed one after the other.
 
-So do greenlets that wait for a coroutine, when that has ended (`psofa_gevent.aio.run`).
+A greenlet whose awaited coroutine has ended goes through this queue, too (`psofa_gevent.aio.run`).
 
-The watcher of a session that waits puts it into the list of its hub. When the hub has dispatched
-all events of a round it switches to the first of them; each that waits again switches straight to
-the next, and the last one back to the hub. So a message costs one greenlet switch and not two.
+The watcher of a waiting session puts the session into the queue of its hub. When the hub has
+dispatched all events of a round it switches to the first of them; each that waits again switches
+straight to the next, and the last one back to the hub. So a message costs one greenlet switch and
+not two.
 
 One that has much to do without waiting gives up its turn (`ReadySessions.resume_later`): it goes on
 behind the others of the next round, for which the hub has looked at all sockets and timers.

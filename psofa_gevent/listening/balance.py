@@ -1,4 +1,4 @@
-"""How processes that accept from one listening socket come to equal numbers of sessions.
+"""How processes that share one listening socket even out their session counts.
 
 The kernel wakes all of them for a connection, and whoever is first takes as many as are there. Of
 clients that come in bursts and stay for days, one process may have ten times as many as another. So

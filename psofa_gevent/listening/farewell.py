@@ -1,9 +1,9 @@
-"""The last words to connections that are refused: they reach the peer, and hold up nobody.
+"""The last words to connections that are refused: they reach the peer, and block nobody.
 
 A plain close would reset the connection if the peer has sent something, and could destroy what is
 on its way to it (RFC 2525, section 2.17). So writing is shut down, and what comes is read and
-dropped until the peer closes: for a moment, for so many at a time, and for no more than so many
-bytes. Beyond that a connection gets the words, and is closed at once.
+dropped until the peer closes, within limits on time, on the number of connections and on bytes.
+Beyond the limits a connection gets the words, and is closed at once.
 
 All of it runs in the hub, in callbacks of watchers, without a greenlet: nothing waits or raises.
 """

@@ -1,6 +1,6 @@
 """The close queue: one greenlet that calls ``on_close`` for the sessions that have ended, in order.
 
-A session puts itself into the queue when it has ended and its socket is released. So this greenlet
+The manager queues a session when it has ended and its socket is released. So this greenlet
 never waits for a session, and a slow ``on_close`` delays other ``on_close`` calls and nothing else.
 ``on_stop`` runs here too, after the last of them.
 

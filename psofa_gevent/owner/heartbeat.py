@@ -2,11 +2,11 @@
 
 They keep the tables of NAT routers and firewalls from forgetting a connection, and let the peer's
 idle check know that this end is there. One greenlet looks at all sessions of an owner, ten times in
-the time of a heartbeat, but every 5 ms at most and every second at least: so late it may be. A look
-compares two numbers per session; while it sends what it finds due, others have their turns. A fixed
-message is posted (`PsSession.post`); a function runs in a greenlet that belongs to its session
-(`PsSession.spawn`), so a slow one delays nobody else's, and is not called again before it has
-returned.
+the time of a heartbeat, at intervals of 5 ms to 1 s: a heartbeat may be late by one interval. A
+look compares two numbers per session; while it sends what it finds due, others have their turns. A
+fixed message is posted (`PsSession.post`); a function runs in a greenlet that belongs to its
+session (`PsSession.spawn`), so a slow one delays nobody else's, and is not called again before it
+has returned.
 
 None is sent before ``on_open``, nor while a send waits for the peer: one that takes nothing has no
 use for more.

@@ -9,6 +9,8 @@ later has a later deadline, so the result of a look stays valid until the earlie
 saw, unless the idle time of a session is shortened. With the default of a minute, 15,000 idle
 sessions are looked at twice in that time instead of sixty times.
 
+It wakes sessions whose unfinished message is overdue (``frame_timeout``) in the same way.
+
 A look compares two numbers per session. It waits for nothing, no session's callback can hold it
 up, and it closes nothing: it wakes the session, which looks once more whether bytes are there.
 """

@@ -5,11 +5,11 @@ A session's id is random bytes, of which a `uuid.UUID` is made only if somebody 
 so it takes no more memory than any other collection, and to find a session no id is made, neither
 at the first time nor later.
 
-Ids that are chosen may be the same. The sessions that come when there is one with their id are
-kept by themselves in that dictionary, and in a second one, which is empty as a rule.
+Clients may choose ids, so several sessions may have one. A session whose id is taken is keyed by
+the session itself, and a second dictionary, which is empty as a rule, has its id.
 
-It is changed in the hub's thread, and may be copied and asked in any: each of that is one step of a
-dictionary.
+The hub's thread changes the registry. Any thread may copy it and look a session up: each of these
+is one step of a dictionary.
 """
 
 from __future__ import annotations

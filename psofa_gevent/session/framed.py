@@ -1,17 +1,18 @@
 """The receiving half of a session with a framing: chunks in, whole messages out.
 
 It exists for sessions that have, or had, a framing; the others hand their chunks over as they come.
-The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to who asks for the next one in
-the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All of
-it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
+The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to whoever asks for the next one
+in the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All
+of it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
 calls. What may switch is ``on_message``, and the end of a turn.
 
-A read may have 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its turn:
-the hub and all sessions that are ready go on, then this one with the next message. That is a wait
-of the session's own, so whoever closes it ends it there; what its callbacks sent leaves before. So
-it is with a framing of the application's own that skips for as long (`Decoder.left_off`).
+One read may contain 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its
+turn: the hub and all sessions that are ready go on, then this one with the next message. That is a
+wait of the session's own, so whoever closes it ends it there; what its callbacks sent leaves
+before. So it is with a framing of the application's own that skips for as long
+(`Decoder.left_off`).
 
-Error handling: bytes that are no message close the session with FAILED, after the messages before
+Error handling: malformed bytes close the session with FAILED, after the messages before
 them were handed over and without a traceback, since it is the peer's fault. An exception of
 ``on_message`` is left to the session.
 """

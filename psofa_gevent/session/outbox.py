@@ -1,4 +1,4 @@
-"""What a session took for sending, and nobody waits for: posts, and messages that were collected.
+"""Accepted messages that no caller waits on: posts, and messages that were collected.
 
 It stands in the session's queue of senders (`psofa_gevent.session.send_queue`) like anyone else, in
 batches: a batch ends where another sender lined up, so bytes leave in the order in which they were

@@ -1,8 +1,8 @@
 """The receiving half of a session: it waits for bytes and hands them over, from open to close.
 
-`ReceivingHalf._read` is the way of every message to ``on_message``. It ends when a close was
-requested, by whomever: here for the peer's FIN, for an error of the connection, and for a peer that
-was silent for the idle time. `ReceivingHalf.receive` reads in the middle of a callback, for
+`ReceivingHalf._read` takes every message to ``on_message``. It ends at any close request. It makes
+one itself for the peer's FIN, for an error of the connection, and for a peer that was silent for
+the idle time. `ReceivingHalf.receive` reads in the middle of a callback, for
 straight-line code, and waits in the same way: with the same clock for idle peers and unfinished
 messages, and with what was collected sent before.
 
