@@ -31,7 +31,7 @@ from psofa_gevent.errors import (
 from psofa_gevent.group import PsGroup
 from psofa_gevent.handler import PsHandler
 from psofa_gevent.multi_client import PsMultiClient, PsMultiClientConnection
-from psofa_gevent.net.proxy_protocol import PsProxyInfo, PsProxyTls
+from psofa_gevent.proxy_protocol import PsProxyInfo, PsProxyTls
 from psofa_gevent.public import publish as _publish
 from psofa_gevent.requester import PsRequester
 from psofa_gevent.server import PsServer

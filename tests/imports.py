@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("callback",),
     ("session",),
     ("aio", "tls", "settings"),
-    ("framing", "systemd"),
+    ("framing", "proxy_protocol", "systemd"),
     ("net",),
     ("hub",),
     ("checks", "errors", "messages"),

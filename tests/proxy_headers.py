@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-from psofa_gevent.net.proxy_protocol import V2_SIGNATURE, crc32c
+from psofa_gevent.proxy_protocol import V2_SIGNATURE, crc32c
 
 __all__ = ["CLIENT", "LOCAL", "SERVER", "tls_tlv", "tlv", "v1", "v2", "with_crc"]
 

@@ -34,7 +34,7 @@ from psofa_gevent import (
     PsSocketAddressFamily,
 )
 from psofa_gevent.framing import Line
-from psofa_gevent.net.proxy_protocol import V2_SIGNATURE, crc32c, parse
+from psofa_gevent.proxy_protocol import V2_SIGNATURE, crc32c, parse
 from psofa_gevent.testing import (
     RecordingCallback,
     ScriptedClient,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.hub.parking import run_in_greenlet
 from psofa_gevent.hub.times import NEVER
-from psofa_gevent.net.proxy_protocol import PsProxyInfo, parse
+from psofa_gevent.proxy_protocol import PsProxyInfo, parse
 from psofa_gevent.session import inside
 from psofa_gevent.session.starttls import Handshake, SessionParking, wait_for_peer
 

@@ -1,1 +1,1 @@
-"""The network, without a session: addresses, socket options, Unix sockets, the PROXY protocol."""
+"""The network, without a session: addresses, socket options, Unix sockets."""

@@ -71,7 +71,6 @@ from psofa_gevent.hub.thread import HubThread, get_ident
 from psofa_gevent.hub.times import NEVER
 from psofa_gevent.hub.watchers import READ
 from psofa_gevent.messages import M
-from psofa_gevent.net.proxy_protocol import PsProxyInfo
 from psofa_gevent.net.sockopts import (
     SENDFILE_REFUSALS,
     Endpoint,
@@ -80,6 +79,7 @@ from psofa_gevent.net.sockopts import (
     keep_urgent_in_line,
     reset,
 )
+from psofa_gevent.proxy_protocol import PsProxyInfo
 from psofa_gevent.session.connection_id import random_bytes
 from psofa_gevent.settings import SessionSettings
 from psofa_gevent.tls.socket import TlsSocket, TlsWatcher

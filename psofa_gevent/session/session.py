@@ -26,8 +26,8 @@ from psofa_gevent.hub.thread import get_ident
 from psofa_gevent.hub.times import NEVER
 from psofa_gevent.messages import M
 from psofa_gevent.net.addresses import format_address
-from psofa_gevent.net.proxy_protocol import PsProxyInfo
 from psofa_gevent.net.sockopts import Endpoint
+from psofa_gevent.proxy_protocol import PsProxyInfo
 from psofa_gevent.session.framed import FramedReceiver
 from psofa_gevent.session.life import SessionLife
 from psofa_gevent.session.starttls import Handshake, begin_tls, begin_tls_async
