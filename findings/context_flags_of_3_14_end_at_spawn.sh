@@ -21,12 +21,12 @@ in_root() { "$@"; }
 home=$work
 if ! python=$(command -v python3.14); then
     mmdebstrap --quiet --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
-        --include=python3.14,python3.14-venv,ca-certificates sid "$work/root"
-    cp /etc/ssl/certs/ca-certificates.crt "$work/root/etc/ssl/certs/"
-    [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$work/root/etc/"
-    in_root() { chroot "$work/root" "$@"; }
+        --include=python3.14,python3.14-venv,ca-certificates sid "$work/sid"
+    cp /etc/ssl/certs/ca-certificates.crt "$work/sid/etc/ssl/certs/"
+    [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$work/sid/etc/"
+    in_root() { chroot "$work/sid" "$@"; }
     home=/home python=/usr/bin/python3.14
-    files=$work/root/home
+    files=$work/sid/home
 fi
 files=${files:-$work}
 

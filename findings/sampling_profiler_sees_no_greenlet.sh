@@ -18,14 +18,14 @@ in_root() { "$@"; }
 home=$work
 if ! python=$(command -v python3.15); then
     mmdebstrap --quiet --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
-        --include=python3.15,python3.15-venv,ca-certificates sid "$work/root"
-    trap 'umount "$work/root/proc" && rm -rf --one-file-system "$work"' EXIT
-    mount -t proc proc "$work/root/proc"
-    cp /etc/ssl/certs/ca-certificates.crt "$work/root/etc/ssl/certs/"
-    [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$work/root/etc/"
-    in_root() { chroot "$work/root" "$@"; }
+        --include=python3.15,python3.15-venv,ca-certificates sid "$work/sid"
+    trap 'umount "$work/sid/proc" && rm -rf --one-file-system "$work"' EXIT
+    mount -t proc proc "$work/sid/proc"
+    cp /etc/ssl/certs/ca-certificates.crt "$work/sid/etc/ssl/certs/"
+    [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$work/sid/etc/"
+    in_root() { chroot "$work/sid" "$@"; }
     home=/home python=/usr/bin/python3.15
-    files=$work/root/home
+    files=$work/sid/home
 fi
 files=${files:-$work}
 

@@ -20,10 +20,10 @@ in_root() { "$@"; }
 files=$work home=$work python=python3.13
 if ! "$python" -c '' 2>/dev/null; then
     mmdebstrap --quiet --mode=root --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
-        --include=python3.13 sid "$work/root"
-    in_root() { chroot "$work/root" "$@"; }
+        --include=python3.13 sid "$work/sid"
+    in_root() { chroot "$work/sid" "$@"; }
     home=/home python=/usr/bin/python3.13
-    files=$work/root/home
+    files=$work/sid/home
 fi
 
 cat >"$files/signalled.py" <<'PY'
