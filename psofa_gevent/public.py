@@ -1,6 +1,7 @@
 """Gives public classes the ``__module__`` by which programs import them.
 
 It holds no list of exports: those are the ``__all__`` of the public modules.
+
 So reprs, tracebacks and pickles have ``psofa_gevent.PsClosedError``, and a file that moves changes
 none of them. Runs once, when a public module is imported.
 """

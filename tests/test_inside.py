@@ -1,4 +1,7 @@
-"""A session has one state, in one file, and the rest of the package asks it through one door."""
+"""A session has one state, in one file, and one door through which the rest of the package asks it.
+
+That nobody goes past the door: `tests/test_architecture.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,6 @@ from psofa_gevent.session.sending import SendingHalf
 PACKAGE = Path(inspect.getfile(psofa_gevent)).parent
 
 CHAIN = (Connection, SendingHalf, ReceivingHalf, SessionLife, PsSession)
-
-OF_FORKING = {"_let_go"}
-"""Others have it, too: what `psofa_gevent.hub.forking` calls."""
-
-
-def private_names() -> set[str]:
-    names = set(dir(PsSession)) | set(Connection.__slots__)
-    return {name for name in names if name.startswith("_") and not name.endswith("__")} - OF_FORKING
-
-
-def private_looks(file: Path, names: set[str]) -> list[str]:
-    """The places where a file uses one of `names` of something else than ``self``."""
-    tree = ast.parse(file.read_text())
-    looks = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    return [
-        f"{file.relative_to(PACKAGE)}:{look.lineno} {ast.unparse(look)}"
-        for look in looks
-        if look.attr in names and ast.unparse(look.value) not in {"self", "cls"}
-    ]
-
-
-def test_nobody_outside_of_its_folder_touches_a_private_name_of_a_session() -> None:
-    names = private_names()
-    files = [file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE / "session"]
-    assert len(files) > 40
-    assert [look for file in files for look in private_looks(file, names)] == []
 
 
 def test_all_state_of_a_session_is_declared_in_one_class() -> None:

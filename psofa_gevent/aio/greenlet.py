@@ -59,10 +59,6 @@ class Beginning(Ready, Protocol):
     def task(self) -> Task[Any] | None:
         """None: not begun."""
 
-    @property
-    def waiting_greenlet(self) -> greenlet:
-        """The greenlet that waits for it."""
-
     def begin(self) -> bool:
         """Take the first step; whether it has ended."""
 
@@ -267,7 +263,7 @@ class LoopGreenlet(StepGreenlet):
         run = self.runs.get(task)
         if run is None and self._begins is not None and self._begins.task is task:
             run = self._begins
-        return None if run is None else run.waiting_greenlet
+        return None if run is None else run.greenlet
 
     # As `psofa_gevent.hub.ready` knows those who wait:
 

@@ -153,11 +153,6 @@ class Run(Generic[T]):
         if self.is_cancelled:
             task.cancel()
 
-    @property
-    def waiting_greenlet(self) -> greenlet:
-        """The greenlet that waits for it."""
-        return self.greenlet
-
     def waits(self) -> None:
         """The coroutine waits for something, and so does its greenlet. Does not switch."""
         # gevent calls it only where the greenlet switches to the hub itself.
