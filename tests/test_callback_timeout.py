@@ -467,6 +467,41 @@ class SendsTooLong(RecordingCallback):
 
 @pytest.mark.logs_errors
 @sync_and_async
+def test_callback_that_waits_for_something_else_is_at_fault_though_its_peer_reads_nothing(
+    use_async_callback: bool, ps_server: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another session's callback waits in a send to that peer meanwhile."""
+
+    class Both(RecordingCallback):
+        def on_message(self, session: PsSession, message: bytes) -> None:
+            super().on_message(session, message)
+            if message == b"send":
+                slow.send(bytes(32 * 1024 * 1024), timeout=None)
+            else:
+                gevent.sleep(60)
+
+        async def on_message_async(self, session: PsSession, message: bytes) -> None:
+            RecordingCallback.on_message(self, session, message)
+            if message == b"send":
+                await slow.send_async(bytes(32 * 1024 * 1024), timeout=None)
+            else:
+                await asyncio.sleep(60)
+
+    callback = Both(use_async_callback=use_async_callback)
+    server = ps_server(callback, callback_timeout=LIMIT, linger_timeout=0.0)
+    with stalled_peer(server.address) as peer, ScriptedClient(server.address) as other:
+        callback.wait_for("on_open", 2)
+        slow = next(each for each in server.sessions if each.remote_endpoint == peer.local_endpoint)
+        peer.send("sleep")
+        callback.wait_for("on_message", 1)
+        other.send("send")
+        callback.wait_for("on_close", 2)
+    failed = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
+    assert [each.startswith(f"<PsSession {slow.connection_id}") for each in failed].count(True) == 1
+
+
+@pytest.mark.logs_errors
+@sync_and_async
 def test_callback_whose_send_waits_too_long_is_ended(
     use_async_callback: bool, ps_server: ServerFactory
 ) -> None:

@@ -868,6 +868,7 @@ class ReadsNothing(Noise):
     settings = MappingProxyType({"callback_timeout": 0.02, "linger_timeout": 0})
     text = "it waited in a send"
     is_async = False
+    _callback: RecordingCallback
 
     def callback(self) -> RecordingCallback:
         class Sending(RecordingCallback):
@@ -891,6 +892,37 @@ class ReadsNothing(Noise):
 
 
 class ReadsNothingOfCoroutines(ReadsNothing):
+    is_async = True
+
+
+class ReadsNothingOfMany(ReadsNothing):
+    """What callbacks send for the messages of one read is collected, and leaves together."""
+
+    settings = MappingProxyType({**ReadsNothing.settings, "framing": Line()})
+
+    def callback(self) -> RecordingCallback:
+        class Sending(RecordingCallback):
+            def on_message(self, session: PsSession, message: Any) -> None:
+                super().on_message(session, message)
+                for _ in range(1_000):
+                    session.send(bytes(32 * 1024), timeout=None)
+
+            async def on_message_async(self, session: PsSession, message: Any) -> None:
+                RecordingCallback.on_message(self, session, message)
+                for _ in range(1_000):
+                    await session.send_async(bytes(32 * 1024), timeout=None)
+
+        self._callback = Sending(use_async_callback=self.is_async)
+        return self._callback
+
+    def make(self, address: tuple[Any, ...]) -> None:
+        ended = len(self._callback.named("on_close"))
+        with stalled_peer(address) as peer:
+            peer.send("many\n")
+            self._callback.wait_for("on_close", ended + 1)
+
+
+class ReadsNothingOfManyCoroutines(ReadsNothingOfMany):
     is_async = True
 
 
@@ -919,6 +951,8 @@ NOISES: Mapping[str, Callable[..., Noise]] = MappingProxyType(
             Overflowing,
             ReadsNothing,
             ReadsNothingOfCoroutines,
+            ReadsNothingOfMany,
+            ReadsNothingOfManyCoroutines,
             ScansTls,
         )
     }

@@ -33,25 +33,26 @@ class Parking(Protocol):
 class GreenletParking:
     """Waits by switching to the hub."""
 
-    __slots__ = ("_greenlet", "_hub", "_is_woken")
+    __slots__ = ("_hub", "_is_woken", "greenlet")
 
     def __init__(self) -> None:
         self._hub = get_hub()
-        self._greenlet: Any = None
+        self.greenlet: Any = None
+        """The one that waits; None: none does."""
         self._is_woken = False
         """Whether a switch is on its way: another one would end the next wait."""
 
     def __await__(self) -> Generator[Any, None, None]:
-        self._greenlet = getcurrent()
+        self.greenlet = getcurrent()
         try:
             self._hub.switch()
         finally:
-            self._greenlet = None
+            self.greenlet = None
         yield from ()
 
     def wake(self) -> bool:
         """Switch back, soon."""
-        if self._greenlet is not None and not self._is_woken:
+        if self.greenlet is not None and not self._is_woken:
             self._is_woken = True
             self._hub.loop.run_callback(self._switch)
         return True
@@ -59,17 +60,19 @@ class GreenletParking:
     def _switch(self) -> None:
         self._is_woken = False
         # Since the wake-up the greenlet may have gone on, and wait for something else now.
-        if self._greenlet is not None:
-            self._greenlet.switch()
+        if self.greenlet is not None:
+            self.greenlet.switch()
 
 
 class TaskParking:
     """Waits by awaiting a future of the running asyncio loop, in the hub's thread."""
 
-    __slots__ = ("_future", "_loop")
+    __slots__ = ("_future", "_loop", "task")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task()
+        """The one that waits, or may."""
         self._future: asyncio.Future[None] | None = None
 
     def __await__(self) -> Generator[Any, None, None]:

@@ -17,7 +17,9 @@ from contextvars import Context
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+from psofa_gevent.aio.coroutines import greenlet_that_waits
 from psofa_gevent.enums import PsCloseReason
+from psofa_gevent.hub.parking import GreenletParking, TaskParking
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.hub.times import NEVER
 from psofa_gevent.messages import M
@@ -140,9 +142,19 @@ def alike(sessions: Iterable[PsSession[Any]]) -> list[Alike]:
     return found
 
 
-def is_held_by_its_peer(session: Connection[Any]) -> bool:
-    """Whether a callback of it waits in a send, since the peer takes nothing."""
-    return session._send_queue is not None and session._send_queue.holds_callbacks
+def is_held_by_its_peer(session: SendingHalf[Any]) -> bool:
+    """Whether its own callback waits in a send to its peer, which does not take all of it."""
+    lines = (each for each in (session._send_queue, session._outbox) if each is not None)
+    return any(runs_in(session, _who_waits(parking)) for each in lines for parking in each.parkings)
+
+
+def _who_waits(parking: object) -> object:
+    """The greenlet that waits there, or for the task that does."""
+    if isinstance(parking, GreenletParking):
+        return parking.greenlet
+    if isinstance(parking, TaskParking) and parking.task is not None:
+        return greenlet_that_waits(parking.task)
+    return None
 
 
 def collect_post(session: SendingHalf[Any], data: bytes) -> bool:

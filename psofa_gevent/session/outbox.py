@@ -93,11 +93,12 @@ class Inbox:
 class Outbox:
     """The batches of one session, and its inbox."""
 
-    __slots__ = ("_batches", "_dropped", "_waiting", "inbox")
+    __slots__ = ("_batches", "_dropped", "inbox", "parkings")
 
     def __init__(self) -> None:
         self._batches: list[Batch] = []
-        self._waiting: list[Parking] = []
+        self.parkings: list[Parking] = []
+        """Where those wait who want to know that it has left."""
         self._dropped = 0
         self.inbox = Inbox()
 
@@ -260,18 +261,18 @@ class Outbox:
         """
         last = self._batches[-1]
         mark = last.buffers.left + last.buffers.size
-        self._waiting.append(parking)
+        self.parkings.append(parking)
         try:
             while last.buffers.left < mark and not last.has_ended:
                 session._check_sending(in_callback=in_callback)
                 await parking
         finally:
-            self._waiting.remove(parking)
+            self.parkings.remove(parking)
         if session._is_broken or session._released:  # then it was dropped
             session._check_sending(in_callback=in_callback)
 
     def _stepped(self, batch: Batch) -> None:
         if batch.has_ended:
             self._batches.remove(batch)
-        for parking in self._waiting:
+        for parking in self.parkings:
             parking.wake()

@@ -175,6 +175,11 @@ class SendQueue:
         return any(sender.in_callback and not sender.is_batch for sender in self._senders)
 
     @property
+    def parkings(self) -> list[Parking]:
+        """Where the senders wait."""
+        return [sender.parking for sender in self._senders]
+
+    @property
     def holds_batches(self) -> bool:
         """Whether messages are among them that nobody waits for: they count as sent."""
         return any(sender.is_batch for sender in self._senders)
