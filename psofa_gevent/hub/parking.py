@@ -71,16 +71,19 @@ class TaskParking:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task()
-        """The one that waits, or may."""
+        self.task: asyncio.Task[Any] | None = None
+        """The one that waits; None: none does."""
         self._future: asyncio.Future[None] | None = None
 
     def __await__(self) -> Generator[Any, None, None]:
         self._future = self._loop.create_future()
+        self.task = asyncio.current_task()
         try:
             yield from self._future
         finally:
             self._future = None
+            # The task keeps an error whose traceback leads back to here: nothing would be freed.
+            self.task = None
 
     def wake(self) -> bool:
         """Resolve the future, soon; false when its loop was closed."""
