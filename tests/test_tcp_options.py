@@ -334,7 +334,7 @@ def test_with_small_values_a_peer_that_reads_slowly_makes_progress_and_one_that_
             gevent.sleep(0.01)
             assert not sender.ready()
         error = sender.get(timeout=20)
-        assert "took nothing for 1 s" in str(error)
+        assert "accepted no data for 1 s" in str(error)
         callback.wait_for("on_close")
         assert close_reasons(callback) == [PsCloseReason.FAILED]
 

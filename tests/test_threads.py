@@ -110,7 +110,7 @@ def test_errors_of_send_reach_the_thread(
         call(session.send, 1)
     with pytest.raises(ValueError, match="timeout"):
         call(session.send, "x", -1)
-    with pytest.raises(PsSendError, match=r"took nothing for 0\.2 s"):
+    with pytest.raises(PsSendError, match=r"accepted no data for 0\.2 s"):
         call(session.send, bytes(64 * 1024 * 1024), 0.2)
     assert callback.wait_for("on_close")[0].value is PsCloseReason.FAILED
     with pytest.raises(PsSendError, match="closed"):

@@ -257,7 +257,7 @@ class FramedReceiver:
         kept = self._decoder.kept
         cause = TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s")
         session._request_close(PsCloseReason.FAILED, cause)
-        session._log_peer("message not whole in time", "%r: not whole in time: %s", session, cause)
+        session._log_peer("message timed out", "%r: message timed out: %s", session, cause)
 
     def start_anew(self) -> bytes:
         """Forget what was read and belongs to no message that was handed over, and return it."""

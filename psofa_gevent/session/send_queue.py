@@ -127,7 +127,9 @@ class SendQueue:
         """
         sender = _Sender(source, parking, begun=begun, in_callback=in_callback)
         if self._giver is getcurrent() and not sender.is_batch:
-            raise PsSendError(f"{self._session!r}: a send in the midst of a file waits for itself")
+            raise PsSendError(
+                f"{self._session!r}: send() while this greenlet sends a file would deadlock"
+            )
         check = partial(
             self._session._check_sending, in_callback=in_callback, is_batch=sender.is_batch
         )
@@ -256,7 +258,9 @@ class SendQueue:
             self._progress_at = now
         if timeout is None or now - max(self._progress_at, sender.began) < timeout:
             return
-        error = PsSendError(f"{self._session!r}: the peer took nothing for {timeout:g} s")
+        error = PsSendError(
+            f"{self._session!r}: send timed out: the peer accepted no data for {timeout:g} s"
+        )
         self._session._request_close(PsCloseReason.FAILED, error, linger=False)
         raise PsSendError(*error.args)  # not the one that the session keeps
 

@@ -539,13 +539,13 @@ class SendingHalf(Connection[M]):
 
     def _refuse_to_wait(self, *, begun: bool, instead: str = "send_async") -> NoReturn:
         error = PsSendError(
-            f"{self!r}: send would have to wait, which a coroutine and the hub must not: "
+            f"{self!r}: send() would block, which is not allowed in a coroutine or in the hub: "
             f"use 'await session.{instead}(...)'"
         )
         if begun:
             self._break_stream()
             self._request_close(PsCloseReason.FAILED, error)
-            self._log(logging.ERROR, "%s; a part of the message had left", error)
+            self._log(logging.ERROR, "%s; part of the message was already sent", error)
         raise PsSendError(*error.args)  # not the one that the session keeps
 
     def _send_bytes(self, data: bytes | memoryview, timeout: float | Default | None) -> None:

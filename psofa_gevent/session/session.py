@@ -234,11 +234,11 @@ class PsSession(SessionLife[M]):
             TypeError: `function` can't be called.
         """
         if not callable(function):
-            raise TypeError(f"function must be one, not {function!r}")
+            raise TypeError(f"function must be a function, not {function!r}")
         if get_ident() != self._thread_ident:
             raise RuntimeError(f"{self!r}: spawn belongs to the thread of the session's hub")
         if not self._open:
-            raise PsClosedError(f"{self!r}: the session is closed: it gets no more work")
+            raise PsClosedError(f"{self!r}: the session is closed: it cannot spawn")
         return spawn_task(self, partial(function, *args, **kwargs))
 
     # TLS

@@ -85,7 +85,7 @@ class TaskReaper:
         self._kills += 1
         if self._kills == LOUD_AFTER:
             left = len(session._tasks or ())
-            text = "%r: %d greenlets of its own do not end"
+            text = "%r: %d spawned greenlets have not ended"
             session._log(logging.WARNING, text, session, left)
 
     def wait(self) -> None:
