@@ -346,7 +346,7 @@ def _has_right_crc(header: bytes, tlvs: Tlvs) -> bool | None:
     if not sums:
         return None
     if len(sums) > 1 or len(sums[0]) != 4:
-        raise ValueError("a PROXY header whose checksum is none")
+        raise ValueError("a PROXY header with a malformed checksum")
     at = len(header) - sum(len(value) + 3 for _, value in tlvs)
     for kind, value in tlvs:
         at += 3

@@ -368,7 +368,8 @@ class PsServer(SessionOwner[M]):
         is_elsewhere = manager is not None and not manager.thread.is_current()
         if starts or is_elsewhere or not may_wait_for_callbacks():
             raise PsServerError(
-                "wait_for belongs to a greenlet of the server's own thread, and to no callback"
+                "wait_for must be called in a greenlet of the server's own thread, "
+                "not in a callback"
             )
         if manager is None:
             self.start()

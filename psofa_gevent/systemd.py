@@ -164,7 +164,7 @@ def _number(variable: str) -> int | None:
 def _duplicate(descriptor: int, name: str) -> socket.socket:
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         raise ValueError(
-            f"descriptor {descriptor} of systemd's, named {name!r}, is no socket; "
+            f"descriptor {descriptor} of systemd's, named {name!r}, is not a socket; "
             "ask for the others by their names"
         )
     copy = os.dup(descriptor)

@@ -194,7 +194,11 @@ def test_a_unix_peer_that_is_gone_before_it_began_is_told_in_one_line(
     gone.close()
     listener.do_handle(gone, "/run/\nclient")
     (text,) = eventually(
-        lambda: [each.getMessage() for each in caplog.records if "gone before" in each.getMessage()]
+        lambda: [
+            each.getMessage()
+            for each in caplog.records
+            if "connection lost before" in each.getMessage()
+        ]
     )
     assert text.isprintable()
 

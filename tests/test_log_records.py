@@ -807,7 +807,7 @@ class Malformed(Noise):
 
 class Trickling(Noise):
     settings = MappingProxyType({"framing": Line(), "frame_timeout": 0.02, "divide": 50})
-    text = "not whole in time"
+    text = "message timed out"
 
     def make(self, address: tuple[Any, ...]) -> None:
         with ScriptedClient(address) as client:
@@ -828,7 +828,7 @@ class LeavesWithin(Noise):
 
 class BadHeader(Noise):
     settings = MappingProxyType({"proxy_protocol": True})
-    text = "PROXY protocol header failed"
+    text = "bad PROXY header"
 
     def make(self, address: tuple[Any, ...]) -> None:
         with ScriptedClient(address) as client, contextlib.suppress(ConnectionError):

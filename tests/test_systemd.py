@@ -193,7 +193,7 @@ def test_an_environment_that_is_none_of_systemds_is_refused(
 def test_what_is_no_socket_is_told_unless_others_are_asked_for(give: Give) -> None:
     with open(os.devnull) as file:
         [sock] = give(None, file.fileno(), names="echo:fifo")
-    with pytest.raises(ValueError, match=r"'fifo', is no socket"):
+    with pytest.raises(ValueError, match=r"'fifo', is not a socket"):
         systemd.listen_sockets()
     assert ports("echo") == [sock.getsockname()[1]]
 

@@ -213,7 +213,7 @@ def test_a_server_whose_backlog_is_full_is_alive(path: Path) -> None:
 
 def test_what_is_no_socket_is_left_alone(path: Path) -> None:
     path.write_text("precious")
-    with pytest.raises(PsServerError, match="a file that is no socket"):
+    with pytest.raises(PsServerError, match="the path exists and is not a socket"):
         PsServer(echo(), host=f"unix:{path}").start()
     assert path.read_text() == "precious"
 

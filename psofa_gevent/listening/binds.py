@@ -428,7 +428,7 @@ def _descriptor(given: HasFileno | int) -> int:
     except (OSError, ValueError) as exc:  # of a file that is closed
         raise ValueError(f"listener must be a socket that is open, not {given!r}: {exc}") from exc
     if not isinstance(descriptor, int):
-        raise TypeError(f"listener must have a descriptor, which {given!r} has not")
+        raise TypeError(f"listener must have a descriptor, and {given!r} has none")
     if descriptor < 0:
         raise ValueError(f"listener must be open, and {given!r} is closed")
     return descriptor

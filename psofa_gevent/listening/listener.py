@@ -303,7 +303,7 @@ class Listener(StreamServer):
         try:
             if address is None and accepted.family != _socket.AF_UNIX:
                 # macOS. With no address it would pass for a Unix socket, which has rights.
-                raise ConnectionResetError("it has no address any more")
+                raise ConnectionResetError("it no longer has an address")
             if self._admission is not None and self._admission.refuses(
                 accepted, address, self._manager
             ):
@@ -315,9 +315,9 @@ class Listener(StreamServer):
         except BaseException as exc:
             end(accepted)
             if isinstance(exc, OSError):  # reset before it could be looked at
-                log(logging.DEBUG, "%r: gone before it began: %s", address, exc)
+                log(logging.DEBUG, "%r: connection lost before its session began: %s", address, exc)
             elif isinstance(exc, Exception):
-                log(logging.ERROR, "%r: could not be started", address, exc_info=exc)
+                log(logging.ERROR, "%r: the session could not be started", address, exc_info=exc)
             else:
                 raise
 

@@ -65,7 +65,7 @@ class Networks:
                 )
             try:
                 if "%" in text:
-                    raise ValueError("with a zone, and peers are told by their addresses only")
+                    raise ValueError("it has a zone, and peers are matched by address only")
                 self._add(ipaddress.ip_network(text))
             except ValueError as exc:
                 raise ValueError(

@@ -55,7 +55,7 @@ class ServiceNotifier:
         try:
             self._socket = systemd.new_socket()
         except OSError as exc:
-            log(logging.WARNING, "The service manager is told nothing: %s", exc)
+            log(logging.WARNING, "The service manager is not notified: %s", exc)
             return
         _serving.append(self)
         status = where.replace("\n", " ")  # a path may have one

@@ -88,8 +88,8 @@ def _read_header(session: PsSession[Any], deadline: float) -> bool:
     except (OSError, ValueError) as exc:
         if session.is_open:
             inside.request_close(session, PsCloseReason.FAILED, exc, linger=False)
-            text = "%r: the PROXY protocol header failed: %s"
-            inside.log_peer(session, "the PROXY protocol header failed", text, session, exc)
+            text = "%r: bad PROXY header: %s"
+            inside.log_peer(session, "bad PROXY header", text, session, exc)
     return session.is_open
 
 
@@ -113,14 +113,14 @@ def _header(session: PsSession[Any], deadline: float) -> PsProxyInfo:
         # Looked at first, as only then it is known where the header ends.
         seen = _peek(session, deadline, PEEK_SIZE)
         if not seen:
-            raise ConnectionResetError("the peer closed the connection in it")
+            raise ConnectionResetError("connection closed before the end of the header")
         received += seen
         found = parse(received, session.remote_endpoint)
         left = len(seen) if found is None else found[1] - (len(received) - len(seen))
         while left > 0:
             data = inside.take(session, left)
             if not data:  # a system that drops what was there at a reset
-                raise ConnectionResetError("the peer reset the connection in it")
+                raise ConnectionResetError("connection reset before the end of the header")
             left -= len(data)
         if found is not None:
             return found[0]

@@ -32,7 +32,7 @@ def local_addresses(family: PsSocketAddressFamily) -> list[str]:
         import ifaddr  # noqa: PLC0415 - an optional extra
     except ImportError as exc:
         raise ImportError(
-            "the machine's addresses are read by the 'ifaddr' library, which is not here: "
+            "the machine's addresses are read by the 'ifaddr' library, which is not installed: "
             'pip install "psofa_gevent[network]"',
             name="ifaddr",
         ) from exc
