@@ -200,8 +200,8 @@ def _check_names(kind: type) -> None:
         value = inspect.getattr_static(kind, name)
         if callable(value) or isinstance(value, METHOD_KINDS):
             raise PsCallbackError(
-                f"{kind.__name__}.{name} is no callback, so it would never be called: did you mean "
-                f"{_nearest(name)}? A method of your own needs a name that does not begin "
+                f"{kind.__name__}.{name} is not a callback, so it would never be called: did you "
+                f"mean {_nearest(name)}? A method of your own needs a name that does not begin "
                 f"with {PREFIX!r}"
             )
 

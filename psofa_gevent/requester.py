@@ -317,7 +317,9 @@ class PsRequester(Generic[M]):
         if self._request_key is not None:
             key = self._request_key(message)
             if key is None:
-                raise ValueError(f"the message has no key, so no reply can be known: {message!r}")
+                raise ValueError(
+                    f"the message has no key, so no reply can be matched to it: {message!r}"
+                )
         return _Request(key, timeout, parking)
 
     def _left(self, session: PsSession[Any], pending: _Pending[M]) -> None:

@@ -224,7 +224,7 @@ def test_a_method_with_the_name_of_no_callback_is_refused_with_the_nearest(
     for value in values:
         with pytest.raises(PsCallbackError) as caught:
             make(overriding(name, value))
-        assert f"MyCallback.{name} is no callback" in str(caught.value)
+        assert f"MyCallback.{name} is not a callback" in str(caught.value)
         assert f"did you mean {nearest}" in str(caught.value)
 
 

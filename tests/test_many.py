@@ -464,7 +464,7 @@ def test_a_key_that_an_open_session_has_is_not_taken_from_it_unasked(room: MakeR
     here = room(2)
     one, two = here.sessions
     here.server.bind(one, "key")
-    with pytest.raises(PsKeyTakenError, match="'key' belongs to"):
+    with pytest.raises(PsKeyTakenError, match="'key' is taken by"):
         here.server.bind(two, "key")
     assert here.server.find("key") is one
     one.close()

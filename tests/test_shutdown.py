@@ -364,7 +364,7 @@ def test_callback_that_never_ends_is_left_behind_within_the_bounds(
         for session in stuck:
             assert session is not None
             assert any(str(session.connection_id) in error for error in errors)
-        assert any("2" in error and "left behind" in error for error in errors)
+        assert any("2" in error and "abandoned" in error for error in errors)
         for client in clients:
             client.receive_until_eof()
 
@@ -620,7 +620,7 @@ def test_on_close_that_never_ends_costs_the_others_nothing(
         with takes(0.2, most=0.2 + SECOND_BOUND):
             server.shutdown(timeout=0.2)
         assert_all_closed(callback, PsCloseReason.SHUTDOWN, count)
-        assert any(str(count) in error and "left behind" in error for error in errors_of(caplog))
+        assert any(str(count) in error and "abandoned" in error for error in errors_of(caplog))
         go_on.set()
 
 

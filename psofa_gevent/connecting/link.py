@@ -249,7 +249,7 @@ class Link:
         if self.has_ended:  # should_retry has disconnected
             return
         if why is not None:
-            self._why_ended = f"gave up {why}"
+            self._why_ended = f"gave up{why}"
             log(logging.WARNING, "%s", self.not_connected())
             self._end()
             return
@@ -258,18 +258,18 @@ class Link:
     def _why_to_give_up(self, delay: float) -> str | None:
         policy = self._policy
         if policy.attempts is not None and self._failures >= policy.attempts:
-            return f"after {self._failures} attempts"
+            return f" after {self._failures} attempts"
         if policy.give_up_after is not None:
             tried = monotonic() - self._tried_since
             if tried + delay > policy.give_up_after:
-                return f"after {policy.give_up_after:g} s"
+                return f" after {policy.give_up_after:g} s"
         if policy.should_retry is not None:
             try:
                 if policy.should_retry(self._failures, self._last_error) is False:
-                    return "as should_retry says"
+                    return ": should_retry returned False"
             except (Exception, gevent.Timeout) as exc:
                 log(logging.ERROR, "%s: should_retry failed", self._name, exc_info=exc)
-                return f"as should_retry failed: {exc!r}"
+                return f": should_retry failed: {exc!r}"
         return None
 
 

@@ -196,7 +196,7 @@ class CloseQueue:
         """Leave the running call behind, and let another greenlet go on with the queue."""
         call, self._running = self._running, None
         if call is not None:
-            log(logging.ERROR, "%r: its callback does not end: left behind", call.subject)
+            log(logging.ERROR, "%r: callback did not end: abandoned", call.subject)
         self._given_up += 1
         self._service.replace()
         self._one_less()

@@ -37,7 +37,9 @@ class Keys(Generic[M]):
             if not session.is_open or old is session:
                 return
             if old is not None and old.is_open and not replace:
-                raise PsKeyTakenError(f"the key {key!r} belongs to {old!r}: give replace=True")
+                raise PsKeyTakenError(
+                    f"the key {key!r} is taken by {old!r}; pass replace=True to take it over"
+                )
             self._sessions[key] = session
             inside.join(session, _Binding(self, key), None)
         if old is not None:

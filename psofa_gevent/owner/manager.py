@@ -243,7 +243,7 @@ class SessionManager:
         for session in stuck:
             self.forget(session)
             inside.abandon(session)
-            text = "%r: its callback does not end: left behind, without on_close"
+            text = "%r: callback did not end: abandoned, on_close will not be called"
             inside.log(session, logging.ERROR, text, session)
         return len(stuck)
 

@@ -196,7 +196,7 @@ class Shutdown:
             self._hurry(manager, since)
         abandoned = manager.abandon_sessions() + manager.closing.abandon()
         if abandoned:
-            text = "%r: %d callbacks did not end: left behind"
+            text = "%r: %d callbacks did not end: abandoned"
             log(logging.ERROR, text, manager.owner, abandoned)
 
     def _call_on_stop(self, manager: SessionManager) -> None:
