@@ -607,8 +607,8 @@ KEY_UPDATES = """
 @pytest.mark.parametrize(
     ("how", "error"),
     [
-        ("at once", "the peer asks for too many answers of TLS"),
-        ("between data", "the peer asks for answers of TLS, and takes none"),
+        ("at once", "the peer sent too many TLS key updates"),
+        ("between data", "the peer sends TLS key updates but does not read the replies"),
     ],
 )
 def test_a_peer_that_asks_for_key_updates_and_takes_none_fails_and_holds_up_nobody(

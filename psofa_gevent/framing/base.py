@@ -327,8 +327,8 @@ class _DecodeAgain(Decoder[T]):
 
     def _mistaken(self, found: object) -> PsFramingError:
         return PsFramingError(
-            f"{self._framing!r}: decode returned {found!r}, which is none of (message, index), "
-            "(SKIP, index), Need(n) and None"
+            f"{self._framing!r}: decode returned {found!r}, which is not (message, index), "
+            "(SKIP, index), Need(n) or None"
         )
 
     def _check_need(self, need: object, there: int) -> int:

@@ -178,7 +178,7 @@ class Between(Framing[bytes]):
             raise PsFramingError(f"{self!r}: the message contains the end marker")
         if self.start == self.end:
             if not data:
-                raise PsFramingError(f"{self!r}: nothing between two flags is no message")
+                raise PsFramingError(f"{self!r}: a message must not be empty")
         elif self.resynchronise and framed.rfind(self.start, 0, -len(self.end)) != 0:
             raise PsFramingError(f"{self!r}: the message contains the start marker")
         return framed

@@ -273,12 +273,10 @@ class TlsSocket:
         with contextlib.suppress(OSError):
             self._flush()
         if asked > MOST_ANSWERS:
-            self._error = ssl.SSLError(
-                ssl.SSL_ERROR_SSL, "the peer asks for too many answers of TLS"
-            )
+            self._error = ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer sent too many TLS key updates")
         elif len(self._encrypted) > MOST_UNTAKEN:
             self._error = ssl.SSLError(
-                ssl.SSL_ERROR_SSL, "the peer asks for answers of TLS, and takes none"
+                ssl.SSL_ERROR_SSL, "the peer sends TLS key updates but does not read the replies"
             )
         self._tell_of_more(has_more=False)
 
