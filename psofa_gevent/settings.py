@@ -281,7 +281,7 @@ class SessionSettings:
         default=1.5,
         metadata=about(
             check=seconds(),
-            what="seconds without progress, in which the peer takes nothing, after which a send "
+            what="seconds without progress (the peer accepts no data) after which a send "
             "fails and the session closes",
             trades="the longer it is, the longer a stalled peer holds its sender",
             none="wait for ever",
@@ -326,7 +326,7 @@ class SessionSettings:
         default=None,
         metadata=about(
             check=check_framing,
-            what="what cuts the stream into messages",
+            what="how the stream is split into messages",
             none="the bytes as they come",
         ),
     )
@@ -398,8 +398,8 @@ class SessionSettings:
         default=None,
         metadata=about(
             check=check_user_timeout,
-            what="TCP_USER_TIMEOUT in seconds: the session closes with `FAILED` when what was "
-            "sent stays unacknowledged for so long, or a full peer takes nothing",
+            what="TCP_USER_TIMEOUT in seconds: the session closes with `FAILED` when sent "
+            "data stays unacknowledged for this time, or a full peer accepts no data",
             trades="a short one gives up a peer whose network is down for a while; Linux only",
             none="the kernel's own time",
         ),
@@ -408,7 +408,7 @@ class SessionSettings:
         default=None,
         metadata=about(
             check=check_heartbeat,
-            what="milliseconds, and what a session sends when it has sent nothing for so long, "
+            what="milliseconds, and what a session sends when it has sent nothing for this time, "
             "such as `(30_000, b'ping')`: a message, or a function of the session (also async) "
             "that returns one. `PsHeartbeat(30_000, b'\\xff', raw=True)` goes past the framing",
             trades="keeps NAT routers and the peer's idle check content; costs a packet each time",

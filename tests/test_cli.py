@@ -894,7 +894,7 @@ BROKEN_APP = """
         (["serve", "--listener", "a:70000"], "('a', 70000): port must be from 0 to 65535"),
         (["serve", "--listener", "fd:x"], " --listener must be HOST:PORT, "),
         (["serve", "--listener", "fd:0"], " --listener must be a listening socket, not 0"),
-        (["serve", "--listener", "systemd"], "no sockets of systemd's (LISTEN_FDS)"),
+        (["serve", "--listener", "systemd"], "no sockets to this process (LISTEN_FDS)"),
         (["serve", "--port", "0", "--listener", "a:2"], "besides a --port (0)"),
         (["serve", "--host", "0.0.0.0", "--listener", "a:2"], "besides a --host (0.0.0.0)"),
         (["serve", "--unix-mode", "999"], "--unix-mode: invalid permissions value: '999'"),

@@ -231,7 +231,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             default=None,
         ),
     ),
-    "who is let in": (
+    "access control": (
         Option("allowed_networks", several("NETWORK"), flag="--allow-network"),
         Option("denied_networks", several("NETWORK"), flag="--deny-network"),
         Option("max_sessions_per_peer", number(int, "SESSIONS", "none")),
@@ -247,8 +247,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option(
             "framing",
             words(FRAMINGS),
-            says="what cuts the stream into messages: lines (sent with LF, or CR LF), or a length "
-            "before each, of 4 bytes in network order or a varint",
+            says="how the stream is split into messages: lines (sent with LF, or CR LF), or a "
+            "length before each, of 4 bytes in network order or a varint",
         ),
         Option("high_water", number(int, "BYTES")),
         Option("overflow", words(OVERFLOWS)),
@@ -268,14 +268,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "heartbeat",
             text("MILLISECONDS,TEXT", heartbeat),
             says=r"send TEXT, in which \n and the like are escapes, to a client that was sent "
-            "nothing for so long (default: nothing)",
+            "nothing for this time (default: nothing)",
             default=None,
         ),
         Option(
             "heartbeat",
             text("MILLISECONDS,HEX", raw_heartbeat),
             flag="--raw-heartbeat",
-            says="the same with bytes, in hexadecimal digits, that the framing leaves alone",
+            says="the same with bytes, in hexadecimal digits, sent without the framing",
             default=None,
         ),
         Option("handshake_timeout", number(seconds, "SECONDS", "none")),
@@ -284,22 +284,22 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option(
             "drain",
             number(seconds, "SECONDS"),
-            says="when stopped, first let sessions go on and end by themselves for so long "
-            "(default: 0.0)",
+            says="when stopped, first let sessions go on and end by themselves for this "
+            "time (default: 0.0)",
             default=0.0,
         ),
         Option(
             "shutdown_timeout",
             number(seconds, "SECONDS", "none"),
-            says="then close the rest, and kill callbacks that still run after so long; 'none' "
-            f"waits for them (default: {SHUTDOWN_TIMEOUT})",
+            says="then close the rest, and kill callbacks that still run after this time; "
+            f"'none' waits for them (default: {SHUTDOWN_TIMEOUT})",
             default=SHUTDOWN_TIMEOUT,
         ),
         Option(
             "log_level",
             Kind({"choices": LEVELS}),
-            says="debug tells of every session; where the application sets up logging when it is "
-            "imported, this is the level of the logger psofa_gevent, and all else stays as it is "
+            says="debug logs every session; if the application sets up logging when it is "
+            "imported, this sets the level of the logger psofa_gevent and nothing else "
             f"(default: {DEFAULT_LOG_LEVEL})",
             default=None,
         ),
@@ -447,7 +447,7 @@ def from_systemd() -> list[Given]:
         raise UsageError(f"--listener systemd: {exc}") from exc
     if not sockets:
         raise UsageError(
-            "--listener systemd: there are no sockets of systemd's (LISTEN_FDS) for this process"
+            "--listener systemd: systemd passed no sockets to this process (LISTEN_FDS)"
         )
     return [*sockets]
 

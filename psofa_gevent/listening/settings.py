@@ -109,7 +109,7 @@ class ServerSettings(SessionSettings):
         default=10.0,
         metadata=about(
             check=seconds(more_than_zero=True),
-            what="seconds that a client has for all that comes before `on_open`: the header of "
+            what="seconds that a client has for everything before `on_open`: the header of "
             "the PROXY protocol and the TLS handshake",
             trades="a connection under way takes the place of a session",
             none="any time",
@@ -121,7 +121,7 @@ class ServerSettings(SessionSettings):
             check=check_bool,
             what="every connection begins with the header of the PROXY protocol, in which a load "
             "balancer says who its client is",
-            trades="whoever sends no header is not served",
+            trades="a client without the header is not served",
         ),
     )
     trusted_proxies: Collection[str] = field(
@@ -129,7 +129,7 @@ class ServerSettings(SessionSettings):
         metadata=about(
             check=None,  # by Networks
             what="the addresses and networks of load balancers that may send that header",
-            trades="whoever is in there can claim any address for its clients",
+            trades="a peer in these networks can claim any address for its clients",
         ),
     )
     allowed_networks: Collection[str] | None = field(
@@ -172,8 +172,8 @@ class ServerSettings(SessionSettings):
         default=None,
         metadata=about(
             check=None,  # by Admission, which makes bytes of it
-            what="what clients get to read that are refused for their number: text or bytes, "
-            "4,096 at most",
+            what="the text or bytes that clients are sent when they are refused for their number, "
+            "4,096 bytes at most",
             trades="not with TLS",
             none="nothing",
         ),
