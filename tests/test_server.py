@@ -1577,7 +1577,7 @@ def test_wait_for_in_a_callback_is_an_error_that_says_so(use_async_callback: boo
             refuse("on_stop")
 
     def refuse(method: str) -> None:
-        with pytest.raises(PsServerError, match="no callback"):
+        with pytest.raises(PsServerError, match="not in a callback"):
             server.wait_for()
         refused.append(method)
 
