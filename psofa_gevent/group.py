@@ -33,7 +33,7 @@ from psofa_gevent.session.session import PsSession
 
 __all__ = ["PsGroup", "post_to_all"]
 
-AT_A_TIME = 16
+MEMBERS_AT_A_TIME = 16
 """Sessions that are posted to between two looks at the clock."""
 
 
@@ -153,7 +153,7 @@ def _post_for_a_turn(sessions: list[PsSession[Any]], data: bytes) -> int:
     post_encoded = inside.post_encoded
     for number, session in enumerate(sessions, 1):
         post_encoded(session, data)
-        if number % AT_A_TIME == 0 and monotonic() >= end:
+        if number % MEMBERS_AT_A_TIME == 0 and monotonic() >= end:
             return number
     return len(sessions)
 
@@ -196,7 +196,7 @@ class _LatePosts:
         sessions = self._sessions
         try:
             while sessions:
-                for _ in range(min(AT_A_TIME, len(sessions))):
+                for _ in range(min(MEMBERS_AT_A_TIME, len(sessions))):
                     inside.flush(sessions[0])
                     sessions.popleft()
                 if monotonic() >= end:

@@ -66,16 +66,16 @@ __all__ = ["PsRequester"]
 
 T = TypeVar("T")
 
-PAUSE = 1 / 2
+PAUSE_SHARE = 1 / 2
 """Of the time that a request has: how long it waits for a late reply before it is sent, if at all.
 The other half is for its own reply."""
 PROMPT = 1 / 8
-"""Of the same time: a reply that comes sooner is not likely to be a late one. Less than `PAUSE`, so
-that a late peer that is as slow to each request is found out in the pause."""
+"""Of the same time: a reply that comes sooner is not likely to be a late one. Less than
+`PAUSE_SHARE`, so that a late peer that is as slow to each request is found out in the pause."""
 LOOK_TIME = 1.0
 """Seconds that a last look may take: the loop of a coroutine may be one that holds up the hub."""
 
-_NOTHING: Any = object()
+_NO_REPLY: Any = object()
 """No reply; ``None`` may be one."""
 
 
@@ -359,7 +359,7 @@ class _Request(Generic[T]):
         self.late_at = 0.0
         """When its place is given up; 0: its sender still waits."""
         self._parking = parking
-        self._reply: T = _NOTHING
+        self._reply: T = _NO_REPLY
         self._error: PsRequestError | None = None
 
     def left(self) -> None:
@@ -367,7 +367,7 @@ class _Request(Generic[T]):
         self.is_sent = True
         self.sent_at = monotonic()
 
-    def end(self, *, reply: T = _NOTHING, error: PsRequestError | None = None) -> None:
+    def end(self, *, reply: T = _NO_REPLY, error: PsRequestError | None = None) -> None:
         """Let the one who waits go on, soon."""
         self._reply, self._error = reply, error
         self.is_over = True
@@ -492,7 +492,7 @@ class _InOrder(_Pending[T]):
         """All in the line are given up, and the last reply may have been that of the youngest."""
         self._trial: _Request[T] | None = None
         """The one that was sent, after a pause, to end the doubt."""
-        self._kept: T = _NOTHING
+        self._kept: T = _NO_REPLY
         """The reply that came promptly in the trial."""
         self._timer: Any = None
         """Runs while a place is kept."""
@@ -523,10 +523,10 @@ class _InOrder(_Pending[T]):
         now = monotonic()
         if self._skips:
             left = max(each.late_at for each in self._line) - now
-            if request.timeout is None or left <= request.timeout * PAUSE:
+            if request.timeout is None or left <= request.timeout * PAUSE_SHARE:
                 return True  # until they are given up
         if self._in_doubt and not request.held_until:
-            request.held_until = now + self._time_of(request) * PAUSE
+            request.held_until = now + self._time_of(request) * PAUSE_SHARE
         return self._in_doubt and now < request.held_until
 
     def _time_of(self, request: _Request[T]) -> float:
@@ -541,10 +541,10 @@ class _InOrder(_Pending[T]):
         self._reply_at = monotonic()
         trial = self._trial
         if trial is not None and self._given_up:
-            if self._kept is _NOTHING and self._is_prompt(trial):
+            if self._kept is _NO_REPLY and self._is_prompt(trial):
                 self._kept = message
                 return True
-            if self._kept is not _NOTHING:
+            if self._kept is not _NO_REPLY:
                 self._take_first()  # one more has come: that one was to a request that is given up
             self._end_trial()
         request = self._take_first()
@@ -570,7 +570,7 @@ class _InOrder(_Pending[T]):
         return self._reply_at - request.sent_at <= self._time_of(request) * PROMPT
 
     def time_is_over(self, request: _Request[T]) -> None:
-        if self._trial is request and self._kept is not _NOTHING:
+        if self._trial is request and self._kept is not _NO_REPLY:
             self._pass_trial(request)
 
     def _pass_trial(self, trial: _Request[T]) -> None:
@@ -583,7 +583,7 @@ class _InOrder(_Pending[T]):
 
     def _end_trial(self) -> None:
         self._trial = None
-        self._kept = _NOTHING
+        self._kept = _NO_REPLY
         self._wake_held()
 
     def _wake_held(self) -> None:
@@ -600,7 +600,7 @@ class _InOrder(_Pending[T]):
         if request not in self._line:
             return
         if self._trial is request:
-            if self._kept is not _NOTHING:
+            if self._kept is not _NO_REPLY:
                 self._take_first()
             self._end_trial()
         if not request.is_sent:
@@ -632,7 +632,7 @@ class _InOrder(_Pending[T]):
         self._stop_timer()
         now = monotonic()
         over = [each for each in self._line if each.late_at and each.late_at <= now]
-        if over and self._trial is not None and self._kept is not _NOTHING:
+        if over and self._trial is not None and self._kept is not _NO_REPLY:
             self._pass_trial(self._trial)
         elif over and not self._skips:
             self._close_session()

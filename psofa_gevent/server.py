@@ -24,9 +24,9 @@ from psofa_gevent.hub.logs import log
 from psofa_gevent.hub.signals import ask_on_signals
 from psofa_gevent.listening.admission import Admission
 from psofa_gevent.listening.binds import (
+    BIND_PATIENCE,
     DEFAULT_HOST,
     DEFAULT_PORT,
-    PATIENCE,
     BindOptions,
     Given,
     check_binds,
@@ -562,7 +562,7 @@ class PsServer(SessionOwner[M]):
             binds = [each.where(endpoint) for each, endpoint in bound]
 
         def tell(why: str) -> None:
-            log(logging.WARNING, "%r: %s: trying again for %g s", self, why, PATIENCE)
+            log(logging.WARNING, "%r: %s: trying again for %g s", self, why, BIND_PATIENCE)
 
         return open_when_free(
             binds,

@@ -900,7 +900,7 @@ def test_a_child_may_not_serve_what_its_parent_goes_on_to_serve() -> None:
     program = """
         from psofa_gevent.listening import binds
 
-        binds.PATIENCE = 0.5
+        binds.BIND_PATIENCE = 0.5
         server = PsServer(Who(), host=HOST, port=0, framing=Line())
         server.start()
         address = server.address

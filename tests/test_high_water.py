@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from helpers import NativeThread, close_reasons, run_python
 from psofa_gevent import PsCallback, PsCloseReason, PsGroup, PsOverflow, PsServer, PsSession
 from psofa_gevent.framing import LengthPrefix
-from psofa_gevent.session.buffers import JOIN_SIZE, OWN_BLOCK, Buffers, Step
+from psofa_gevent.session.send_buffers import JOIN_SIZE, OWN_BLOCK, Buffers, Step
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,

@@ -41,7 +41,7 @@ from psofa_gevent import (
 )
 from psofa_gevent.framing import LengthPrefix, Line
 from psofa_gevent.hub.parking import GreenletParking, run_in_greenlet
-from psofa_gevent.session.files import LEAST_OF_A_TURN, TURN
+from psofa_gevent.session.files import LEAST_OF_A_TURN, TURN_SIZE
 from psofa_gevent.testing import (
     ClientFactory,
     RecordingCallback,
@@ -158,7 +158,7 @@ def test_a_file_arrives_whole_over_tcp_and_the_kernel_sends_it(
     sender = attempt(session.send_file, path)
     assert hashed(peer) == DIGEST
     assert result(sender) == session.bytes_sent == sum(by_kernel) == SIZE
-    assert max(by_kernel) <= TURN
+    assert max(by_kernel) <= TURN_SIZE
     peer.expect_nothing(0.01)
 
 
@@ -443,7 +443,7 @@ def test_others_have_their_turn_however_small_the_pieces_are(pair: Callable[...,
             return super().read(size)
 
     assert session.send_file(Source(), count=10_000, piece_size=1) == 10_000
-    assert before[0] <= TURN / LEAST_OF_A_TURN + 1
+    assert before[0] <= TURN_SIZE / LEAST_OF_A_TURN + 1
 
 
 def test_what_can_not_seek_is_sent_from_where_it_is(pair: Callable[..., Pair]) -> None:

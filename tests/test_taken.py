@@ -70,7 +70,7 @@ def test_start_waits_for_another_process_that_leaves_the_address(
 def test_an_address_that_another_process_keeps_is_an_error_in_the_end(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binds, "PATIENCE", 0.2)
+    monkeypatch.setattr(binds, "BIND_PATIENCE", 0.2)
     with other_process(where) as (_process, found):
         server = server_at(where, found)
         with pytest.raises(
@@ -99,7 +99,7 @@ def test_a_shutdown_ends_a_start_that_waits(where: str) -> None:
 
 
 def test_nobody_waits_for_what_this_process_holds_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binds, "PATIENCE", 1_000)
+    monkeypatch.setattr(binds, "BIND_PATIENCE", 1_000)
     with PsServer(PsCallback(), host=LOOPBACK, port=0) as first:
         second = PsServer(PsCallback(), host=LOOPBACK, port=first.address[1])
         with pytest.raises(PsServerError, match=r"in use$"):

@@ -533,7 +533,7 @@ def test_a_post_to_many_leaves_in_turns_and_the_call_returns_before(many: Many) 
     check.start(count)
     try:
         many.server.broadcast("news")
-        assert sum(session.bytes_sent > 0 for session in many.sessions) == group.AT_A_TIME
+        assert sum(session.bytes_sent > 0 for session in many.sessions) == group.MEMBERS_AT_A_TIME
         assert sum(session.pending_bytes for session in many.sessions) == 5 * (80 - 16)
         eventually(lambda: all(session.bytes_sent == 5 for session in many.sessions))
     finally:
@@ -607,7 +607,7 @@ def test_a_large_post_to_many_leaves_in_turns_and_a_slow_peer_holds_up_nobody(ma
     eventually(lambda: slow.post(message) and slow._send_queue is not None)
     before = slow.pending_bytes
     many.server.broadcast(message)
-    assert sum(session.bytes_sent > 0 for session in many.sessions) == group.AT_A_TIME + 1
+    assert sum(session.bytes_sent > 0 for session in many.sessions) == group.MEMBERS_AT_A_TIME + 1
     assert slow.pending_bytes == before + 200_001
     for session, peer in many.peers.items():
         if session is not slow:

@@ -41,9 +41,9 @@ from psofa_gevent.net.sockopts import UNNAMED, Endpoint, endpoint
 from psofa_gevent.settings import SessionSettings
 
 __all__ = [
+    "BIND_PATIENCE",
     "DEFAULT_HOST",
     "DEFAULT_PORT",
-    "PATIENCE",
     "Bind",
     "BindOptions",
     "Given",
@@ -56,7 +56,7 @@ DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8710
 REUSE_PORT: int | None = getattr(_socket, "SO_REUSEPORT", None)
 """None where there is no such option."""
-PATIENCE = 10.0
+BIND_PATIENCE = 10.0
 """Seconds that another process which listens has, at most, to end. A parent that forks to become a
 daemon may wait for its child to be ready, a worker that is replaced for its last request."""
 FIRST_PAUSE = 0.01
@@ -337,9 +337,9 @@ def open_when_free(
         told: called with the reason before the first wait, but for a parent, which is expected.
 
     Raises:
-        PsServerError: it is not possible, or the address was not free within `PATIENCE`.
+        PsServerError: it is not possible, or the address was not free within `BIND_PATIENCE`.
     """
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + BIND_PATIENCE
     pause = FIRST_PAUSE
     while True:
         try:
@@ -350,13 +350,13 @@ def open_when_free(
             if left_in is None:
                 waits = waits and may_wait() and any(each.is_taken() for each in binds)
             if not waits or monotonic() >= deadline:
-                text = f"{exc}, by another process for {PATIENCE:g} s" if waits else str(exc)
+                text = f"{exc}, by another process for {BIND_PATIENCE:g} s" if waits else str(exc)
                 if left_in is not None:
                     text = (
                         f"{exc}. Process {left_in} listened there at the fork, of which this "
                         f"process {os.getpid()} is a child: it must have ended within "
-                        f"{PATIENCE:g} s. For several processes, and for ports that this one may "
-                        "not bind: listen, fork, and make a PsServer(listener=sock) in each"
+                        f"{BIND_PATIENCE:g} s. For several processes, and for ports that this one "
+                        "may not bind: listen, fork, and make a PsServer(listener=sock) in each"
                     )
                 raise PsServerError(text) from cause
             if pause == FIRST_PAUSE and left_in is None:

@@ -65,11 +65,11 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.hub.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.hub.greenlets import LibraryGreenlet, sends_to_the_end
+from psofa_gevent.hub.io_events import READ
 from psofa_gevent.hub.logs import PeerLog, log
 from psofa_gevent.hub.ready import ReadySessions, switch
 from psofa_gevent.hub.thread import HubThread, get_ident
 from psofa_gevent.hub.times import NEVER
-from psofa_gevent.hub.watchers import READ
 from psofa_gevent.messages import M
 from psofa_gevent.net.sockopts import (
     SENDFILE_REFUSALS,
@@ -91,7 +91,7 @@ __all__ = ["Callbacks", "Connection", "Manager", "Membership", "TimeLimit"]
 
 SHUT_AGAIN = 0.02
 """Seconds after which a full kernel is asked again to take the end of a TLS stream."""
-_NOTHING = object()
+_NOT_A_MEMBER = object()
 
 
 class Callbacks(Protocol):
@@ -460,8 +460,8 @@ class Connection(Generic[M]):
 
     def _leave(self, membership: Membership) -> None:
         if self._memberships:
-            state = self._memberships.pop(membership, _NOTHING)
-            if state is not _NOTHING:
+            state = self._memberships.pop(membership, _NOT_A_MEMBER)
+            if state is not _NOT_A_MEMBER:
                 membership._left(self, state)
 
     def _leave_all(self) -> None:

@@ -30,7 +30,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import track
 from psofa_gevent.messages import as_bytes
-from psofa_gevent.session.buffers import Step
+from psofa_gevent.session.send_buffers import Step
 from psofa_gevent.tls.socket import TlsSocket
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["File", "FileSource", "Progress", "Readable"]
 
-TURN = 1_048_576
+TURN_SIZE = 1_048_576
 """Bytes after which other sessions have their turn, though the kernel would take more."""
 LEAST_OF_A_TURN = 8_192
 """Bytes that each piece counts as, at least: a tiny one takes 10 to 25 µs, too."""
@@ -60,7 +60,7 @@ File = str | os.PathLike[str] | os.PathLike[bytes] | Readable
 
 
 class FileSource:
-    """A file on its way (`psofa_gevent.session.buffers.Source`). To be closed."""
+    """A file on its way (`psofa_gevent.session.send_buffers.Source`). To be closed."""
 
     __slots__ = (
         "__weakref__",
@@ -134,7 +134,7 @@ class FileSource:
         return self._left is not None and self._left <= self._piece_size
 
     def give(self, session: Connection[Any]) -> Step:
-        """See `psofa_gevent.session.buffers.Source`."""
+        """See `psofa_gevent.session.send_buffers.Source`."""
         if self._pending_size:
             return self._give_piece(session)
         if self._left == 0:
@@ -148,7 +148,7 @@ class FileSource:
         file = self._input
         assert isinstance(file, _RegularFile)
         try:
-            taken = session._send_file_now(file.descriptor, file.at, min(self._left, TURN))
+            taken = session._send_file_now(file.descriptor, file.at, min(self._left, TURN_SIZE))
         except OSError:
             self._by_kernel = False
             return Step.MORE
@@ -197,7 +197,7 @@ class FileSource:
         self._count(size)
         if self._left == 0:
             return Step.ALL
-        if self._turn < TURN:
+        if self._turn < TURN_SIZE:
             return Step.MORE
         self._turn = 0
         return Step.SOME

@@ -7,9 +7,9 @@ waits in an inbox until the hub comes to it, and counts from the call on.
 
 What waits is limited by ``high_water``, and the session's `PsOverflow` says what happens to a post
 beyond that. It counts the bytes of messages; with DROP_OLDEST also one for each, for where it ends.
-In memory that is less than twice as much (`psofa_gevent.session.buffers`). What one broadcast left
-in many sessions counts in each of them, also where they share it. Messages that were collected
-(`PsSession.corked`) are always kept: they are few, and were sent.
+In memory that is less than twice as much (`psofa_gevent.session.send_buffers`). A message of a
+broadcast counts in each session that it waits in, although the sessions share it. Messages that
+were collected (`PsSession.corked`) are always kept: they are few, and were sent.
 
 All of it belongs to the hub's thread, but for the inbox, which `HubThread.lock` guards. Nothing
 here switches or raises, but for `Outbox.wait`. An outbox does not hold its session: that would be a
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from psofa_gevent.enums import PsCloseReason, PsOverflow
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.parking import Parking
-from psofa_gevent.session.batch import Batch
-from psofa_gevent.session.buffers import Buffers
+from psofa_gevent.session.send_batch import Batch
+from psofa_gevent.session.send_buffers import Buffers
 from psofa_gevent.session.send_queue import queue_up
 
 if TYPE_CHECKING:

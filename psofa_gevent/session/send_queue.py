@@ -16,12 +16,12 @@ exists while someone waits, and goes with the last one:
 - Nothing follows a message that broke off in its middle, whatever ended its sender: the peer would
   take it for the rest.
 
-What a sender sends is a `Source` (`psofa_gevent.session.buffers`): `Buffers` of bytes, or a file
+A sender sends a `Source` (`psofa_gevent.session.send_buffers`): `Buffers` of bytes, or a file
 (`psofa_gevent.session.files`), which gives the session some of it whenever it is its turn.
 
 Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
 is the `Parking` that it awaits (`psofa_gevent.hub.parking`). The hub resumes that of a `Batch`
-(`psofa_gevent.session.batch`).
+(`psofa_gevent.session.send_batch`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import release, unwatch, watch
 from psofa_gevent.hub.greenlets import sends_to_the_end
+from psofa_gevent.hub.io_events import WRITE
 from psofa_gevent.hub.parking import Parking
-from psofa_gevent.hub.watchers import WRITE
 from psofa_gevent.net.sockopts import unacknowledged
-from psofa_gevent.session.batch import Batch
-from psofa_gevent.session.buffers import Buffers, Source, Step
+from psofa_gevent.session.send_batch import Batch
+from psofa_gevent.session.send_buffers import Buffers, Source, Step
 from psofa_gevent.settings import DEFAULT, Default
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ from psofa_gevent.hub.greenlets import may_wait, sends_to_the_end
 from psofa_gevent.hub.parking import GreenletParking, Parking, TaskParking, run_in_greenlet
 from psofa_gevent.hub.thread import get_ident
 from psofa_gevent.messages import M, Message, as_buffer, as_bytes
-from psofa_gevent.session.buffers import Buffers, Source
 from psofa_gevent.session.connection import Connection
 from psofa_gevent.session.files import File, FileSource, Progress
 from psofa_gevent.session.outbox import Outbox
+from psofa_gevent.session.send_buffers import Buffers, Source
 from psofa_gevent.session.send_queue import SendQueue, queue_up
 from psofa_gevent.settings import DEFAULT, Default
 

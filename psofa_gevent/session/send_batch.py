@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from psofa_gevent.errors import PsSendError
-from psofa_gevent.session.buffers import Buffers
+from psofa_gevent.session.send_buffers import Buffers
 
 __all__ = ["Batch"]
 
