@@ -21,7 +21,7 @@ __all__ = ["ServerSettings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings(SessionSettings):
-    """The settings that a `PsServer` was made with; `PsServer.settings`: those in effect."""
+    """The settings given to a `PsServer`; `PsServer.settings` are those in effect."""
 
     host: str = field(
         default=DEFAULT_HOST,
