@@ -17,8 +17,8 @@ Which greenlet runs what:
   thread blocks everything.
 
 ``asyncio.to_thread`` uses OS threads, or greenlets where ``threading`` is patched: then a function
-that blocks in C blocks everything. In such a process ``await
-await_greenlet(gevent.spawn(get_hub().threadpool.apply, f))`` runs ``f`` in an OS thread.
+that blocks in C blocks everything. To run ``f`` in an OS thread even then:
+``await await_greenlet(gevent.spawn(get_hub().threadpool.apply, f))``.
 
 Why this loop and not the ``asyncio-gevent`` package (0.2.5): its helpers run a coroutine on the
 running loop that they find, or else on a new loop. If two greenlets use them at once, the result is

@@ -66,7 +66,7 @@ class Beginning(Ready, Protocol):
         """Take the first step. Returns whether the coroutine has ended in it."""
 
     def waits(self) -> None:
-        """Called when the coroutine waits."""
+        """Tell the greenlet of this run that it waits. Does not switch."""
 
     def drop(self) -> None:
         """Close the coroutine, which will never begin."""

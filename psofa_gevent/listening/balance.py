@@ -50,7 +50,8 @@ FIRST_WAIT = 0.001
 and to accept twenty, and libev has no shorter wait. If they do not accept, a client waits at most
 that much longer."""
 LONGEST_WAIT = 0.008
-"""Seconds of the longest such wait. It is doubled each time while nothing changes: all are busy."""
+"""Seconds of the longest such wait. The wait is doubled each time while nothing changes, as then
+all are busy."""
 SLOW_PATIENCE = 0.1
 """Seconds for which a process defers to another one whose number does not change: the other one is
 busy, or stopped."""
@@ -59,11 +60,10 @@ FORGIVENESS = 1.0
 
 
 class SharedLoad:
-    """The session counts that a process and the others that share its listening socket publish.
+    """The part of one process in the balance: publishes its session count, and reads the others.
 
     Attributes:
-        has_others: whether another process accepts from the socket; known as of at most some 20 ms
-            ago.
+        has_others: whether another process accepts from the socket, as of some 20 ms ago.
     """
 
     __slots__ = (

@@ -204,7 +204,7 @@ class Listener(StreamServer):
         return self._wait > 0.0
 
     @property
-    def max_accept(self) -> int:  # type: ignore[override]  # nobody sets it
+    def max_accept(self) -> int:  # type: ignore[override]  # no code sets it
         """Accepts in one round of the hub, at most. gevent asks at the start of each round."""
         if self._load is not None and self._load.has_others:
             return ACCEPTS_OF_SHARED

@@ -194,8 +194,8 @@ def unsent_low_water(settings: SocketSettings) -> int:
 
     Without a setting the bound is derived from ``high_water``: otherwise the kernel would take
     megabytes for a peer that does not read before a post waits here, however low ``high_water`` is.
-    There is no such default on other systems than Linux, whose kernel refuses bytes beyond the
-    bound; other kernels take them, and only announce later that they take more.
+    Only Linux has this default, as its kernel refuses bytes beyond the bound. Other kernels take
+    them, and only announce later that they take more.
     """
     if settings.unsent_low_water is not None:
         return settings.unsent_low_water
