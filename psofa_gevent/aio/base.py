@@ -1,6 +1,7 @@
-"""What the parts of the asyncio loop of a hub know of it: so they need not know each other.
+"""The base class of the asyncio loop of a hub, as the parts of the loop know it.
 
-The loop itself is `psofa_gevent.aio.loop`, which imports all of them.
+With it the parts need not import the loop itself, `psofa_gevent.aio.loop`, which imports all of
+them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ __all__ = ["BaseHubLoop"]
 
 
 class BaseHubLoop(asyncio.SelectorEventLoop):
-    """The loop as its greenlet, its runs and its child watchers see it. In the hub's thread.
+    """The loop as its greenlet, its runs and its child watchers know it. In the hub's thread.
 
     Attributes:
-        hub: the one that it belongs to.
-        thread: that hub's.
-        waiting: calls in executors, and children: while there are any, the hub stays alive.
-        nothing_to_call: for what was not scheduled after all.
+        hub: the hub that the loop belongs to.
+        thread: the thread of that hub.
+        waiting: the number of calls in executors, and of threads that wait for child processes.
+            While it is not 0, the hub stays alive.
+        nothing_to_call: a cancelled handle, for a call that did not have to be scheduled.
     """
 
     hub: Hub
@@ -34,4 +36,4 @@ class BaseHubLoop(asyncio.SelectorEventLoop):
 
     def has_work(self) -> bool:
         """Whether a callback is due in the next round."""
-        return bool(self._ready)  # type: ignore[attr-defined]  # a name of all asyncio's loops
+        return bool(self._ready)  # type: ignore[attr-defined]  # all loops of asyncio have this name

@@ -1,9 +1,9 @@
-"""Tells an asyncio loop that a child process has ended: for subprocesses on the loop of a hub.
+"""The child watcher of a hub's asyncio loop: tells the loop that a child process has ended.
 
-asyncio's own loops have child watchers for this. Up to Python 3.13 it is the event loop policy that
-knows them, and not each policy does: that of uvloop, which ``uvloop.install()`` sets, has none. And
-in a patched process, where the process is gevent's, gevent reads the exit status itself; whoever
-waits for it beside that may wait for ever (on libuv).
+asyncio's own loops get child watchers for this: up to Python 3.13 from the event loop policy, and
+some policies have none, such as the one that ``uvloop.install()`` sets. In a patched process, where
+the child is started by gevent, gevent itself reads the exit status; other code that waits for the
+status as well may wait forever (on libuv).
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["watch_child"]
 
 UNKNOWN = 255
-"""What asyncio gives for the exit code of a child whose status somebody else has read."""
+"""asyncio's exit code for a child whose status other code has read."""
 
 
 def watch_child(loop: BaseHubLoop, process: Any, ended: Callable[[int], None]) -> None:
     """Have `loop` call `ended` with the exit code when `process`, a ``Popen``, has ended.
 
-    In the loop's thread. The hub stays alive for it.
+    To be called in the loop's thread, where `ended` is called as well. The hub stays alive until
+    then.
     """
     if hasattr(process, "rawlink"):  # gevent's
         process.rawlink(lambda process: loop.call_soon(ended, process.returncode))
         return
     try:
         descriptor = os.pidfd_open(process.pid)
-    except (AttributeError, OSError):  # not Linux, or an old one
+    except (AttributeError, OSError):  # not Linux, or an old kernel
         _watch_in_thread(loop, process.pid, ended)
         return
 

@@ -1,33 +1,35 @@
 """The asyncio bridge: one asyncio event loop per gevent hub, run by the hub itself.
 
 Any number of greenlets may run coroutines at the same time, as tasks of the one loop of their hub,
-and coroutines may wait for greenlets. To a coroutine the loop is an ordinary selector event loop;
-to the hub it is one greenlet that waits for descriptors, for a timer, or to be woken.
+and coroutines may wait for greenlets. To a coroutine the loop is an ordinary selector event loop.
+To the hub it is one greenlet that waits for descriptors, for a timer, or to be woken.
 
 Which greenlet runs what:
 
 - Every step of every task, and every callback of the loop, runs in the loop's own greenlet
-  (`LoopGreenlet`). Outside of such a step no loop is running, as far as asyncio can tell, so
-  ``asyncio.run`` in another greenlet works beside ours in a patched process.
+  (`LoopGreenlet`). Outside of such a step asyncio sees no running loop, so in a patched process
+  ``asyncio.run`` works in another greenlet at the same time.
 - A step that waits in gevent's way (``gevent.sleep``, a sync ``send``, a blocking library in a
-  patched process) holds the loop: other coroutines wait until it is through, other greenlets go on.
-  ``asyncio.timeout`` can't interrupt it; a ``gevent.Timeout`` in the coroutine can, and a kill of
-  the greenlet that waits for the task. Around an ``await`` a ``gevent.Timeout`` is of no use: it is
-  dropped, and reported to the loop's exception handler. A step that blocks the thread blocks all.
+  patched process) holds the loop: other coroutines wait until the step goes on, other greenlets
+  run. ``asyncio.timeout`` can't interrupt such a wait; a ``gevent.Timeout`` in the coroutine can,
+  and a kill of the greenlet that waits for the task. A ``gevent.Timeout`` around an ``await`` has
+  no effect: it is dropped, and reported to the loop's exception handler. A step that blocks the
+  thread blocks everything.
 
 ``asyncio.to_thread`` uses OS threads, or greenlets where ``threading`` is patched: then a function
-that blocks in C blocks all. ``await await_greenlet(gevent.spawn(get_hub().threadpool.apply, f))``
-runs ``f`` in an OS thread there too.
+that blocks in C blocks everything. To run ``f`` in an OS thread even then:
+``await await_greenlet(gevent.spawn(get_hub().threadpool.apply, f))``.
 
-Why a loop of our own and not the ``asyncio-gevent`` package (0.2.5): its helpers run a coroutine on
-the running loop that they find, else on a loop of their own. So two greenlets that do so at once
-end in "attached to a different loop", "no running event loop", or a hang when the loop that the
-second one found ends with the first one's coroutine; its users report the same. Each call leaves a
-loop behind, with two descriptors, and its event loop policy is something that Python gives up. With
-one loop of its class for all, kept running and called from greenlets by ``call_soon_threadsafe``,
-coroutines run side by side, but each wake-up goes through a pipe. CPU time for a coroutine that
-returns at once, in µs, where 100 greenlets run one after the other each, and where a single one
-does (CPython 3.11 and 3.13, gevent 26.9 on libev):
+Why this loop and not the ``asyncio-gevent`` package (0.2.5): its helpers run a coroutine on the
+running loop that they find, or else on a new loop. If two greenlets use them at once, the result is
+"attached to a different loop", "no running event loop", or a hang when the loop that the second
+greenlet found ends with the coroutine of the first; users of the package report the same. Each call
+leaves a loop behind, with two descriptors, and the package depends on an event loop policy, which
+Python is giving up. With one loop of its class for all greenlets, kept running and called by
+``call_soon_threadsafe``, coroutines run concurrently, but each wake-up goes through a pipe. The
+table has the CPU time, in µs, of a coroutine that returns at once: with 100 greenlets that each run
+one coroutine after the other, and with a single greenlet (CPython 3.11 and 3.13, gevent 26.9 on
+libev):
 
 ============================================  ============  ============
                                               100 at once   one alone
@@ -37,10 +39,10 @@ does (CPython 3.11 and 3.13, gevent 26.9 on libev):
 ``asyncio_gevent.async_to_sync``               fails          450, 530
 ============================================  ============  ============
 
-What makes the difference: no pipe (the hub's own callback list wakes the loop), watchers that stay
-where they are, that coroutines begin without a round of the loop, all those that are there at once
-(`psofa_gevent.aio.run`), and that a finished task wakes the greenlet that waits for it in the
-moment in which it finishes instead of in the loop's next round.
+The difference has four reasons: the hub's own list of callbacks wakes the loop, without a pipe;
+watchers are kept; all coroutines that wait to begin do so together, without a round of the loop
+(`psofa_gevent.aio.run`); and a task that finishes wakes the waiting greenlet at once, not in the
+loop's next round.
 """
 
 from __future__ import annotations
@@ -77,21 +79,23 @@ T = TypeVar("T")
 def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
     """Run a coroutine on the asyncio loop of this thread's hub, and wait for its result.
 
-    From any greenlet of any thread that has a hub, any number at once. It waits in gevent's way,
-    so other greenlets go on. The coroutine sees a copy of the caller's context variables.
+    Any number of greenlets may call it at once, in any thread that has a hub. The caller waits in
+    gevent's way, so other greenlets go on. The coroutine sees a copy of the caller's context
+    variables.
 
-    When the caller is killed, or hit by a ``gevent.Timeout``, the task is cancelled, and the caller
-    still waits until it has ended: nothing of it is left running. Each further kill cancels again.
+    When the caller is killed, or gets a ``gevent.Timeout``, the task is cancelled, and the caller
+    still waits until the task has ended, so that nothing is left running. Each further kill cancels
+    the task again.
 
     Args:
         coro: A coroutine, or another awaitable.
         timeout: Seconds after which the task is cancelled; None for no limit.
 
     Raises:
-        TimeoutError: the timeout was over. Raised when the task has ended, so maybe later.
-        asyncio.CancelledError: the task was cancelled by somebody else.
-        RuntimeError: the caller is a coroutine or callback of this very loop, which would wait for
-            itself forever (``await`` instead), or the hub.
+        TimeoutError: the timeout has passed. Raised when the task has ended, so maybe later.
+        asyncio.CancelledError: other code has cancelled the task.
+        RuntimeError: the caller is the hub, or a coroutine or callback of this same loop, which
+            would wait for itself forever (use ``await`` there).
         BaseException: whatever the coroutine raised.
     """
     if timeout is None:
@@ -106,7 +110,7 @@ def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
                     raise
             raise TimeoutError(f"the coroutine did not end within {timeout:g} s")
     finally:
-        del limit  # with its traceback it would keep this frame alive, and those of the callers
+        del limit  # with its traceback it would keep this frame and those of the callers alive
 
 
 def spawn_coroutine(coro: Awaitable[T], name: str | None = None) -> Greenlet[..., T]:
@@ -114,31 +118,34 @@ def spawn_coroutine(coro: Awaitable[T], name: str | None = None) -> Greenlet[...
 
     The coroutine sees a copy of the caller's context variables, as they are now.
 
-    What comes back is an ordinary greenlet, for ``get``, ``join``, ``link``, ``gevent.wait`` and
-    pools; ``kill`` cancels the task and waits until it has ended. As with any greenlet, the hub
-    prints an exception that the coroutine raises.
-
     Args:
         coro: A coroutine, or another awaitable.
         name: The name of the greenlet and of the task.
+
+    Returns:
+        An ordinary greenlet, for ``get``, ``join``, ``link``, ``gevent.wait`` and pools; ``kill``
+        cancels the task and waits until it has ended. As with any greenlet, the hub prints an
+        exception that the coroutine raises.
     """
     coro = _as_coroutine(coro)
     spawned: Greenlet[..., T] = Greenlet(run_task, coro, context=copy_context(), name=name)
     if name is not None:
         spawned.name = name
-    # One that is killed before it began never awaits its coroutine.
+    # A greenlet that is killed before it has begun never awaits its coroutine.
     spawned.rawlink(lambda _: coro.close())
     spawned.start()
     return spawned
 
 
 async def await_greenlet(greenlet: Greenlet[..., T]) -> T:
-    """Wait in a coroutine for a greenlet; one that was not started is started.
+    """Wait in a coroutine for a greenlet, and start the greenlet if it was not started.
 
-    Gives what ``greenlet.get()`` gives: the result, the exception, and for one that was killed the
-    `GreenletExit` as the result. Cancelling the awaiting task kills the greenlet and waits until it
-    has ended, just as killing a greenlet in `run_coroutine` cancels its task. Where the greenlet
-    shall go on: ``await asyncio.shield(await_greenlet(greenlet))``.
+    Cancelling the awaiting task kills the greenlet and waits until it has ended, just as killing a
+    greenlet in `run_coroutine` cancels its task. To let the greenlet go on, use
+    ``await asyncio.shield(await_greenlet(greenlet))``.
+
+    Returns:
+        The result of ``greenlet.get()``: for a killed greenlet that is a `GreenletExit`.
 
     Raises:
         RuntimeError: not awaited on the loop of the greenlet's hub (`run_coroutine`).
@@ -184,30 +191,30 @@ def run_task(
     name: str | None = None,
     in_turn: bool = False,
 ) -> T:
-    """Run `coro` as a task of the hub's loop and wait for it: `run_coroutine` in short.
+    """Run `coro` as a task of the hub's loop and wait for it: the core of `run_coroutine`.
 
-    Anything thrown into the waiting greenlet cancels the task, each time anew, and is raised when
-    the task has ended, unless that ended with an exception of its own. Of several, a kill (or
-    `KeyboardInterrupt`, `SystemExit`) is raised, else the last.
+    Each exception that is thrown into the waiting greenlet cancels the task again. It is raised
+    when the task has ended, unless the task raised an exception itself. If several were thrown, the
+    first kill (or `KeyboardInterrupt`, `SystemExit`) is raised, or else the last exception.
 
-    A task that has not begun begins before it is cancelled. One held in the middle of a step (it
-    waits in gevent's way) is interrupted where it waits.
+    A task that has not begun begins before it is cancelled. A task that is held in the middle of a
+    step (it waits in gevent's way) is interrupted where it waits.
 
     Args:
         coro: A coroutine. It is closed when it can't be run.
         context: The context to run in; by default a copy of the caller's.
         name: The name of the task.
-        in_turn: For callers that wait for something else next, as sessions do for bytes: it begins
-            after those that are ready, and the hub runs only then.
+        in_turn: For callers that wait for something else next, as sessions do for bytes: the
+            coroutine begins after the sessions in the run queue, and the hub runs only then.
 
     Raises:
         RuntimeError: as `run_coroutine`.
-        BaseException: whatever the task raised, `KeyboardInterrupt` and `SystemExit` included. In
-            that case it is the caller who lets it go on to the main greenlet.
+        BaseException: whatever the task raised, also `KeyboardInterrupt` and `SystemExit`, which
+            the caller must pass on to the main greenlet.
     """
     loop = hub_loop()
     current = getcurrent()
-    # The quick look is enough for an ordinary greenlet; the main greenlet has no parent.
+    # This quick check is enough for ordinary greenlets; the main greenlet has no parent.
     if current.parent is not loop.hub or current is loop.greenlet:
         try:
             _check_caller(current, loop)

@@ -1,17 +1,19 @@
 """The greenlet in which the asyncio loop of a hub runs.
 
 At any time it runs, is parked (in the selector, between two rounds of the loop), or is held (a step
-of a task waits in gevent's way). Only `LoopGreenlet.wake` and `LoopGreenlet.begin` end the parking,
-and only what the step waits for ends the holding: a stale wake must never switch into a step that
-waits for other things.
+of a task waits in gevent's way). The parking ends only by a wake of the loop (`LoopGreenlet.wake`,
+`LoopGreenlet.unpark`), for a coroutine that is to begin (`LoopGreenlet.begin`,
+`LoopGreenlet.begin_in_turn`), or in `LoopGreenlet.end`. Only the event that the step waits for, or
+an exception thrown into the step, ends the holding: a stale wake must never switch into a step that
+waits for something else.
 
-Coroutines that wait to begin do so while it is parked, all those that are there, without a round of
-the loop: many a coroutine needs none (`psofa_gevent.aio.run`).
+In `LoopGreenlet.park`, all coroutines that wait to begin take their first steps together, without a
+round of the loop, which many coroutines do not need (`psofa_gevent.aio.run`).
 
-While it is switched out, the thread looks as if there were no such loop: the running loop, the
-current task and the hooks for async generators are those that were there before it was switched to.
-Parking does that itself; a step that waits goes through gevent's ``Hub.switch``, which calls
-`LoopGreenlet.switch_out`, and is switched to and thrown into by the methods of this class.
+While the greenlet is switched out, it hides the loop from its thread: the running loop, the current
+task and the hooks for async generators are those from before it was switched to. Parking restores
+them itself. A step that waits goes through gevent's ``Hub.switch``, which calls
+`LoopGreenlet.switch_out`; it is resumed and interrupted by the methods of this class.
 """
 
 from __future__ import annotations
@@ -40,13 +42,14 @@ if TYPE_CHECKING:
 __all__ = ["LoopGreenlet"]
 
 CLAIM_SECONDS = 0.1
-"""How long a `KeyboardInterrupt` of a task nobody waits for in gevent's way may be passed on.
+"""Seconds for which a `KeyboardInterrupt` of a task may be passed on from task to task.
 
-Tasks that await it raise it again, a `TaskGroup` once its other tasks have ended: if it comes to a
-waiting greenlet in this time, that has it; if not, the main greenlet gets it.
+It concerns tasks that no greenlet waits for. Tasks that await such a task raise the exception
+again, a `TaskGroup` once its other tasks have ended. If it reaches a waiting greenlet within this
+time, that greenlet gets it, otherwise the main greenlet.
 """
 
-# Past ``Hub.switch`` and our own overrides, whose work `LoopGreenlet.park` does itself.
+# Bypasses ``Hub.switch`` and the overrides below, whose work `LoopGreenlet.park` does itself.
 _switch = greenlet.switch
 
 
@@ -57,22 +60,22 @@ class Beginning(Ready, Protocol):
 
     @property
     def task(self) -> Task[Any] | None:
-        """None: not begun."""
+        """The task; None: the coroutine has not begun."""
 
     def begin(self) -> bool:
-        """Take the first step; whether it has ended."""
+        """Take the first step. Returns whether the coroutine has ended in it."""
 
     def waits(self) -> None:
-        """The coroutine waits for something."""
+        """Tell the greenlet of this run that it waits. Does not switch."""
 
     def drop(self) -> None:
-        """Never begin."""
+        """Close the coroutine, which will never begin."""
 
 
 class LoopGreenlet(StepGreenlet):
     """Runs a `psofa_gevent.aio.loop.HubLoop`, and hides it while it is switched out."""
 
-    # Found faster than in a dictionary, several times for each coroutine.
+    # Slots are found faster than the entries of a dictionary, several times for each coroutine.
     __slots__ = (
         "_beginning",
         "_begins",
@@ -107,22 +110,24 @@ class LoopGreenlet(StepGreenlet):
         self.parked = False
         self.run_queue = ready_sessions()
         self.runs: dict[Task[Any], Beginning] = {}
-        """Those that have begun, and have not ended in their first step."""
+        """The runs that did not end in their first step, until they end."""
         self._beginning: deque[Beginning] = deque()
+        """The runs that wait to begin."""
         self._begins: Beginning | None = None
-        """The one that takes its first step just now."""
+        """The run that takes its first step just now."""
         self._is_queued = False
-        """Whether it is among those that are ready, for what is to begin."""
+        """Whether this greenlet is in the run queue, to let coroutines begin."""
         self._ended: list[Beginning] = []
-        """Of those that begin just now: they go on when all have begun, or when one waits."""
+        """Runs that have just ended in their first steps; their greenlets are not yet in the run
+        queue. They get there when all runs have begun, or when a step waits."""
         self._woken: bool = False
-        """Whether there is something to do for the loop; not only coroutines that begin."""
+        """Whether the loop needs a round: there is more to do than to let coroutines begin."""
         self._held = False
         self._held_task: Task[Any] | None = None
         self._to_cancel: set[Task[Any]] = set()
         self._ending = False
         self._has_let_go = False
-        # Of the one that ran before ours: an asyncio.run in another greenlet, or nobody.
+        # The state of the loop that ran before this one, if any: an asyncio.run in another greenlet
         self._other_loop: AbstractEventLoop | None = None
         self._other_task: Task[Any] | None = None
         self._other_hooks = sys.get_asyncgen_hooks()
@@ -164,9 +169,12 @@ class LoopGreenlet(StepGreenlet):
         close_watcher(self._keep_alive)
 
     def let_go(self, *, has_hub: bool) -> None:
-        """Begin nothing more, and never go on: the coroutines are the parent process's.
+        """In a child process, begin no coroutine and never go on: they are the parent's.
 
-        If this is the greenlet that has forked, it ends the step that it is in.
+        If this greenlet has forked, it goes on to the end of its current step.
+
+        Args:
+            has_hub: whether `hub` is the child's; otherwise it is not touched.
         """
         self._has_let_go = True
         self.parked = False
@@ -191,7 +199,7 @@ class LoopGreenlet(StepGreenlet):
                 raise GreenletExit
             if self._has_let_go:
                 self._leave()
-                while True:  # nobody switches here any more
+                while True:  # no code switches here any more
                     self.run_queue.switch_on()
             needed = self.aio_loop.waiting > 0 or len(self.runs) > 0
             if needed is not self._keeps_alive:
@@ -228,7 +236,7 @@ class LoopGreenlet(StepGreenlet):
             self._add_ended()
 
     def _report_if_slow(self, run: Beginning, seconds: float) -> None:
-        """Say, as asyncio does of the other steps in its debug mode, that a first step blocked."""
+        """Log a slow first step, as asyncio does for all other steps in its debug mode."""
         if seconds >= self.aio_loop.slow_callback_duration:
             asyncio_logger.warning("Executing %.900r took %.3f seconds", run, seconds)
 
@@ -236,7 +244,8 @@ class LoopGreenlet(StepGreenlet):
         self.run_queue.add(self._ended)
         self._ended.clear()
         if len(self.run_queue.sessions) > 1:
-            # We switch to the first one ourselves; nobody knows in which way that waits next.
+            # This greenlet switches to the first one itself. That one may wait next in a way that
+            # does not resume the others, so the hub has to.
             self.run_queue.run_soon()
 
     def begin(self, run: Beginning) -> None:
@@ -246,13 +255,13 @@ class LoopGreenlet(StepGreenlet):
             self._wake = self.hub.loop.run_callback(self._unpark)
 
     def begin_in_turn(self, run: Beginning) -> None:
-        """Let a coroutine begin after those that are ready now, before the hub runs.
+        """Let a coroutine begin after the sessions in the run queue, before the hub runs.
 
-        The caller waits next, so it comes to that; and not only for coroutines, or the hub would
-        never run.
+        The caller must wait next, so that the run queue goes on. Callers that wait for nothing but
+        coroutines must not use it, as the hub would never run.
         """
         self._beginning.append(run)
-        if not self.parked:  # held, for as long as it takes
+        if not self.parked:  # it is held, for an unknown time
             run.waits()
         elif not self._is_queued:
             self._is_queued = True
@@ -265,11 +274,11 @@ class LoopGreenlet(StepGreenlet):
             run = self._begins
         return None if run is None else run.greenlet
 
-    # As `psofa_gevent.hub.ready` knows those who wait:
+    # The protocol `Ready` of `psofa_gevent.hub.ready`:
 
     @property
     def greenlet(self) -> LoopGreenlet:
-        """What to switch to."""
+        """The greenlet to switch to."""
         return self
 
     @property
@@ -278,17 +287,17 @@ class LoopGreenlet(StepGreenlet):
         return 1.0 if self.parked else 0.0
 
     def stop_watching(self) -> None:
-        """Its turn has come while it is held. What is to begin begins afterwards."""
+        """Called when its turn came while it was held. The coroutines begin when it parks."""
         self._is_queued = False
 
     def wake(self) -> None:
-        """Let the loop go on, if it is parked, soon. In the hub's thread."""
+        """Let the loop go on soon, if it is parked. In the hub's thread."""
         self._woken = True
         if self.parked and not self._wake.pending:
             self._wake = self.hub.loop.run_callback(self._unpark)
 
     def unpark(self) -> None:
-        """Let the loop go on, if it is parked. In the hub."""
+        """Let the loop go on now, if it is parked. In the hub."""
         self._woken = True
         self._unpark()
 
@@ -297,10 +306,10 @@ class LoopGreenlet(StepGreenlet):
             _switch(self)
 
     def cancel(self, run: Beginning) -> None:
-        """Cancel a task; if it is the one that is held, where it waits. In any other greenlet.
+        """Cancel a task soon; the task that is held is interrupted where it waits.
 
-        Soon, and not at once: a task that has not begun would never begin, and a callback that was
-        due would never have been called.
+        To be called in any greenlet but this one. The task is not cancelled at once: a task that
+        has not begun would never begin, and a callback that is due would never be called.
         """
         task = run.task
         if task is None:
@@ -323,7 +332,7 @@ class LoopGreenlet(StepGreenlet):
             task.cancel()
 
     def claim(self, exc: BaseException) -> None:
-        """Remember that a waiting greenlet gets `exc`, so the main greenlet shall not."""
+        """Note that a waiting greenlet gets `exc`, so that the main greenlet does not get it."""
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._claimed = exc
             if self._unclaimed is exc:
@@ -346,7 +355,7 @@ class LoopGreenlet(StepGreenlet):
         self._held = True
         if self._begins is not None:
             self._begins.waits()
-        for run in self._beginning:  # for as long as this one waits
+        for run in self._beginning:  # they wait for as long as this step does
             run.waits()
         self._add_ended()
         self.run_queue.run_soon()
@@ -359,7 +368,7 @@ class LoopGreenlet(StepGreenlet):
         self._leave()
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by gevent when what a step waits for has come."""
+        """Called by gevent when the event that a step waits for has come."""
         if left_behind and self in left_behind:
             not_woken(self)
             return None
@@ -374,7 +383,7 @@ class LoopGreenlet(StepGreenlet):
         if self._held:
             self._switch_in()
         elif self.parked:
-            # A gevent.Timeout around an await, or a stranger's kill.
+            # A gevent.Timeout around an await, or a kill by other code.
             message = f"{args!r} was thrown into an asyncio loop between two steps: dropped"
             self.aio_loop.call_soon(self.aio_loop.call_exception_handler, {"message": message})
             return None
@@ -400,7 +409,7 @@ class LoopGreenlet(StepGreenlet):
 
     def _leave(self) -> None:
         if self._hooks is None:
-            # As a tuple: what get_asyncgen_hooks returns is not known to the garbage collector.
+            # As a tuple: the garbage collector does not track the object of get_asyncgen_hooks.
             self._hooks = tuple(sys.get_asyncgen_hooks())
         sys.set_asyncgen_hooks(*self._other_hooks)
         asyncio._set_running_loop(self._other_loop)

@@ -1,14 +1,15 @@
 """The asyncio loop of a gevent hub: one for each hub, made when it is first asked for.
 
 It runs in a greenlet of its own (`psofa_gevent.aio.greenlet`) and waits through the hub
-(`psofa_gevent.aio.selector`). What is given to it from other greenlets of the hub's thread wakes it
-by a callback of the hub, at once and without the pipe that other loops write to. It is closed when
-its hub is replaced or its thread ends. After ``os.fork`` the child makes its own.
+(`psofa_gevent.aio.selector`). A call from another greenlet of the hub's thread wakes the loop by a
+callback of the hub, at once and without the pipe that other loops write to. The loop is closed when
+its hub is replaced or its thread ends. After ``os.fork`` the child makes a new loop.
 
-An idle loop does not keep the hub alive: ``gevent.wait()`` returns, a deadlock of greenlets is a
-`LoopExit`. What keeps it alive is an open asyncio connection or server, a timer (``call_later``,
-``asyncio.sleep``), a call in an executor, and a greenlet that waits for a task: whatever the task
-awaits may come from another thread. So a task that waits forever is a hang, as in asyncio.
+An idle loop does not keep the hub alive: ``gevent.wait()`` returns, and a deadlock of greenlets
+raises `LoopExit`. The hub stays alive for an open asyncio connection or server, a timer
+(``call_later``, ``asyncio.sleep``), a call in an executor, and a greenlet that waits for a task, as
+the event that the task awaits may come from another thread. So a task that waits forever is a hang,
+as in asyncio.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ class HubLoop(BaseHubLoop):
         self.thread = HubThread()
         self.hub = self.thread.hub
         self.waiting = 0
-        """Calls in executors, which keep the hub alive, as greenlets do that wait for tasks."""
+        """Calls in executors, and threads that wait for child processes; they keep the hub alive.
+        """
         self.greenlet = LoopGreenlet(self, self.hub)
         self._hub_selector = HubSelector(self.hub, self.greenlet.park, self.greenlet.wake)
         self._pid = os.getpid()
         super().__init__(self._hub_selector)
         self.nothing_to_call = Handle(callable, (), self)
-        """For what was not scheduled after all."""
+        """A cancelled handle, for a call that did not have to be scheduled."""
         self.nothing_to_call.cancel()
         track(self)
 
@@ -79,12 +81,12 @@ class HubLoop(BaseHubLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> Handle:
-        """As in asyncio; from other greenlets of the hub's thread too."""
+        """As in asyncio; also from other greenlets of the hub's thread."""
         if self.greenlet.parked:
             self.greenlet.wake()
         ended: object = callback
         if type(ended) is Run:
-            # It does nothing but schedule a switch: no need for another round of the loop.
+            # This callback only schedules a switch, which needs no further round of the loop.
             ended.end_task()
             return self.nothing_to_call
         return _call_soon(self, callback, *args, context=context)
@@ -96,7 +98,7 @@ class HubLoop(BaseHubLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """As in asyncio; from other greenlets of the hub's thread too."""
+        """As in asyncio; also from other greenlets of the hub's thread."""
         self.greenlet.wake()
         return super().call_at(when, callback, *args, context=context)
 
@@ -116,13 +118,13 @@ class HubLoop(BaseHubLoop):
         self.waiting -= 1
 
     def run_forever(self) -> None:
-        """Not for you: the loop runs by itself."""
+        """Run the loop, in its own greenlet. Raises `RuntimeError` for any other caller."""
         if getcurrent() is not self.greenlet:
             raise RuntimeError("the loop of a hub runs by itself: use run_coroutine")
         super().run_forever()
 
     def close(self) -> None:
-        """Not for you: the loop is closed when its thread ends, or the hub."""
+        """Close the loop. Raises `RuntimeError` unless `shut_down` has ended its greenlet."""
         if not self.greenlet.dead:
             raise RuntimeError("the loop of a hub is closed by itself, with the hub")
         super().close()
@@ -140,9 +142,9 @@ class HubLoop(BaseHubLoop):
         super().add_signal_handler(sig, callback, *args)
 
     def shut_down(self) -> None:
-        """End the loop's greenlet and close the loop: in its own thread, when that or its hub ends.
+        """End the loop's greenlet and close the loop, when its thread or its hub ends.
 
-        Tasks that have not ended are lost.
+        Has an effect only in the loop's own thread and process. Tasks that have not ended are lost.
         """
         if os.getpid() == self._pid and self.thread.is_current() and not self.is_closed():
             self.greenlet.end()
@@ -151,14 +153,15 @@ class HubLoop(BaseHubLoop):
     def _let_go(self, hub: Hub | None) -> None:
         """In a child process: leave the parent's connections and coroutines alone.
 
-        Collected, the coroutines would run on to their ends, and transports close what is theirs.
+        They are kept forever: when collected, coroutines would run their ``finally`` blocks, and
+        transports would close their sockets.
         """
         keep(self, asyncio.all_tasks(self))
         self.greenlet.let_go(has_hub=hub is self.hub)
         if hub is self.hub:
             self._hub_selector.close()
-        # The loop may just be in a round, and calls as many as were there at its beginning.
-        ready: Any = self._ready  # type: ignore[attr-defined]  # a name of all asyncio's loops
+        # The loop may be in a round, in which it calls as many handles as there were at its start.
+        ready: Any = self._ready  # type: ignore[attr-defined]  # all loops of asyncio have this name
         scheduled: Any = self._scheduled  # type: ignore[attr-defined]  # the same of timers
         keep(list(ready), list(scheduled))
         for due in range(len(ready)):
@@ -168,15 +171,19 @@ class HubLoop(BaseHubLoop):
             self._let_go_of_signals(self._csock.fileno())
 
     def _let_go_of_signals(self, descriptor: int) -> None:
-        """Else the parent's loop would be told of signals that come to the child."""
+        """Reset the wakeup descriptor, which would tell the parent's loop of signals to the child.
+
+        Args:
+            descriptor: the wakeup descriptor of this loop; any other one stays set.
+        """
         before = signal.set_wakeup_fd(-1)
         if before != descriptor:
             signal.set_wakeup_fd(before)
 
-    # What follows are the places that asyncio's loops leave for, and fill in, in subclasses.
+    # The methods below are those that asyncio's base loops leave to their subclasses.
 
     def _make_self_pipe(self) -> None:
-        # Only signal handlers need it, and they get it when they come.
+        # Only signal handlers need the pipe; `add_signal_handler` makes it for the first one.
         self._ssock: socket.socket | None = None
         self._csock: socket.socket | None = None
 
@@ -196,7 +203,7 @@ class HubLoop(BaseHubLoop):
         extra: Any = None,
         **kwargs: Any,
     ) -> Any:
-        # As asyncio does it, but for who watches the child.
+        # As in asyncio, but `watch_child` watches the child.
         waiter = self.create_future()
         transport: Any = _UnixSubprocessTransport(
             self,
@@ -227,7 +234,7 @@ class HubLoop(BaseHubLoop):
         self.thread.call_soon(self.greenlet.unpark)
 
     def _check_thread(self) -> None:
-        # asyncio compares thread idents, which in a patched process are those of greenlets.
+        # asyncio compares thread idents, which are those of greenlets in a patched process.
         if not self.thread.is_current():
             raise RuntimeError("the loop of another thread's hub: use call_soon_threadsafe")
 

@@ -1,9 +1,9 @@
-"""One coroutine that a greenlet runs on the asyncio loop of its hub, and waits for.
+"""The run: one coroutine that a greenlet runs on the asyncio loop of its hub, and waits for.
 
-A `Run` begins in the loop's greenlet: there the first step of its task is taken at once, an eager
+A `Run` begins in the loop's greenlet, which takes the first step of its task at once, as an eager
 task where Python has them. Most coroutines end in that step; the others go on in the loop's rounds.
-When the task has ended, the greenlet that waits is put among those that are ready to go on, in the
-moment in which that happens. Many runs that wait to begin do so one after the other.
+When the task ends, the waiting greenlet is put into the run queue at that moment. Many runs that
+wait to begin do so one after the other.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ T = TypeVar("T")
 _new_task: Any = Task.__new__
 
 ENDINGS = (GreenletExit, KeyboardInterrupt, SystemExit)
-"""What a greenlet raises that was thrown out of its wait, whatever else was thrown after it."""
+"""The exceptions that a waiting greenlet raises, whatever is thrown into it after them."""
 
 
 class Run(Generic[T]):
-    """A coroutine, its task, and the greenlet that waits. All of it in the hub's thread."""
+    """A coroutine, its task, and the greenlet that waits. All methods: in the hub's thread."""
 
     __slots__ = (
         "_context",
@@ -64,11 +64,11 @@ class Run(Generic[T]):
         self._name = name
         self._failure: BaseException | None = None
         self.task: Task[T] | None = None
-        """None: not begun."""
+        """The task; None: the coroutine has not begun."""
         self.is_cancelled = False
-        """Whether it is to be cancelled when it has begun."""
+        """Whether to cancel the task when it has begun."""
         self.has_ended = False
-        # As `psofa_gevent.hub.ready` knows those who wait:
+        # The protocol `Ready` of `psofa_gevent.hub.ready`:
         self.greenlet = current
         self.waiting_since = 0.0
 
@@ -81,9 +81,16 @@ class Run(Generic[T]):
         return f"<Task name={name!r} coro=<{getattr(coro, '__qualname__', coro)}(){where}>>"
 
     def wait(self, *, in_turn: bool = False) -> T:
-        """Begin soon, and wait for the end, in the greenlet that runs this coroutine.
+        """Begin soon, and wait for the end. Switches. To be called in the waiting greenlet.
 
-        `in_turn`: before the hub runs (`LoopGreenlet.begin_in_turn`).
+        Args:
+            in_turn: whether to begin before the hub runs (`LoopGreenlet.begin_in_turn`).
+
+        Returns:
+            The result of the coroutine.
+
+        Raises:
+            BaseException: the coroutine's exception, or one that was thrown into the greenlet.
         """
         loop_greenlet = self._loop_greenlet
         thrown: BaseException | None = None
@@ -113,7 +120,7 @@ class Run(Generic[T]):
                 raise thrown
             return task.result()
         finally:
-            # An exception and a frame that holds it, or the task, would keep each other alive.
+            # An exception and the frame that holds it, or its task, would keep each other alive.
             self._failure = None
             del thrown, self
             task = None
@@ -122,10 +129,10 @@ class Run(Generic[T]):
         """Take the first step. In the loop's greenlet, outside of the loop's own steps.
 
         Returns:
-            Whether it has ended. Else its greenlet is told later.
+            Whether the coroutine has ended. If not, `end_task` wakes its greenlet later.
 
         Raises:
-            KeyboardInterrupt: a signal came in between. (Or whatever its handler raises.)
+            KeyboardInterrupt: a signal came outside of the coroutine. (Or what its handler raises.)
         """
         task = self.task = _new_task(Task)
         try:
@@ -142,7 +149,7 @@ class Run(Generic[T]):
                 self._goes_on(task)
         finally:
             has_ended = self.has_ended
-            # The coroutine's frame, and an exception of its own with it, may keep this one alive.
+            # The coroutine's frame, or an exception with that frame, may keep this frame alive.
             del self, task
         return has_ended
 
@@ -154,16 +161,16 @@ class Run(Generic[T]):
             task.cancel()
 
     def waits(self) -> None:
-        """The coroutine waits for something, and so does its greenlet. Does not switch."""
-        # gevent calls it only where the greenlet switches to the hub itself.
+        """Tell the greenlet that it waits, as its coroutine does. Does not switch."""
+        # gevent calls switch_out only when the greenlet switches to the hub itself.
         switch_out = getattr(self.greenlet, "switch_out", None)
         if switch_out is not None:
             switch_out()
 
     def _is_the_coroutines(self, exc: BaseException) -> bool:
-        """Whether the greenlet that waits raises this, and nobody else."""
+        """Whether only the waiting greenlet must raise `exc`."""
         if not _is_begun(self._coro):
-            # There can't be a task of it, or a signal came before.
+            # No task could be made of the coroutine, or a signal came before its first step.
             self._failure = exc
             return True
         task = self.task
@@ -174,7 +181,10 @@ class Run(Generic[T]):
         self.end_task()
 
     def end_task(self) -> None:
-        """The task has ended. In the moment in which it does (`HubLoop.call_soon`)."""
+        """Put the waiting greenlet into the run queue. Called as the task ends.
+
+        `HubLoop.call_soon` calls it, without a further round of the loop.
+        """
         task = self.task
         assert task is not None
         del self._loop_greenlet.runs[task]
@@ -186,11 +196,11 @@ class Run(Generic[T]):
         run_queue.run_soon()
 
     def drop(self) -> None:
-        """Never begin: the loop has ended."""
+        """Close the coroutine, which will never begin: the loop has ended."""
         self._coro.close()
 
     def stop_watching(self) -> None:
-        """There is nothing: it was thrown out of its wait, and is not ready any more."""
+        """Do nothing: the greenlet was thrown out of its wait, and is not ready any more."""
 
 
 def _is_begun(coro: object) -> bool:
@@ -198,7 +208,7 @@ def _is_begun(coro: object) -> bool:
         return False
     try:
         return inspect.getcoroutinestate(coro) != inspect.CORO_CREATED
-    except AttributeError:  # compiled, and does not tell
+    except AttributeError:  # a compiled coroutine, which does not tell its state
         return True
 
 
@@ -211,7 +221,7 @@ if sys.version_info >= (3, 12):
         name: str | None,
         context: Context,
     ) -> None:
-        """Initialise a task and take its first step."""
+        """Initialise `task` and take its first step."""
         try:
             Task.__init__(task, coro, loop=loop, name=name, context=context, eager_start=True)
         finally:
@@ -226,7 +236,7 @@ else:
         name: str | None,
         context: Context,
     ) -> None:
-        """Initialise a task and take its first step."""
+        """Initialise `task` and take its first step."""
         steps: list[Callable[..., object]] = []
         own = context
 
@@ -236,10 +246,10 @@ else:
             if context is own:
                 steps.append(callback)
                 return loop.nothing_to_call
-            # A finalizer's, which the garbage collector runs just now.
+            # A call by a finalizer that the garbage collector runs just now.
             return type(loop).call_soon(loop, callback, *args, context=context)
 
-        # The task gives its first step to its loop, where it is taken away at once.
+        # The task gives its first step to the loop, where this function takes it at once.
         loop.call_soon = call_soon  # type: ignore[method-assign, assignment]  # for a moment
         try:
             Task.__init__(task, coro, loop=loop, name=name, context=own)

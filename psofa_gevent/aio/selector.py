@@ -1,8 +1,8 @@
 """The selector of the asyncio loop: waits for descriptors through watchers of gevent's hub.
 
-There is one watcher for each registered descriptor, for as long as it is registered. An event stops
-it and the next `HubSelector.select` starts it again, so bytes that nobody reads, while a coroutine
-holds the loop, don't keep the hub busy. libev makes no system call of either.
+Each registered descriptor has one watcher, for as long as it is registered. An event stops the
+watcher, and the next `HubSelector.select` starts it again, so unread bytes don't keep the hub busy
+while a coroutine holds the loop. libev makes no system call for the stop or the start.
 
 `select` runs in the loop's greenlet and switches to the hub; the watchers call back in the hub.
 """
@@ -30,11 +30,11 @@ class HubSelector(selectors.BaseSelector):
     Args:
         hub: The hub whose watchers tell of the events.
         park: Switches to the hub; returns, in the selecting greenlet, some time after `wake`.
-        wake: Ends the parking, if there is one, soon. Called in the hub and in the loop's thread.
+        wake: Ends the parking soon, if there is one. Called in the hub and in the loop's thread.
     """
 
     def __init__(self, hub: Hub, park: Callable[[], None], wake: Callable[[], None]) -> None:
-        self._hub: Any = hub  # a destroyed one has no loop any more, other than the types say
+        self._hub: Any = hub  # Any: a destroyed hub has no loop, which its types don't say
         self._park = park
         self._wake = wake
         self._keys: dict[int, selectors.SelectorKey] = {}
@@ -44,7 +44,7 @@ class HubSelector(selectors.BaseSelector):
         self._fired: dict[int, int] = {}
         self._ref = True
         self._timer: Any = None
-        """That of a `select` which is under way."""
+        """The timer of the `select` in progress."""
         self._is_closed = False
         self._round = _round(hub.loop)
         self._round_due = False
@@ -61,7 +61,7 @@ class HubSelector(selectors.BaseSelector):
         # The numbers for reading and writing are the same in selectors, libev and libuv.
         self._watchers[fd] = self._hub.loop.io(fd, events, ref=self._ref)
         self._stopped.add(fd)
-        self._wake()  # a select that is under way shall watch it too
+        self._wake()  # so that a select in progress watches it as well
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         return key
 
@@ -79,13 +79,14 @@ class HubSelector(selectors.BaseSelector):
         return self._map
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """As in `selectors`; the hub runs meanwhile.
+        """As in `selectors`; the hub runs meanwhile. Switches.
 
-        With a timeout of 0 it runs one full round, in which it polls, so coroutines that never wait
-        for anything starve nobody. Every other time: the hub's round costs more than the loop's.
+        With a timeout of 0 the hub makes one full round, in which it polls, so that coroutines that
+        never wait starve no other greenlet. Of such calls in a row only every second one does so,
+        and switches, as a round of the hub costs more than one of the loop.
         """
         timer = None
-        if self._is_closed:  # in a child process, in the middle of a round
+        if self._is_closed:  # in a child process, in the middle of a round of the loop
             self._park()
         elif timeout is not None:
             if timeout > 0:
@@ -133,7 +134,7 @@ class HubSelector(selectors.BaseSelector):
         if self._hub.loop is not None:
             watcher.stop()
         else:
-            # The hub was destroyed, and with it our means to stop what keeps the watcher alive.
+            # The hub was destroyed: the watcher can't be stopped, but its callback can be dropped.
             watcher.callback = None
 
     def _close(self, watcher: Any) -> None:
@@ -143,7 +144,7 @@ class HubSelector(selectors.BaseSelector):
 
     @contextlib.contextmanager
     def registering_without_ref(self) -> Iterator[None]:
-        """What is registered in this block does not keep the hub alive. Not on libuv, it does."""
+        """Descriptors registered in this block don't keep the hub alive, except on libuv."""
         self._ref = False
         try:
             yield
@@ -151,7 +152,7 @@ class HubSelector(selectors.BaseSelector):
             self._ref = True
 
     def close(self) -> None:
-        """Stop watching. Closes no descriptor. May be called again: a child's child does."""
+        """Stop watching. Closes no descriptor. May be called again, as in the child of a child."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -167,7 +168,7 @@ class HubSelector(selectors.BaseSelector):
 
 
 class _Round:
-    """Calls back when the hub has made one full round: on libev a timer of 0 s does."""
+    """Calls back when the hub has made one full round, by a timer of 0 s. For libev."""
 
     def __init__(self, loop: Any) -> None:
         self._timer = loop.timer(0)
@@ -179,7 +180,7 @@ class _Round:
         if self._timer.loop.ptr:
             self._timer.stop()
         else:
-            # The loop was destroyed, and with it our means to stop what keeps the timer alive.
+            # The loop was destroyed: the timer can't be stopped, but its callback can be dropped.
             self._timer.callback = None
 
     def close(self) -> None:
@@ -187,10 +188,11 @@ class _Round:
 
 
 class _UvRound:
-    """The same on libuv, where gevent makes such a timer of a check watcher.
+    """The same for libuv, where gevent makes a check watcher of a timer of 0 s.
 
-    That must not be stopped in a greenlet before it has fired (`psofa_gevent.hub.ready` has the
-    reason). An ``async_`` watcher that is sent to fires after the next poll, and is never stopped.
+    A greenlet must not stop a check watcher before it has fired (`psofa_gevent.hub.ready` has the
+    reason). An ``async_`` watcher fires after the poll that follows its ``send``, and is never
+    stopped.
     """
 
     def __init__(self, loop: Any) -> None:
@@ -220,7 +222,7 @@ def _round(loop: Any) -> _Round | _UvRound:
 
 
 class _KeyMap(Mapping["FileDescriptorLike", selectors.SelectorKey]):
-    """Finds a key by its descriptor, or by the object that has it."""
+    """Finds a key by its descriptor, or by the object that has the descriptor."""
 
     def __init__(self, keys: dict[int, selectors.SelectorKey]) -> None:
         self._keys = keys

@@ -1,1 +1,1 @@
-"""Connecting: attempts to reach an endpoint, and staying connected."""
+"""Connecting: attempts to connect to an endpoint, and links, which stay connected."""

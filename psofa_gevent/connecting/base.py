@@ -1,10 +1,11 @@
-"""What the two clients share: they connect, and may stay connected.
+"""The common base of the two clients: they connect, and may stay connected.
 
 `ConnectingOwner` makes one `Connector` for each attempt, and one `Link` for each connection that is
-to be made again and again. It keeps those that are under way, so that a shutdown can end them.
+made again and again. It keeps the connectors and links at work, so that a shutdown can end them.
 
-`_connect` and what it calls run in the greenlet that called ``connect``, or in that of a link, and
-switch. Nothing else here does. All of it belongs to the hub's thread.
+`_connect` and the functions that it calls run in the greenlet that called ``connect``, or in that
+of a link, and switch. `_start` may switch, as it runs ``on_start``. Nothing else here switches. All
+of it belongs to the hub's thread.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ConnectingOwner(SessionOwner[M]):
         source_address: tuple[str, int] | None,
         server_hostname: str | None,
     ) -> Target:
-        """What the arguments ask for, of a client with this one's TLS (`Target.checked`)."""
+        """The target that the arguments ask for, with this client's TLS (`Target.checked`)."""
         return Target.checked(
             host,
             port,
@@ -75,7 +76,7 @@ class ConnectingOwner(SessionOwner[M]):
         )
 
     def _start(self) -> SessionManager:
-        """Run ``on_start``; an exception from it undoes the start."""
+        """Make a manager, and run ``on_start``, whose exception undoes the start. May switch."""
         manager = self._manager = self._new_manager()
         with self._starting(manager):
             manager.callbacks.on_start(cast("Owner", self))
@@ -89,9 +90,13 @@ class ConnectingOwner(SessionOwner[M]):
         timeout: float | None,
         each: float | None = None,
     ) -> PsSession[Any]:
-        """Connect to the first endpoint that answers.
+        """Connect to the first endpoint that answers. Switches.
 
-        Each within its share of `timeout`; without one, within `each` seconds.
+        Args:
+            manager: gets the session.
+            target: the endpoints, tried in turn.
+            timeout: seconds for all endpoints, of which each gets a share; ``None``: no limit.
+            each: without a `timeout`, seconds for each endpoint; ``None``: no limit.
         """
         self._check_thread(manager)
         began = monotonic()
@@ -115,8 +120,8 @@ class ConnectingOwner(SessionOwner[M]):
                 raise errors[0]
             raise self._error("; ".join(str(error) for error in errors)) from errors[-1]
         finally:
-            # They and the frames of this and its callers would keep each other alive, and a session
-            # that came of a later one with them.
+            # The errors and the frames of this function and its callers would keep each other
+            # alive, and with them the session of a later endpoint.
             errors.clear()
 
     def _check_thread(self, manager: SessionManager) -> None:
@@ -151,7 +156,7 @@ class ConnectingOwner(SessionOwner[M]):
             raise
 
     def _new_link(self, manager: SessionManager, target: Target, policy: PsReconnect) -> Link:
-        """What stays connected to `target`, and begins at once."""
+        """A link that stays connected to `target`, and has begun to connect."""
         self._check_thread(manager)
         self._check_still_wanted(manager, str(target))
 
@@ -164,7 +169,7 @@ class ConnectingOwner(SessionOwner[M]):
         return link
 
     def _link_ended(self, link: Link) -> None:
-        """It connects no more. Does not switch."""
+        """Forget a link that connects no more. Does not switch."""
         self._links.discard(link)
 
     def _is_still_wanted(self, manager: SessionManager) -> bool:
@@ -195,6 +200,6 @@ class ConnectingOwner(SessionOwner[M]):
 
     def _stopped(self) -> None:
         super()._stopped()
-        for link in list(self._links):  # the hub was destroyed, and they with it
+        for link in list(self._links):  # the hub was destroyed, and their greenlets with it
             link.has_ended = True
             self._link_ended(link)

@@ -1,9 +1,9 @@
-"""One attempt to connect: from a checked address to a connected socket, with TLS if asked for.
+"""The connector: one attempt to connect, from a checked address to a connected socket.
 
-Runs in the greenlet that called ``connect``, and switches while a name is looked up, while the
-kernel connects, and in the TLS handshake. All addresses of a name are tried one after the other, as
-`socket.create_connection` does, within one timeout for all: one that does not answer gets its share
-of it.
+It runs in the greenlet that called ``connect``, or in that of a link. It switches during the lookup
+of a name, while the kernel connects, and in the TLS handshake, if there is one. All addresses of a
+name are tried one after the other, as `socket.create_connection` does, within one timeout for all;
+an address that does not answer uses up only its share of it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = ["Connector"]
 
 
 class _NotWantedError(BaseException):
-    """Thrown into an attempt to connect that is to end."""
+    """Thrown into the greenlet of an attempt to connect, to end the attempt."""
 
 
 class Connector:
-    """One attempt to connect; `abort` ends it from outside."""
+    """One attempt to connect, which `abort` ends from another greenlet."""
 
     def __init__(
         self,
@@ -57,24 +57,28 @@ class Connector:
         self.hub = get_hub()
         self._greenlet: Any = None
         self._connecting: Any = None
-        """The socket, while it is this object's: gevent's, then, for a handshake, a plain one."""
+        """The socket that this object owns now: gevent's, or, in a TLS handshake, a plain one."""
         self._tls: tuple[ssl.SSLContext, str] | None = None
 
     def use_tls(self, ssl_context: ssl.SSLContext, server_hostname: str) -> None:
-        """Shake hands when connected, with a server of that name."""
+        """After connecting, do a TLS handshake with a server named `server_hostname`."""
         self._tls = ssl_context, server_hostname
 
     def connect(
         self, timeout: float | None, limit_text: str
     ) -> tuple[_socket.socket | TlsSocket, SocketAddress | str]:
-        """A connected socket, and the address that answered.
+        """Connect. Switches.
 
         Args:
-            timeout: seconds for all of it; ``None``: as long as the system takes.
-            limit_text: the time that was asked for, as an error tells it.
+            timeout: seconds for the whole attempt; ``None``: as long as the system takes.
+            limit_text: the time limit in words, for the error.
+
+        Returns:
+            The connected socket, and the address that answered.
 
         Raises:
-            PsClientError, PsMultiClientError: whichever was given; host, port and cause are in it.
+            PsClientError, PsMultiClientError: the attempt failed; it is the class that the
+                constructor was given, and its text has host, port and cause.
         """
         where = str(self._address)
         self._greenlet = getcurrent()
@@ -99,33 +103,37 @@ class Connector:
         finally:
             self._greenlet = self._connecting = None
             limit.close()
-            del limit  # it, when it was raised, and this frame would keep each other alive
+            del limit  # if it was raised, it and this frame would keep each other alive
 
     def let_go(self, *, has_hub: bool) -> None:
-        """Close the socket, in a child process, and wake nobody: the attempt is the parent's."""
+        """Close the child process's copy of the socket, and wake no greenlet.
+
+        Args:
+            has_hub: whether `hub` is the child's; otherwise it is not touched.
+        """
         self._greenlet = None
         connecting, self._connecting = self._connecting, None
         if connecting is None:
             return
         if isinstance(connecting, socket.socket):
             watched: Any = connecting
-            # gevent has no other way to them.
+            # gevent has no public way to the watchers.
             for watcher in (watched._read_event, watched._write_event):  # noqa: SLF001
-                # Else it would tell whoever waits that it is closed.
+                # Otherwise gevent would wake the greenlets that wait for the socket.
                 if has_hub and watcher is not None:
                     release(watcher)
-            # Not by os.close, which in a patched process waits for the hub.
+            # Not with os.close, which waits for the hub in a patched process.
             _socket.socket(fileno=connecting.detach() if has_hub else connecting.fileno()).close()
         else:
             connecting.close()
 
     def abort(self) -> None:
-        """End the attempt, soon, with an error. In the hub's thread; does not switch."""
+        """Have the attempt end soon, with an error. In the hub's thread; does not switch."""
         if self._greenlet is not None:
             get_hub().loop.run_callback(self._throw)
 
     def _throw(self) -> None:
-        # The greenlet may have gone on since, out of this attempt.
+        # The greenlet may have left this attempt since.
         if self._greenlet is not None:
             self._greenlet.throw(_NotWantedError)
 
@@ -171,8 +179,8 @@ class Connector:
             connecting.settimeout(None if timeout is None else max(timeout, SHORTEST_TIMER))
             connecting.connect(address)
             if connecting.getsockname() == connecting.getpeername():
-                # Where nobody listens on a port of those that clients get, one that tries again and
-                # again gets that very port in the end, and is connected with itself.
+                # If no server listens on a port of the ephemeral range, a client that tries again
+                # and again gets that very port in the end, and is connected with itself.
                 raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             return _socket.socket(number, _socket.SOCK_STREAM, 0, connecting.detach())
         except BaseException:
@@ -183,7 +191,7 @@ class Connector:
 def _shake_hands(
     connected: _socket.socket, ssl_context: ssl.SSLContext, server_hostname: str
 ) -> TlsSocket:
-    """Go over to TLS, or close the socket. Waits in the calling greenlet."""
+    """Do the TLS handshake as a client, or close the socket and raise. Switches while it waits."""
     try:
         connected.setblocking(False)
         tls = TlsSocket(connected, ssl_context, server_side=False, server_hostname=server_hostname)

@@ -1,12 +1,12 @@
-"""A link: one connection of a client, which is made again and again until somebody says stop.
+"""The link: one connection of a client that is made again and again until it is stopped.
 
 It runs in a greenlet of its own: it connects, waits until the session has ended and its
-``on_close`` has returned, waits some time, and connects again, as a `PsReconnect` says. Each
-session is a new one, and the next ``on_open`` never comes before the last ``on_close`` has
-returned.
+``on_close`` has returned, waits for a delay, and connects again, as its `PsReconnect` says. Each
+connection is a new session. The ``on_open`` of a session never comes before the ``on_close`` of the
+last one has returned.
 
-All of it belongs to the hub's thread. `Link.wait_connected` switches in the greenlet that calls it;
-what else others call does not switch.
+All of it belongs to the hub's thread. Of the methods that other greenlets call, only
+`Link.wait_connected` switches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["Link"]
 
 
 class Link:
-    """One connection that is made again and again. In the hub's thread."""
+    """One connection that is made again and again. All methods: in the hub's thread."""
 
     def __init__(
         self,
@@ -47,20 +47,20 @@ class Link:
         connect: Callable[[float | None], PsSession[Any]],
         ended: Callable[[Link], object],
     ) -> None:
-        """Make it; `start` begins.
+        """Make a link that connects from `start` on.
 
         Args:
-            manager: what the sessions belong to.
-            policy: when to connect again.
-            error: what `wait` raises.
+            manager: gets the sessions.
+            policy: when to connect again, and when to give up.
+            error: the class of the error that `wait_connected` raises.
             name: where it connects to, for texts.
-            connect: makes one attempt, within so many seconds for each endpoint.
-            ended: called when nothing comes any more.
+            connect: makes one attempt. Its argument: seconds for each endpoint; ``None``: no limit.
+            ended: called when the link will not connect any more.
         """
         self.session: PsSession[Any] | None = None
-        """The last one; open, or not any more; None: there was none."""
+        """The last session, open or closed; None: the link has not connected yet."""
         self.has_ended = False
-        """It was stopped, or has given up: nothing comes any more."""
+        """Whether the link was stopped, or has given up: it will not connect any more."""
         self.manager = manager
         self._policy = policy
         self._error = error
@@ -72,17 +72,19 @@ class Link:
         self._failures = 0
         self._tried_since = monotonic()
         self._opened_at = 0.0
-        """When the session began whose end was not looked at yet; 0: there is none."""
+        """When the session opened, until its end has been dealt with; then 0 (monotonic clock)."""
         self._ended_at = 0.0
+        """When the session ended, before its ``on_close`` (monotonic clock)."""
         self._context: Context | None = None
-        """That of the session, which has let go of it by the time at which its end is told."""
+        """The context of the session, which itself has dropped it before its end is logged here."""
         self._session_is_over = Event()
         self._session_is_over.set()
         self._changed = Event()
         self._service: ServiceGreenlet | None = ServiceGreenlet(
             self._stay_connected, lambda: not self.has_ended, copy_context()
         )
-        """None when it has ended: the two would keep each other alive, and the last session."""
+        """None when the link has ended: the two, and the last session, would keep each other alive.
+        """
 
     def start(self) -> None:
         """Begin to connect. Does not switch."""
@@ -90,7 +92,10 @@ class Link:
             self._service.ensure()
 
     def stop(self) -> None:
-        """Connect no more; a session that is open stays. Does not switch; again without effect."""
+        """Connect no more; an open session stays open.
+
+        Does not switch. A further call has no effect.
+        """
         service = self._service
         if service is not None and not self.has_ended:
             self._end()
@@ -98,7 +103,7 @@ class Link:
                 service.greenlet.kill(block=False)
 
     def let_go(self) -> None:
-        """Connect no more: it is the parent process's. Wakes nobody."""
+        """Connect no more, in a child process: the link is the parent's. Wakes no greenlet."""
         self.has_ended = True
         self._why_ended = f"connected in process {self.manager.process}, which has forked"
         service, self._service = self._service, None
@@ -106,7 +111,7 @@ class Link:
             service.let_go()
 
     def disconnect(self) -> None:
-        """Connect no more, and ask for the close of the session. Does not switch."""
+        """Connect no more, and request the close of the session. Does not switch."""
         self.stop()
         if self.session is not None:
             self.session.close()
@@ -114,18 +119,19 @@ class Link:
     def wait_connected(
         self, timeout: float | None, *, is_makers_wait: bool = False
     ) -> PsSession[Any]:
-        """The open session; if there is none, the next one. Switches while it waits.
+        """The open session, or else the next one. Switches while it waits.
 
-        This is the only place that decides who may wait for a session: see `_why_not_to_wait`.
+        This is the only place that decides which callers may wait for a session: see
+        `_why_not_to_wait`.
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
-            is_makers_wait: the caller has made the link just now, and may wait for its first
-                session wherever that can be waited for: also in a callback, or in a coroutine.
+            is_makers_wait: whether the caller has just made the link. It may then wait for the
+                first session anywhere but in the hub: also in a callback, or in a coroutine.
 
         Raises:
-            PsClientError, PsMultiClientError: there was none in that time, or none will come any
-                more; or the caller may not wait for it.
+            PsClientError, PsMultiClientError: no session opened within that time, the link will not
+                connect any more, or the caller may not wait.
         """
         deadline = None if timeout is None else monotonic() + timeout
         while self.session is None or not self.session.is_open:
@@ -143,7 +149,10 @@ class Link:
         return self.session
 
     def _why_not_to_wait(self) -> str | None:
-        """Why the caller can't wait: a wrong thread, or the next session would wait for it."""
+        """Why the caller can't wait: it is in the wrong thread, or the next session waits for it.
+
+        ``None``: it can wait.
+        """
         if not self.manager.thread.is_current() or self.manager.thread.is_over():
             return "wait_connected belongs to the client's own thread"
         current = getcurrent()
@@ -158,7 +167,11 @@ class Link:
         return None
 
     def not_connected(self, why: str | None = None) -> PsError:
-        """The error for it; by default: why nothing comes any more."""
+        """The error that says `why` there is no session, and the last error or end.
+
+        Args:
+            why: ``None``: why the link will not connect any more.
+        """
         last = ""
         if self._last_error is not None:
             last = f"; the last error: {self._last_error}"
@@ -167,7 +180,7 @@ class Link:
         return self._error(f"{self._name}: {why or self._why_ended}{last}")
 
     def _tell(self) -> None:
-        """Let those who wait look again."""
+        """Wake all greenlets in `wait_connected`, which look again."""
         changed, self._changed = self._changed, Event()
         changed.set()
 
@@ -177,7 +190,8 @@ class Link:
         self._ended(self)
         self._tell()
 
-    # In the greenlet of its own. A stranger may kill it in any wait: then it begins here again.
+    # In the link's own greenlet. Other code may kill it in any wait: `_stay_connected` then runs
+    # again, from its first line.
 
     def _stay_connected(self) -> None:
         while not self.has_ended:
@@ -188,7 +202,7 @@ class Link:
                 self._wait_or_give_up()
 
     def _try(self) -> bool:
-        """Connect; false when that failed, and it may be tried again."""
+        """Make one attempt. False: it failed, and the link has not ended."""
         try:
             session = self._connect(self._policy.attempt_timeout)
         except Exception as exc:
@@ -200,19 +214,19 @@ class Link:
         self.manager.when_over(session, self._note_end)
         self._opened_at = monotonic()
         again = " again" if self.session is not None else ""
-        if again or self._last_error is not None:  # the log has it that there is none
+        if again or self._last_error is not None:  # the log said: not connected
             text = "%s: connected%s: %r"
             inside.log(session, logging.INFO, text, self._name, again, session)
         self._last_error = None
         self.session = session
         self._context = inside.context_of(session)
-        if self.has_ended:  # it was stopped in the moment in which the peer answered
+        if self.has_ended:  # the link was stopped as the peer answered
             session.close()
         self._tell()
         return True
 
     def _note_end(self, at: float) -> None:
-        """The session has ended at that moment, and its ``on_close`` has returned since."""
+        """Note that the session ended at `at`, and that its ``on_close`` has returned since."""
         self._ended_at = at
         self._session_is_over.set()
 
@@ -226,7 +240,7 @@ class Link:
             self.manager.peer_log.tell(self.manager.owner, "attempt failed", *what)
         else:
             log(logging.DEBUG, *what)
-        cut_traceback(self._last_error)  # it is kept, and its frames hold this link
+        cut_traceback(self._last_error)  # the error is kept, and its frames would hold this link
 
     def _session_ended(self) -> None:
         assert self.session is not None

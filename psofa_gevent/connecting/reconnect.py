@@ -1,4 +1,4 @@
-"""When a client connects again, and when it gives up: the policy. A `Link` carries it out."""
+"""The policy by which a client connects again, and gives up. A `Link` carries it out."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ __all__ = ["PsReconnect", "check_reconnect"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PsReconnect:
-    """When a client connects again: exponential backoff with jitter, and when it gives up.
+    """When a client connects again, with exponential backoff and jitter, and when it gives up.
 
-    What counts as a failure is an attempt that failed at all endpoints, and a session that received
-    nothing and did not last for `steady_after`. Any other session was a success, which ends the row
-    of failures: there are servers that answer and close.
+    Two things count as a failure: an attempt that failed at all endpoints, and a session that
+    received nothing and did not last for `steady_after`. Any other session is a success, even a
+    short one, as some servers answer and close. A success sets the count of failures to 0.
 
     Attributes:
         first_delay: seconds before the first attempt after a session, or after the first failure.
-        factor: how much longer each wait is than the one before.
-        longest_delay: seconds; no wait is longer.
-        jitter: which part of each wait is left to chance, from 0 to 1, so that a thousand clients
-            whose server restarts do not all come at once.
-        attempts: failures in a row after which it gives up; ``None``: any number.
-        give_up_after: seconds without a success, after which it gives up; ``None``: never.
+        factor: how many times as long each delay is as the one before.
+        longest_delay: seconds of the longest delay.
+        jitter: the part of each delay, from 0 to 1, that is random, so that a thousand clients
+            whose server restarts do not all connect at once.
+        attempts: failures in a row after which the client gives up; ``None``: any number.
+        give_up_after: seconds without a success after which the client gives up; ``None``: never.
         attempt_timeout: seconds for each attempt at each endpoint; ``None``: as long as the system
             takes.
         steady_after: seconds after which a session is a success even if it received nothing.
-        should_retry: asked after each failure and after each session, with the number of failures
-            in a row and the last error (``None`` after a session): ``False`` gives up. Not asked
-            when `attempts` or `give_up_after` ends it already, so not after the last failure. It
-            runs in a greenlet of the client, and may wait.
+        should_retry: a function that is called after each failure and after each session, with the
+            number of failures in a row and the last error (``None`` after a session). If it returns
+            ``False``, the client gives up. It is not called when `attempts` or `give_up_after` has
+            decided that already, so not after the last failure. It runs in a greenlet of the
+            client, and may wait.
     """
 
     first_delay: float = 0.5
@@ -64,7 +65,7 @@ class PsReconnect:
             raise TypeError(f"should_retry must be a plain function, not {self.should_retry!r}")
 
     def delay(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row; each call has its own `jitter`."""
+        """Seconds to wait after `failures` in a row, with a new random `jitter` in each call."""
         try:
             longest = self.first_delay * float(self.factor) ** max(failures - 1, 0)
         except OverflowError:
@@ -73,10 +74,10 @@ class PsReconnect:
 
 
 def check_reconnect(value: object) -> PsReconnect | None:
-    """The policy that a client was given: True is the default one; ``None`` is none.
+    """The policy of a client: for True the default one, for ``None`` and False no policy.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `value` is something else and not a `PsReconnect`.
     """
     if value is None or value is False:
         return None

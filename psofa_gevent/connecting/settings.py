@@ -1,7 +1,8 @@
-"""The settings that only clients have: one description of each, as of those of sessions.
+"""The settings of clients, without those that all owners have.
 
-See `psofa_gevent.settings`, which says what is made from them. All of them are checked where they
-become something else: addresses, a context, a policy.
+Each is described once, as the settings of sessions are in `psofa_gevent.settings`, which says what
+is made from these descriptions. They are checked where addresses, a context or a policy is made
+from them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["ClientSettings", "ConnectingSettings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectingSettings(SessionSettings):
-    """What a `PsMultiClient` was made with, or, as `PsMultiClient.settings`, what is in effect."""
+    """The settings given to a `PsMultiClient`; `PsMultiClient.settings` are those in effect."""
 
     ssl_context: ssl.SSLContext | bool | None = field(
         default=None,
@@ -44,7 +45,7 @@ class ConnectingSettings(SessionSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientSettings(ConnectingSettings):
-    """What a `PsClient` was made with, or, as `PsClient.settings`, what is in effect."""
+    """The settings given to a `PsClient`; `PsClient.settings` are those in effect."""
 
     host: str = field(
         metadata=about(

@@ -1,6 +1,6 @@
-"""What a client connects to, and how: the arguments of a client, or of a connect, checked.
+"""The target: what a client connects to, and how, from checked arguments.
 
-Nothing here waits, and nothing looks up a name: that is the attempt's (`Connector`).
+Nothing here waits, and nothing looks up a name: a `Connector` does that.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Target:
     """What to connect to, and how: checked, so that an attempt has nothing more to check.
 
     Attributes:
-        endpoints: tried in turn.
-        source_address: what to bind to before; ``None``: whatever the system chooses.
-        server_hostname: with TLS, what the certificate must be for; ``None``: the host.
+        endpoints: the addresses to try in turn.
+        source_address: the local address to bind to first; ``None``: the system chooses it.
+        server_hostname: with TLS, the name that the certificate must be for; ``None``: the host.
         connection_id: the session's id; ``None``: a random one.
     """
 
@@ -45,10 +45,10 @@ class Target:
         server_hostname: str | None,
         ssl_context: ssl.SSLContext | None,
     ) -> Target:
-        """What the arguments of a client, or of a connect, ask for.
+        """The target that the arguments of a client, or of its ``connect``, ask for.
 
         Raises:
-            TypeError, ValueError: an argument is not what it should be.
+            TypeError, ValueError: an argument is not valid.
         """
         target = cls(
             (
@@ -65,10 +65,10 @@ class Target:
         return target
 
     def with_id(self, connection_id: object) -> Target:
-        """The same with an id for its session.
+        """The same target with an id for its session.
 
         Raises:
-            TypeError: that is no `uuid.UUID`.
+            TypeError: the id is neither a `uuid.UUID` nor ``None``.
         """
         if connection_id is not None and not isinstance(connection_id, uuid.UUID):
             raise TypeError(f"connection_id must be a uuid.UUID or None, not {connection_id!r}")
@@ -79,11 +79,11 @@ class Target:
 
 
 def check_context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext | None:
-    """The context of a client; True: the system's certificates verify the server.
+    """The TLS context of a client. True: a default one, which trusts the system's certificates.
 
     Raises:
-        TypeError: that is something else.
-        ValueError: it is a server's.
+        TypeError: `ssl_context` is neither a context, True nor ``None``.
+        ValueError: it is a context for servers.
     """
     if ssl_context is True:
         return ssl.create_default_context()
@@ -94,7 +94,7 @@ def check_context(ssl_context: ssl.SSLContext | bool | None) -> ssl.SSLContext |
 
 
 def _check_endpoints(endpoints: object, family: PsSocketAddressFamily) -> list[Address]:
-    """The further hosts and ports that a client was given."""
+    """The further endpoints of a client, as addresses."""
     error = f"endpoints must be hosts and ports, such as [('example.org', 8710)], not {endpoints!r}"
     if not isinstance(endpoints, (list, tuple)):
         raise TypeError(error)
@@ -109,7 +109,7 @@ def _check_endpoints(endpoints: object, family: PsSocketAddressFamily) -> list[A
 def _check_source_address(
     source_address: object, family: PsSocketAddressFamily
 ) -> TcpAddress | None:
-    """Where a client connects from."""
+    """The address that a client connects from, or ``None``."""
     if source_address is None:
         return None
     if not isinstance(source_address, tuple) or len(source_address) != 2:
@@ -123,7 +123,7 @@ def _check_source_address(
 def _check_server_hostname(
     ssl_context: ssl.SSLContext | None, server_hostname: object, address: Address
 ) -> None:
-    """Raise for a name that is none, that no TLS would check, or that is missing."""
+    """Raise for a `server_hostname` that is not valid, is given without TLS, or is missing."""
     if server_hostname is not None:
         check_instance("server_hostname", server_hostname, str)
         if not server_hostname:

@@ -1,1 +1,1 @@
-"""Listening: sockets that are bound and listen, and who is let in before a session exists."""
+"""Listening: bound sockets, admission, and the preamble of accepted connections."""

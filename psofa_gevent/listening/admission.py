@@ -1,14 +1,15 @@
-"""Who is let in: the rules of one server, for all that it accepts, and what they have refused.
+"""Admission: the rules of one server about who may connect, and a count of its refusals.
 
-Where nothing has to be waited for, a connection is refused in the hub, as soon as it is accepted:
-before there is a greenlet or a session, so that a flood is cheap (`Admission.refuses`). With the
-PROXY protocol the rules about the client come after its header, and ``on_accept`` comes last; both
-in the greenlet of the connection (`Admission.admits`), of which no other callback ever hears.
+Rules that need no waiting are applied in the hub, as soon as a connection is accepted
+(`Admission.refuses`): before it has a greenlet or a session, so that refusing a flood is cheap.
+With the PROXY protocol the rules about the client are applied after the header; ``on_accept`` is
+called last. Both happen in the greenlet of the session (`Admission.admits`). A session that is
+refused there gets no other callback.
 
-The sessions of a peer are counted from the moment in which they are the manager's to the moment in
-which they are not (`Admission.opened`, `Admission.ended`): whichever way they end.
+A session counts for its peer for as long as the manager has it, however it ends
+(`Admission.opened`, `Admission.ended`).
 
-All of it belongs to the hub's thread. Nothing switches but `Admission.admits`.
+All of it belongs to the hub's thread. Only `Admission.admits` switches.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TEXTS = {
 
 
 class Admission:
-    """The rules of one server, and how often each has refused a connection."""
+    """The rules of one server, and how many connections each rule has refused."""
 
     def __init__(
         self,
@@ -58,10 +59,12 @@ class Admission:
         proxy_protocol: bool,
         trusted_proxies: object,
     ) -> None:
-        """Take the settings of `PsServer`: numbers and flags are checked, networks and words here.
+        """Take the settings of `PsServer`.
+
+        Numbers and flags are checked already; networks and the farewell are checked here.
 
         Raises:
-            TypeError, ValueError: the networks or the farewell are not what they should be.
+            TypeError, ValueError: the networks or the farewell are not valid.
         """
         self._allowed = None
         if allowed_networks is not None:
@@ -74,19 +77,20 @@ class Admission:
         self._trusted = Networks("trusted_proxies", trusted_proxies)
         self._has_networks = self._allowed is not None or bool(self._denied)
         self._keys: dict[PsSession[Any], bytes] = {}
-        """The sessions that count for a peer, and for which."""
+        """The sessions that count for a peer, each with the packed address of that peer."""
         self._counts: dict[bytes, int] = {}
+        """How many sessions each peer has, by packed address."""
         self._farewells = Farewells()
         self._refused = dict.fromkeys(PsRefusal, 0)
 
     @property
     def refused(self) -> dict[PsRefusal, int]:
-        """How many were refused, for each reason."""
+        """How many connections were refused, for each reason."""
         return dict(self._refused)
 
     @property
     def has_rules(self) -> bool:
-        """Whether an accepted connection may be refused, or counts, in the hub."""
+        """Whether the hub has to ask this object about accepted connections, or to count them."""
         return (
             self.proxy_protocol
             or self._has_networks
@@ -97,7 +101,7 @@ class Admission:
     # In the hub
 
     def refuses(self, accepted: _socket.socket, address: object, manager: SessionManager) -> bool:
-        """Whether the connection, just accepted, is not let in. Then it is closed, now or soon."""
+        """Whether the connection, just accepted, is refused. If so, it is closed, now or soon."""
         peer = endpoint(address)
         if self.proxy_protocol:
             proxy = peer_address(peer)
@@ -117,36 +121,42 @@ class Admission:
         return True
 
     def begin(self) -> None:
-        """A manager begins. No session is there; one whose hub is gone has left without a word."""
+        """Forget the counts, as a new manager has no sessions.
+
+        Sessions of the last manager whose hub was destroyed have ended without a call of `ended`.
+        """
         self._keys.clear()
         self._counts.clear()
 
     def opened(self, session: PsSession[Any]) -> None:
-        """The manager has the session. With the PROXY protocol its peer is not known yet."""
+        """Count a session that the manager has got.
+
+        With the PROXY protocol the client is not known yet; `admits` counts the session later.
+        """
         if not self.proxy_protocol:
             self._count(session)
 
     def ended(self, session: PsSession[Any]) -> None:
-        """The manager has the session no more."""
+        """Stop counting a session that the manager no longer has."""
         key = self._keys.pop(session, None)
         if key is not None:
-            left = self._counts.get(key, 1) - 1  # none: there was no memory for it
+            left = self._counts.get(key, 1) - 1  # no count: `_count` ran out of memory
             if left:
                 self._counts[key] = left
             else:
                 self._counts.pop(key, None)
 
     def close(self) -> None:
-        """The server has stopped, or its hub is gone: close what is on its way out."""
+        """Close the connections that still get a farewell: the server has stopped, or its hub."""
         self._farewells.close()
 
     def let_go(self, *, has_hub: bool) -> None:
-        """In a child process: nobody is here, and who is on the way out is the parent's."""
+        """Forget the counts in a child process, and leave the farewells to the parent."""
         self.begin()
         self._farewells.let_go(has_hub=has_hub)
 
     def _why_not(self, peer: Endpoint | None) -> PsRefusal | None:
-        """Which of the rules about addresses refuses a client."""
+        """The rule about addresses that refuses this client; ``None``: they admit it."""
         if not self._has_networks and self._most is None:
             return None
         address = peer_address(peer)
@@ -168,12 +178,12 @@ class Admission:
             self._keys[session] = key
             self._counts[key] = self._counts.get(key, 0) + 1
 
-    # In the greenlet of the connection
+    # In the greenlet of the session
 
     def admits(self, session: PsSession[Any]) -> bool:
-        """Whether the session, which is open, may go on. Else its close is requested.
+        """Whether the session, which is open, is admitted. If not, its close is requested.
 
-        May switch: a callback runs.
+        May switch, as ``on_accept`` runs.
         """
         reason = None
         peer = session.remote_endpoint
@@ -214,7 +224,10 @@ class Admission:
 
 
 def _is_accepted(session: PsSession[Any]) -> bool:
-    """Ask ``on_accept``, if there is one. What it raises is logged, and is a refusal."""
+    """Ask ``on_accept``, if there is one. An exception from it is logged and refuses the session.
+
+    May switch.
+    """
     ask = inside.manager_of(session).callbacks.on_accept
     if ask is None:
         return True
@@ -233,7 +246,7 @@ def _is_accepted(session: PsSession[Any]) -> bool:
 
 
 def _check_farewell(farewell: object) -> bytes:
-    """The setting as bytes; empty for ``None``."""
+    """The setting ``farewell`` as bytes; empty for ``None``."""
     if farewell is None:
         return b""
     if not isinstance(farewell, (str, bytes)):

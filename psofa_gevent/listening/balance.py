@@ -1,22 +1,22 @@
-"""How processes that share one listening socket even out their session counts.
+"""The balance of session counts between processes that share one listening socket.
 
-The kernel wakes all of them for a connection, and whoever is first takes as many as are there. Of
-clients that come in bursts and stay for days, one process may have ten times as many as another. So
-each process tells the others how many sessions it has, and one that has more than another leaves
-the connections to that one for a moment (`SharedLoad.wait_for_others`).
+The kernel wakes all these processes for a connection, and the first one accepts all connections
+that wait. If clients come in bursts and stay for days, one process may have ten times as many as
+another. So each process publishes how many sessions it has. A process that has more than another
+leaves the connections to that one for a moment (`SharedLoad.wait_for_others`).
 
-The kernel keeps what they know of each other, with the socket: as record locks (fcntl(2), F_SETLK),
-which lock nothing here. A process with n sessions holds a shared lock on byte n, and asks whether
-another process holds one on a byte of some range (F_GETLK). So exactly the processes that share the
-socket know of each other, whatever their users and containers; there is no file, and the lock of a
-process that dies, also by SIGKILL, goes with it. Each call takes about 1 µs.
+The kernel keeps these numbers with the socket, as record locks (fcntl(2), F_SETLK), which lock
+nothing here. A process with n sessions holds a shared lock on byte n, and asks whether another
+process holds a lock in some range of bytes (F_GETLK). So exactly the processes that share the
+socket know of each other, whatever their users and containers. There is no file, and a process that
+dies, also by SIGKILL, loses its lock. Each call takes about 1 µs.
 
-The locks of a process go when it closes any descriptor of the same socket. So it sets its lock anew
-now and then; until it does, nobody waits for it. Two servers of one process that share a socket
-count as one, with the number of whichever told it last.
+A process also loses its locks when it closes any descriptor of the same socket. So it sets its lock
+anew before an accept when `TELL_PERIOD` has passed; until it does, no other process waits for it.
+Two servers of one process that share a socket count as one, with the number published last.
 
-Works on Linux with 64 bits, where the layout of ``struct flock`` is known. Elsewhere, and where the
-system refuses, nobody knows anything, and nobody waits.
+This works on 64-bit Linux, where the layout of ``struct flock`` is known. On other systems, and
+where the system refuses the locks, no process knows of another, and none waits.
 
 All of it runs in the hub, and never blocks, switches or raises.
 """
@@ -34,32 +34,36 @@ IS_SUPPORTED = sys.platform == "linux" and struct.calcsize("P") == 8
 FLOCK = struct.Struct("hhqqi4x")
 """l_type, l_whence, l_start, l_len, l_pid."""
 TO_THE_END = 0
-"""As a length in ``struct flock``."""
+"""The length in ``struct flock`` that stands for all bytes up to the end."""
 LEAST_LEAD = 10
-"""Sessions that a process may have more than another before it waits. With 6 there were so many
-waits that seldom more than one process accepted, and a third of the rate was lost."""
+"""Sessions that a process may have more than another before it waits: its lead. With 6 the waits
+were so frequent that seldom more than one process accepted, and a third of the rate was lost."""
 SESSIONS_PER_LEAD = 32
-"""Sessions of its own that allow it one more: 3 percent."""
+"""Sessions of a process that raise its allowed lead by one: a lead of 3 percent."""
 STEPS_PER_LEAD = 2
-"""How often it tells its number, and asks for those of others, while that changes by so much."""
+"""How often a process publishes its number, and looks at those of others, while its number changes
+by the allowed lead."""
 TELL_PERIOD = 0.02
-"""Seconds after which it does so in any case, and sets its lock anew."""
+"""Seconds after which it does both in any case, and sets its lock anew."""
 FIRST_WAIT = 0.001
-"""Seconds for which it leaves connections to others: long enough for them to wake up, and to accept
-twenty; and the least that libev waits. So much longer a client waits, at most, if they do not."""
+"""Seconds for which a process first leaves connections to others. They need that long to wake up
+and to accept twenty, and libev has no shorter wait. If they do not accept, a client waits at most
+that much longer."""
 LONGEST_WAIT = 0.008
-"""Seconds that such a wait may become, doubled each time, while nothing changes: all are busy."""
+"""Seconds of the longest such wait. The wait is doubled each time while nothing changes, as then
+all are busy."""
 SLOW_PATIENCE = 0.1
-"""Seconds for which it waits for a process whose number does not change: it is busy, or stopped."""
+"""Seconds for which a process defers to another one whose number does not change: the other one is
+busy, or stopped."""
 FORGIVENESS = 1.0
-"""Seconds after which it waits for such processes again."""
+"""Seconds after which it defers to such processes again."""
 
 
 class SharedLoad:
-    """What a process tells the others that share a listening socket, and learns from them.
+    """The part of one process in the balance: publishes its session count, and reads the others.
 
     Attributes:
-        has_others: whether another process accepts from the socket, as it was some 20 ms ago.
+        has_others: whether another process accepts from the socket, as of some 20 ms ago.
     """
 
     __slots__ = (
@@ -82,28 +86,29 @@ class SharedLoad:
         self._descriptor = descriptor
         self._is_supported = IS_SUPPORTED
         self._told: int | None = None
-        """The number that the others see."""
+        """The number that the others see; None: this process accepts nothing."""
         self._look_at = 0.0
-        """When to tell it anew (monotonic clock)."""
+        """When to set the lock anew and to look for others (monotonic clock)."""
         self._wait = FIRST_WAIT
         """Seconds of the next wait."""
         self._waited_until = 0.0
-        """When the last one ended, or will end."""
+        """When the last wait ended, or will end."""
         self._has_waited = False
-        """The next connection may be accepted, as nobody else did in that time."""
+        """Whether the last answer was a wait, so that the next connection may be accepted."""
         self._slow: int | None = None
-        """The number of the process that this one waits for; None: it waits for none."""
+        """The number of the process that this one waits for; None: it waits for no process."""
         self._slow_until = 0.0
-        """When that is given up."""
+        """When to stop waiting for that process."""
         self._stuck: set[int] = set()
-        """The numbers of processes that are not waited for, as they accept nothing."""
+        """The numbers of processes that this one does not wait for, as they accept nothing."""
         self._stuck_until = 0.0
+        """When to forget these numbers."""
 
     def wait_for_others(self, count: int) -> float:
-        """Seconds to wait, as the next connection is for another process, which has fewer sessions.
+        """Seconds for which to leave the next connection to a process with fewer sessions.
 
-        To be asked before each accept; 0: it is for this one. Asked again after such a wait it says
-        0 in any case, once: nobody else has accepted the connection.
+        The listener asks before each accept. 0: this process may accept. When the listener asks
+        right after such a wait, the answer is 0: no other process has accepted the connection.
 
         Args:
             count: how many sessions this process has.
@@ -112,7 +117,8 @@ class SharedLoad:
             return 0.0
         now = monotonic()
         if self._slow is not None and now > self._waited_until + TELL_PERIOD:
-            # No connection was left after the wait, so others have accepted it.
+            # The listener did not ask again after the wait, as no connection was left: another
+            # process has accepted it.
             self._slow, self._has_waited = None, False
         lead = LEAST_LEAD + count // SESSIONS_PER_LEAD
         if now < self._look_at:
@@ -127,7 +133,7 @@ class SharedLoad:
             else:
                 self._tell(count)
             slow = self._one_below(count - lead, now)
-        except OSError:  # of a kernel, or a security module, that has no locks for sockets
+        except OSError:  # from a kernel, or a security module, that has no locks for sockets
             self._is_supported = False
             return 0.0
         if slow is None or self._has_waited:
@@ -139,12 +145,12 @@ class SharedLoad:
         return wait
 
     def others_were_first(self) -> None:
-        """When such a wait ended no connection was left: the next one is worth another."""
+        """Allow another wait for the next connection: no connection was left after the last one."""
         self._slow, self._has_waited = None, False
-        self._look_at = 0.0  # it has to ask again
+        self._look_at = 0.0  # it must look again
 
     def begin(self, count: int) -> None:
-        """This process accepts from now on, and has so many sessions."""
+        """Publish that this process accepts from now on, and has `count` sessions."""
         if self._is_supported:
             try:
                 self._look(count, monotonic())
@@ -152,7 +158,7 @@ class SharedLoad:
                 self._is_supported = False
 
     def withdraw(self) -> None:
-        """This process accepts nothing for now: nobody is to wait for it."""
+        """Publish that this process accepts nothing for now, so that no other waits for it."""
         if self._told is not None:
             self._told = None
             try:
@@ -161,7 +167,7 @@ class SharedLoad:
                 self._is_supported = False
 
     def _look(self, count: int, now: float) -> None:
-        """Set the lock anew, and see who else has one."""
+        """Set the lock anew, and see whether another process has one."""
         self._look_at = now + TELL_PERIOD
         self.withdraw()
         self._tell(count)
@@ -176,7 +182,7 @@ class SharedLoad:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, told)
 
     def _one_below(self, limit: int, now: float) -> int | None:
-        """The number of a process that has so few sessions that this one should wait for it."""
+        """The number of a process below `limit` for which to wait now; ``None``: for no process."""
         if now >= self._stuck_until:
             self._stuck.clear()
         slow = self._first_below(limit)
@@ -193,7 +199,7 @@ class SharedLoad:
         return self._slow
 
     def _first_below(self, limit: int) -> int | None:
-        """The number of another process, if one is below `limit` that is not stuck."""
+        """The number of another process that is below `limit` and not stuck, or ``None``."""
         begin = 0
         for end in (*sorted(number for number in self._stuck if number < limit), limit):
             if begin < end:
@@ -204,7 +210,7 @@ class SharedLoad:
         return None
 
     def _first_within(self, begin: int, length: int) -> int | None:
-        """The number of another process, if one is among `length` numbers from `begin` on."""
+        """The number of another process among `length` numbers from `begin` on, or ``None``."""
         asked = FLOCK.pack(fcntl.F_WRLCK, 0, begin, length, 0)
         found = FLOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
         return None if found[0] == fcntl.F_UNLCK else int(found[2])

@@ -1,14 +1,15 @@
-"""Where a server listens: what it was told, checked in the constructor and opened at its start.
+"""Binds: where a server is to listen, checked in its constructor and opened at its start.
 
-A bind is an address, a path, or a socket that somebody else made and that listens already. Each
-opens itself; what differs from one kind to another is in its class and nowhere else.
+A bind is an address, a path, or an inherited socket, which somebody else made and which listens
+already. Each bind opens itself; all differences between the kinds are in their classes.
 
-Resource handling: what is opened belongs to the server, until `ListeningSocket.close`. A given
-socket or descriptor stays its owner's: a duplicate is opened (dup(2)), and closed, and its file is
-not removed.
+Resource handling: an opened socket belongs to the server, until `ListeningSocket.close`. A socket
+or descriptor that the server was given stays its owner's: the server makes a duplicate (dup(2)) and
+closes that, and does not remove the socket's file.
 
-The constructor's part (`check_binds`) opens nothing. `open_when_free` runs in the greenlet of
-``start``, and switches while a name is looked up, and while another process has yet to leave.
+`check_binds` runs in the constructor and opens nothing. `open_when_free` runs in the greenlet that
+calls ``start``. It switches during the lookup of a name, and while it waits for another process to
+stop listening.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ __all__ = [
 DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8710
 REUSE_PORT: int | None = getattr(_socket, "SO_REUSEPORT", None)
-"""None where there is no such option."""
+"""None where the system has no such option."""
 BIND_PATIENCE = 10.0
-"""Seconds that another process which listens has, at most, to end. A parent that forks to become a
-daemon may wait for its child to be ready, a worker that is replaced for its last request."""
+"""Seconds, at most, to wait until another process that listens has ended. A parent that forks to
+become a daemon may wait for its child to be ready, a worker that is replaced for its last request.
+"""
 FIRST_PAUSE = 0.01
+"""Seconds between the first two attempts to bind. Each pause is twice as long as the one before."""
 LONGEST_PAUSE = 0.25
-"""Seconds between two looks whether it has. Of a Unix socket each is a connection."""
+"""Seconds of the longest pause between two attempts. On a Unix socket each attempt connects to the
+process that listens."""
 WANTED = (
     "a listening socket, its descriptor, a tuple of host and port, 'unix:' and a path, or a list "
     "of such"
@@ -69,18 +73,18 @@ WANTED = (
 
 
 class HasFileno(Protocol):
-    """A socket: Python's, gevent's, or anything that has one's descriptor."""
+    """A socket of Python or gevent, or another object that has the descriptor of a socket."""
 
     def fileno(self) -> int: ...
 
 
 Given = HasFileno | int | str | tuple[str, int]
-"""What one listener may be given as."""
+"""The types of one listener, as users give it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindOptions:
-    """How addresses and paths are bound. Nothing of it is for sockets of others."""
+    """How addresses and paths are bound. Inherited sockets use none of these options."""
 
     backlog: int
     receive_buffer_size: int | None
@@ -90,18 +94,18 @@ class BindOptions:
 
 
 class Bind(Protocol):
-    """One thing that a server listens on. `open` may switch; what else there is does not."""
+    """One address, path or socket that a server listens on. Only `open` may switch."""
 
     def __str__(self) -> str:
-        """As errors and the log name it."""
+        """Its name in errors and in the log."""
 
     @property
     def asked_for(self) -> Endpoint:
-        """Its address as far as it is known before it is open."""
+        """Its address, as far as that is known before the bind is open."""
 
     @property
     def identity(self) -> object:
-        """Equal for two that cannot both be listened on; ``None``: there is no such."""
+        """Equal for binds that can't be open at once; ``None``: this bind excludes no other."""
 
     def open(self, options: BindOptions) -> ListeningSocket:
         """Listen there.
@@ -114,7 +118,11 @@ class Bind(Protocol):
         """Whether another process listens there."""
 
     def where(self, endpoint: Endpoint) -> Bind:
-        """The same with the port of `endpoint`, to which it was bound: to listen there again."""
+        """The same bind with the port of `endpoint`, for a child of a process that listened there.
+
+        Args:
+            endpoint: what the bind was bound to in that process.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,7 @@ class TcpBind:
 
     @property
     def _bound(self) -> TcpAddress:
-        """The address, where 0.0.0.0 is every address of a dual-stack socket too."""
+        """The address to bind; for a dual-stack socket ``::`` replaces 0.0.0.0."""
         is_ipv6 = self.address.family is PsSocketAddressFamily.IPV6
         if is_ipv6 and self.address.host == "0.0.0.0":
             return replace(self.address, host="::")
@@ -173,7 +181,7 @@ class TcpBind:
 
 @dataclass(frozen=True, slots=True)
 class UnixBind:
-    """The path of a Unix domain socket, which the server makes."""
+    """The path of a Unix domain socket that the server makes."""
 
     address: UnixAddress
 
@@ -199,10 +207,10 @@ class UnixBind:
 
 
 class InheritedBind:
-    """A socket that listens already, and that is somebody else's."""
+    """A socket that listens already, and that belongs to somebody else."""
 
     def __init__(self, given: HasFileno | int) -> None:
-        self._given = given  # kept, so that it stays open as long as the server needs it
+        self._given = given  # a reference, so that it stays open as long as the server needs it
         descriptor = _descriptor(given)
         try:
             with _looking_at(descriptor) as found:
@@ -225,7 +233,7 @@ class InheritedBind:
             raise ValueError(f"listener must listen already, and {self._given!r} does not")
 
     def is_taken(self) -> bool:
-        return False  # it may be shared
+        return False  # other processes may share it
 
     def open(self, _options: BindOptions) -> ListeningSocket:
         try:
@@ -246,18 +254,19 @@ def check_binds(
     port: int,
     family: PsSocketAddressFamily,
 ) -> Sequence[Bind]:
-    """What a server is to listen on, in that order.
+    """The binds of a server, in the order of its listeners.
 
     Args:
-        listener: one, or several; ``None``: host and port say it.
-        host: as `PsServer` has it.
-        port: the same.
-        family: that of names, and of IPv4 addresses; a listener with an IPv6 address is IPv6.
+        listener: one listener, or several; ``None``: listen on `host` and `port`.
+        host: the setting of `PsServer`.
+        port: the setting of `PsServer`.
+        family: the family of names and of IPv4 addresses; a listener with an IPv6 address is IPv6.
 
     Raises:
-        TypeError: something of it is of the wrong type.
-        ValueError: it is empty, has one twice, or a socket that can't be accepted from; or it is
-            given besides a host and a port.
+        TypeError: an argument, or a part of `listener`, has the wrong type.
+        ValueError: the host or the port is not valid; `listener` is empty, names something twice,
+            or has a socket that can't accept; or the caller gave both a listener and a host or
+            port.
     """
     asked_for = check_address(host, port, family, least_port=0)
     if listener is None:
@@ -284,7 +293,7 @@ def check_binds(
 
 
 def check_reuse_port(binds: Sequence[Bind]) -> None:
-    """Raise `ValueError` where ``reuse_port=True`` has nothing to do, or can't be."""
+    """Raise `ValueError` where ``reuse_port=True`` would have no effect, or is not possible."""
     if REUSE_PORT is None:
         raise ValueError("reuse_port must not be True: this system has no SO_REUSEPORT")
     if not any(isinstance(each, TcpBind) for each in binds):
@@ -293,10 +302,10 @@ def check_reuse_port(binds: Sequence[Bind]) -> None:
 
 
 def _open_all(binds: Sequence[Bind], options: BindOptions) -> list[ListeningSocket]:
-    """Listen on all of them, or on none.
+    """Listen on all binds, or on none. May switch.
 
     Raises:
-        PsServerError: it is not possible; it names the bind that failed.
+        PsServerError: it is not possible; the error names the bind that failed.
     """
     opened: list[ListeningSocket] = []
     try:
@@ -322,19 +331,22 @@ def open_when_free(
     is_wanted: Callable[[], bool],
     told: Callable[[str], object],
 ) -> list[ListeningSocket]:
-    """Listen on all of them, or on none. While another process still listens there, try again.
+    """Listen on all binds, or on none. While another process still listens there, try again.
 
-    A process that takes over from another one may come before that has gone: a worker that a reload
-    starts, a service that is started anew, a child whose parent is about to end. (nginx and
-    gunicorn try again, too.) Only on Linux it is known who listens; a child knows it of its parent
-    anywhere. Switches meanwhile.
+    A process that takes over from another one may start before the other has ended: a worker that
+    a reload starts, a service that is restarted, a child whose parent is about to end. (nginx and
+    gunicorn try again as well.) Only on Linux can the server find out that another process listens;
+    in a child of the process that listened, EADDRINUSE is enough on any system. Switches while it
+    waits.
 
     Args:
-        binds: where; in a child of a process that listened, with the ports that it was given.
-        options: how.
-        left_in: the id of the process in which the server ran at the fork; ``None``: it did not.
-        is_wanted: false when it is to be tried no more.
-        told: called with the reason before the first wait, but for a parent, which is expected.
+        binds: where; in a child of a process that listened, with the ports that this was given.
+        options: how to bind addresses and paths.
+        left_in: the id of the process in which the server ran at the fork; ``None``: this process
+            is not a child of one in which the server ran.
+        is_wanted: returns false when it should not be tried again.
+        told: called with the reason before the first wait; not in a child of the process that
+            listened, where a wait is expected.
 
     Raises:
         PsServerError: it is not possible, or the address was not free within `BIND_PATIENCE`.
@@ -425,7 +437,7 @@ def _descriptor(given: HasFileno | int) -> int:
         return given
     try:
         descriptor: object = given.fileno()
-    except (OSError, ValueError) as exc:  # of a file that is closed
+    except (OSError, ValueError) as exc:  # ValueError from a closed file
         raise ValueError(f"listener must be a socket that is open, not {given!r}: {exc}") from exc
     if not isinstance(descriptor, int):
         raise TypeError(f"listener must have a descriptor, and {given!r} has none")
@@ -436,7 +448,7 @@ def _descriptor(given: HasFileno | int) -> int:
 
 @contextlib.contextmanager
 def _looking_at(descriptor: int) -> Iterator[_socket.socket]:
-    """The socket that has that descriptor, without owning it."""
+    """The socket of `descriptor`, which the block must not close."""
     found = _socket.socket(fileno=descriptor)
     try:
         yield found
@@ -448,4 +460,4 @@ def _listens(found: _socket.socket) -> bool:
     try:
         return found.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN) != 0
     except OSError:
-        return True  # the system does not tell
+        return True  # this system has no such option: assume it

@@ -1,11 +1,11 @@
-"""The last words to connections that are refused: they reach the peer, and block nobody.
+"""Farewells: the last bytes to refused connections. They reach the peer and block nothing.
 
-A plain close would reset the connection if the peer has sent something, and could destroy what is
-on its way to it (RFC 2525, section 2.17). So writing is shut down, and what comes is read and
-dropped until the peer closes, within limits on time, on the number of connections and on bytes.
-Beyond the limits a connection gets the words, and is closed at once.
+If the peer has sent something, a plain close would reset the connection, which could destroy bytes
+on their way to the peer (RFC 2525, section 2.17). So the server shuts down writing, then reads and
+drops data until the peer closes, within limits on time, on the number of connections and on bytes.
+A connection beyond the limit on connections is sent the farewell and closed at once.
 
-All of it runs in the hub, in callbacks of watchers, without a greenlet: nothing waits or raises.
+All of it runs in the hub, in callbacks of watchers, without a greenlet. Nothing waits or raises.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from psofa_gevent.net.sockopts import end
 __all__ = ["LONGEST_FAREWELL", "Farewells"]
 
 LONGEST_FAREWELL = 4_096
-"""Bytes: any send buffer that is empty takes them."""
+"""Bytes of a farewell, at most: any empty send buffer takes that many."""
 MOST_AT_A_TIME = 32
-"""Half of the descriptors that the default of ``max_sessions`` leaves to others."""
+"""Connections that wait for their peers to close: half of the descriptors that the default of
+``max_sessions`` leaves to others."""
 LONGEST_FAREWELL_TIME = 1.0
-"""Seconds."""
+"""Seconds for which such a connection waits, at most."""
 MOST_BYTES = 65_536
+"""Bytes that are read from such a connection and dropped, at most."""
 DROPPED_AT_A_TIME = 4_096
+"""Bytes of one such read."""
 
 
 class Farewells:
-    """The connections that are on their way out."""
+    """The refused connections of one server that wait for their peers to close."""
 
     def __init__(self) -> None:
         self._leaving: set[_Leaving] = set()
 
     def add(self, sock: _socket.socket, words: bytes, thread: HubThread) -> None:
-        """Say the words, and close `sock` soon, which is this object's now."""
+        """Send `words`, and close `sock` at once or soon. It belongs to this object now."""
         try:
             sock.setblocking(False)
             sock.send(words)
@@ -52,13 +55,17 @@ class Farewells:
         self._leaving.add(_Leaving(sock, thread.loop, self._leaving))
 
     def close(self) -> None:
-        """Close those that are left, at once."""
+        """Close the connections that still wait, at once."""
         for leaving in list(self._leaving):
-            with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
+            with contextlib.suppress(ValueError):  # from a watcher whose loop is gone
                 leaving.close()
 
     def let_go(self, *, has_hub: bool) -> None:
-        """Leave them to the parent process. The hub is touched only where this one has it."""
+        """Leave the connections to the parent process.
+
+        Args:
+            has_hub: whether the hub of the watchers is the child's; otherwise it is not touched.
+        """
         for leaving in self._leaving:
             leaving.let_go(has_hub=has_hub)
         keep(*self._leaving)
@@ -66,7 +73,7 @@ class Farewells:
 
 
 class _Leaving:
-    """One of them."""
+    """A refused connection that was sent its farewell and waits for its peer to close."""
 
     __slots__ = ("_among", "_left", "_sock", "_timer", "_watcher")
 
@@ -95,14 +102,17 @@ class _Leaving:
             self.close()
 
     def let_go(self, *, has_hub: bool) -> None:
-        """Leave it to the parent process."""
+        """Leave the connection to the parent process."""
         if has_hub:
             release(self._watcher)
             release(self._timer)
         self._sock.close()
 
     def close(self) -> None:
-        """Close it now. The watcher first: the descriptor is used again at once."""
+        """Close the connection now.
+
+        The watchers are closed before the socket, whose descriptor may be used again at once.
+        """
         self._among.discard(self)
         try:
             for watcher in (self._watcher, self._timer):

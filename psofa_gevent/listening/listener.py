@@ -1,29 +1,30 @@
-"""A server's listeners: each accepts from one listening socket, while the manager has room.
+"""The listeners of a server: each accepts from one listening socket, while the manager has room.
 
-All listeners of a server share its manager's pool. While that is full none of them accepts; each
-slot that becomes free goes to the one that has waited longest (`AcceptQueue`), for the event loop
-would give them all to one.
+All listeners of a server share the pool of its manager. While the pool is full, no listener
+accepts. Each slot that becomes free goes to the listener that has waited longest (`AcceptQueue`);
+the event loop would give all slots to one listener.
 
-A socket that somebody else made may be shared by several processes, each with a server: they accept
-so that all have about the same number of sessions (`psofa_gevent.listening.balance`).
+Several processes, each with a server, may share an inherited socket. They accept so that all have
+about the same number of sessions (`psofa_gevent.listening.balance`).
 
-An accepted socket belongs to its session as soon as there is one. What the server's rules refuse
-never gets to the manager (`psofa_gevent.listening.admission`); where a connection is to be refused
-when the pool is full, the listeners go on accepting then.
+An accepted socket belongs to its session as soon as there is one. A connection that the rules of
+the server refuse in the hub never gets to the manager (`psofa_gevent.listening.admission`). With
+``refuse_when_full`` the listeners go on accepting while the pool is full.
 
-Error handling: whatever accept(2) says, accepting pauses, from 10 ms to a second, and starts again
-by itself. Mostly that is a lack of descriptors or memory: the connections wait in the backlog, no
-session notices, and a warning tells, once a minute at most. If a listening socket itself is gone,
-that is an error in the log, and the open sessions go on.
+Error handling: after any error of accept(2) accepting pauses, for 10 ms to one second, and resumes
+by itself. Most often the process lacks descriptors or memory: connections wait in the backlog, no
+session notices, and the log has a warning, at most once a minute. If a listening socket itself is
+gone, the log has an error, and the open sessions go on.
 
-The accept loop is gevent's `StreamServer`. `Listener` overrides its public methods only, and its
-pauses have a timer of their own; of gevent's private names it uses none. One private name of
-Python's is left: ``socket._accept``, which returns a descriptor. The public ``accept`` makes a
-`socket.socket` of it, in Python code, for each connection, and a session wants the plain C object.
+The accept loop is that of gevent's `StreamServer`. `Listener` overrides only its public methods,
+has a timer of its own for its pauses, and uses no private name of gevent. It uses one private name
+of Python: ``socket._accept``, which returns a descriptor. The public ``accept`` makes a
+`socket.socket` of it, in Python code, for each connection, while a session needs the plain C
+object.
 
-What accepts runs in the hub, where nothing may block or raise. The greenlet that calls the server's
+Accepting runs in the hub, where nothing may block or raise. The greenlet that calls the server's
 ``start`` makes and starts `Listeners`; the greenlet that stops the server calls `Listeners.close`.
-`pause` and `resume` may be called in any thread. None of it switches.
+`pause` and `resume` may be called in any thread. Nothing here switches.
 """
 
 from __future__ import annotations
@@ -61,22 +62,25 @@ from psofa_gevent.owner.manager import SessionManager
 __all__ = ["Listeners"]
 
 _new_poll: Callable[[], Any] = monkey.get_original("select", "poll")
-"""The system's, which is asked in the hub, and with no time to wait."""
+"""The system's ``poll``, also in a patched process: the hub calls it, without waiting."""
 
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "::ffff:0.0.0.0"})
-"""Hosts that are no address of an accepted socket."""
+"""Hosts of listening sockets that are never the local address of an accepted socket."""
 LISTENER_IS_GONE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+"""Errors of accept(2) after which it can never succeed again."""
 ACCEPTS_OF_SHARED = 8
-"""Accepts in one round of the hub from a socket that other processes accept from, too: a burst of
-clients is for all of them. One would be fairest, and took 15 % more time for each connection."""
+"""Accepts in one round of the hub, at most, from a socket that other processes accept from as well,
+so that all get a part of a burst. A limit of 1 would be fairest, but each connection took 15 % more
+time."""
 ACCEPTS_PER_ROUND = 100
-"""The same from any other socket, and slots of a full pool that are given away; as gevent's."""
+"""Accepts in one round of the hub, at most, from any other socket, and slots of a full pool given
+away in one round. It is gevent's default."""
 
 
 class AcceptQueue:
-    """Which listener of a server accepts next while its pool is full, or was a moment ago.
+    """The accept queue: the listeners of a server that wait for a free slot of the full pool.
 
-    In the hub; nothing here switches.
+    All of it runs in the hub's thread, and does not switch.
     """
 
     def __init__(self, manager: SessionManager) -> None:
@@ -84,10 +88,10 @@ class AcceptQueue:
         self._loop = manager.thread.loop
         self._waiting: deque[Listener] = deque()
         self._is_due = False
-        """Whether the loop is about to call `_give`."""
+        """Whether the event loop is about to call `_give`."""
 
     def must_wait(self, listener: Listener) -> bool:
-        """Whether there is no slot for a connection; then `listener` is called when there is."""
+        """Whether there is no slot for `listener`. If so, it will accept when its turn comes."""
         if not self._waiting and not self._pool.full():
             return False
         if listener not in self._waiting:
@@ -101,13 +105,13 @@ class AcceptQueue:
             self._waiting.remove(listener)
 
     def slot_is_free(self) -> None:
-        """Give it away soon, if there is one and somebody waits."""
+        """Give free slots away soon, if there are any and a listener waits."""
         if self._waiting and not self._is_due and not self._pool.full():
             self._is_due = True
             self._loop.run_callback(self._give)
 
     def _give(self) -> None:
-        """Give away the slots that are free, one to each listener in its order."""
+        """Give the free slots away, one to each listener in turn."""
         self._is_due = False
         for _ in range(ACCEPTS_PER_ROUND):
             if not self._waiting or self._pool.full():
@@ -119,7 +123,7 @@ class AcceptQueue:
 
 
 class Listener(StreamServer):
-    """Accepts connections and hands them to a manager, while its pool has room."""
+    """Accepts from one listening socket, and hands the connections to a manager."""
 
     def __init__(
         self,
@@ -128,13 +132,13 @@ class Listener(StreamServer):
         admission: Admission | None,
         queue: AcceptQueue,
     ) -> None:
-        """Make it; `start` begins.
+        """Make a listener that accepts from `start` on.
 
         Args:
-            listening: where it accepts. It is this object's to close.
+            listening: the listening socket. `close` closes it.
             manager: gets the connections.
-            admission: the rules that may refuse one; ``None``: there are none.
-            queue: that of all listeners of the manager.
+            admission: the rules that may refuse a connection in the hub; ``None``: no rules.
+            queue: the accept queue of all listeners of the manager.
         """
         self._listening = listening
         self._manager = manager
@@ -142,47 +146,54 @@ class Listener(StreamServer):
         self._paused = False
         self._backoff = self.min_delay
         sock = listening.socket
-        # As plain numbers, which a socket's own properties are not.
+        # As plain numbers: a socket's family and type are enums.
         self._kind = int(sock.family), int(sock.type), sock.proto
         self.endpoint: Endpoint = endpoint(sock.getsockname()) or UNNAMED
-        """What it is bound to."""
+        """The endpoint that it is bound to."""
         knows = self.endpoint[0] not in EVERY_ADDRESS
         self._local_endpoint = self.endpoint if knows else None
-        """That of all accepted sockets, if the server listens on one address only."""
+        """The local endpoint of all accepted sockets; None: it listens on every address."""
         self._admission = admission
         self._refuses_when_full = admission is not None and admission.refuse_when_full
         self._set_options = set_options
         self._has_options = ARE_INHERITED
-        """Whether accepted sockets have their options by themselves."""
+        """Whether accepted sockets need no call of `_set_options`."""
         if listening.is_inherited:
             self._set_options, self._has_options = set_all_options, False
-        if sock.family == _socket.AF_UNIX:  # has one option, and does not hand it on
+        if sock.family == _socket.AF_UNIX:  # has one option, which is not inherited
             self._set_options = set_options
             self._has_options = manager.settings.send_buffer_size is None
         self._load = SharedLoad(sock.fileno()) if listening.is_inherited else None
-        """What it and the other processes that share the socket know of each other."""
+        """The balance with other processes that share the socket; None: it is not inherited."""
         self._wait = 0.0
-        """Seconds for which it is about to leave connections to them."""
+        """Seconds for which `stop_accepting` will leave connections to these processes."""
         self._pause_timer: Any = None
-        """Ends a pause of ours, whose length is not gevent's."""
-        # Without the pool: gevent's way to go on when it has room is not fair to the others.
+        """Ends a pause that this class, and not gevent, has begun."""
+        # Without the pool: when it has room again, gevent would not be fair to other listeners.
         super().__init__(sock, handle=_never_called, spawn=None)
 
     def close(self) -> None:
-        """Close the socket, and remove the file of one that has one."""
+        """Close the socket, and remove the file of a Unix socket that the server made."""
         self._queue.forget(self)
         self._listening.end()
         super().close()
 
     def let_go(self, *, has_hub: bool) -> None:
-        """Accept nothing, in a child process. The hub is touched only where that has it."""
+        """Accept nothing in a child process.
+
+        Args:
+            has_hub: whether the hub is the child's; otherwise it is not touched.
+        """
         self._paused = True
         self._queue.forget(self)
         if has_hub:
             self.stop_accepting()
 
     def full(self) -> bool:
-        """Whether to leave connections where they are. gevent asks, and pauses if so."""
+        """Whether to leave connections in the backlog for now.
+
+        gevent asks before each accept, and calls `stop_accepting` if so.
+        """
         if not self._refuses_when_full and self._queue.must_wait(self):
             if self._load is not None:
                 self._load.withdraw()
@@ -193,8 +204,8 @@ class Listener(StreamServer):
         return self._wait > 0.0
 
     @property
-    def max_accept(self) -> int:  # type: ignore[override]  # nobody sets it
-        """Accepts in one round of the hub, at most. gevent asks at the begin of each."""
+    def max_accept(self) -> int:  # type: ignore[override]  # no code sets it
+        """Accepts in one round of the hub, at most. gevent asks at the start of each round."""
         if self._load is not None and self._load.has_others:
             return ACCEPTS_OF_SHARED
         return ACCEPTS_PER_ROUND
@@ -203,7 +214,10 @@ class Listener(StreamServer):
         return len(self._manager.sessions)
 
     def stop_accepting(self) -> None:
-        """Watch no more; if that is to leave connections to other processes, for a moment only."""
+        """Stop watching the socket.
+
+        If `full` has decided to leave connections to other processes, only for that time.
+        """
         super().stop_accepting()
         timer, self._pause_timer = self._pause_timer, None
         if timer is not None:
@@ -218,9 +232,9 @@ class Listener(StreamServer):
         self._pause_timer.start(ended)
 
     def _wait_is_over(self) -> None:
-        """Accept, unless others have meanwhile."""
+        """Watch the socket again after a wait, and note whether others took the connection."""
         if self._load is not None and self.started:
-            # Not a matter of time: the next connection may come in the very next moment.
+            # Ask now whether a connection is left: the next one may come at any moment.
             asked = _new_poll()
             asked.register(self.socket, select.POLLIN)
             if not asked.poll(0):
@@ -228,7 +242,7 @@ class Listener(StreamServer):
         self._try_accepting()
 
     def accept_one(self) -> bool:
-        """Accept one connection; false when none waits, or none may be accepted."""
+        """Accept one connection. False: none waits, or the listener may not accept now."""
         if self._paused:
             return False  # until `resume`
         try:
@@ -242,7 +256,7 @@ class Listener(StreamServer):
         return True
 
     def pause(self) -> None:
-        """Accept nothing more. From any OS thread: a flag that is looked at before each accept."""
+        """Accept nothing more. From any OS thread: sets a flag that is read before each accept."""
         self._paused = True
 
     def resume(self) -> None:
@@ -255,19 +269,19 @@ class Listener(StreamServer):
             self.start_accepting()
 
     def start_accepting(self) -> None:
-        """Watch for connections, unless paused. Called by gevent too, after a pause of its own."""
+        """Watch for connections, unless paused. gevent calls it as well, after its own pauses."""
         if not self._paused:
             if self._load is not None:
                 self._load.begin(self._count())
             try:
                 super().start_accepting()
-            except OSError as exc:  # a stranger has closed the descriptor
+            except OSError as exc:  # other code has closed the descriptor
                 self._accept_failed(exc)
 
     def do_read(  # type: ignore[override]  # no gevent socket, which would cost two watchers
         self,
     ) -> tuple[_socket.socket, Any] | None:
-        """Accept one connection; ``None`` when there is none, or none may be accepted now."""
+        """Accept one connection. ``None``: none waits, or the listener may not accept now."""
         if self._paused:
             self.stop_accepting()
             if self._load is not None:
@@ -282,10 +296,10 @@ class Listener(StreamServer):
         listening: Any = self.socket
         try:
             if self._listening.is_inherited:
-                # Others may have set it otherwise since: systemd does for each service that it
-                # starts (NonBlocking=), and a hub that waits here serves nobody.
+                # Another process may have made it blocking since: systemd sets the mode for each
+                # service that it starts (NonBlocking=). A hub that waits here serves nobody.
                 listening.setblocking(False)
-            descriptor, address = listening._accept()  # noqa: SLF001 - see the top
+            descriptor, address = listening._accept()  # noqa: SLF001 - see the module docstring
         except BlockingIOError:
             raise
         except OSError as exc:
@@ -302,7 +316,8 @@ class Listener(StreamServer):
         """Give an accepted connection to the manager, unless the rules refuse it."""
         try:
             if address is None and accepted.family != _socket.AF_UNIX:
-                # macOS. With no address it would pass for a Unix socket, which has rights.
+                # macOS. Without an address it would pass for a Unix socket, which the rules about
+                # addresses don't refuse.
                 raise ConnectionResetError("it no longer has an address")
             if self._admission is not None and self._admission.refuses(
                 accepted, address, self._manager
@@ -314,7 +329,7 @@ class Listener(StreamServer):
             manager.open(accepted, address, None, self._local_endpoint, manager.context)
         except BaseException as exc:
             end(accepted)
-            if isinstance(exc, OSError):  # reset before it could be looked at
+            if isinstance(exc, OSError):  # the connection was reset
                 log(logging.DEBUG, "%r: connection lost before its session began: %s", address, exc)
             elif isinstance(exc, Exception):
                 log(logging.ERROR, "%r: the session could not be started", address, exc_info=exc)
@@ -337,7 +352,7 @@ class Listener(StreamServer):
         self._backoff = min(self.max_delay, self._backoff * 2)
 
     def _tell(self, exc: OSError) -> None:
-        """Tell that accepting has paused: a server at its limit fails and heals many times."""
+        """Log that accepting has paused. Limited, as a server at its limit pauses many times."""
         owner = self._manager.owner
         text = "%r: cannot accept: %s; connections wait in the backlog until it can"
         if exc.errno == errno.ECONNABORTED:
@@ -347,7 +362,7 @@ class Listener(StreamServer):
 
 
 class Listeners:
-    """All listeners of one server."""
+    """All listeners of one server, in the order of its binds."""
 
     def __init__(
         self,
@@ -360,10 +375,10 @@ class Listeners:
         manager.slot_is_free = queue.slot_is_free
         self._all = [Listener(listening, manager, admission, queue) for listening in opened]
         self.endpoints = [listener.endpoint for listener in self._all]
-        """What they are bound to."""
+        """The endpoints that they are bound to."""
 
     def start(self) -> None:
-        """Accept."""
+        """Begin to accept."""
         for listener in self._all:
             listener.start()
 
@@ -378,14 +393,18 @@ class Listeners:
             listener.resume()
 
     def let_go(self, *, has_hub: bool) -> None:
-        """Accept nothing, in a child process. The hub is touched only where that has it."""
+        """Accept nothing in a child process.
+
+        Args:
+            has_hub: whether the hub is the child's; otherwise it is not touched.
+        """
         keep(self)
         self._manager.slot_is_free = None
         for listener in self._all:
             listener.let_go(has_hub=has_hub)
 
     def close(self) -> None:
-        """Close all of them, also where one fails."""
+        """Close all listeners, even if closing one of them fails."""
         self._manager.slot_is_free = None
         with ExitStack() as closing:
             for listener in self._all:
@@ -393,4 +412,4 @@ class Listeners:
 
 
 def _never_called(_accepted: object, _address: object) -> None:
-    """`StreamServer` wants a handler; `Listener.do_handle` does its work."""
+    """The handler that `StreamServer` requires; `Listener.do_handle` does its work."""

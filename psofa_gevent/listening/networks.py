@@ -1,10 +1,10 @@
-"""Who a peer is, for rules about addresses: the address behind an endpoint, and sets of networks.
+"""Addresses and networks for the rules of admission: a peer's address, and sets of networks.
 
-An IPv4-mapped address (RFC 4291, section 2.5.5.2), as a dual-stack socket has it, is its IPv4
-address; a network of them is a network of those. Peers on Unix sockets have no address.
+An IPv4-mapped address (RFC 4291, section 2.5.5.2), as on a dual-stack socket, counts as its IPv4
+address, and a network of such addresses as an IPv4 network. Peers on Unix sockets have no address.
 
-Nothing here waits. What a rule costs does not depend on how many networks it has, but on how many
-lengths of prefixes there are among them.
+Nothing here waits. The cost of a rule depends on the number of different prefix lengths among its
+networks, not on the number of networks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAPPED_BITS = 96
 
 
 def peer_address(endpoint: Endpoint | None) -> bytes | None:
-    """The packed address, of 4 or 16 bytes; ``None`` for a Unix socket."""
+    """The packed address of a peer, 4 or 16 bytes; ``None`` for a Unix socket."""
     if endpoint is None or is_unix(endpoint[0]):
         return None
     host: str = endpoint[0]
@@ -39,16 +39,16 @@ class Networks:
     __slots__ = ("_by_size",)
 
     def __init__(self, name: str, networks: object) -> None:
-        """Take what a setting says.
+        """Take the value of a setting.
 
         Args:
-            name: the setting's.
-            networks: addresses, and networks in CIDR notation: no address with a prefix that is
-                shorter than it ("10.0.0.1/8"), which may be meant either way.
+            name: the name of the setting, for errors.
+            networks: addresses, and networks in CIDR notation. A network with bits set after the
+                prefix ("10.0.0.1/8") is an error, as it could mean the address or the network.
 
         Raises:
-            TypeError: it is no collection of strings.
-            ValueError: one of them is neither.
+            TypeError: `networks` is not a collection of strings.
+            ValueError: one of the strings is neither an address nor a network.
         """
         if isinstance(networks, (str, bytes, bytearray)) or not isinstance(networks, Collection):
             raise TypeError(
@@ -56,7 +56,7 @@ class Networks:
                 f"('192.0.2.7', '10.0.0.0/8'), not {networks!r}"
             )
         self._by_size: dict[int, dict[int, set[int]]] = {4: {}, 16: {}}
-        """By the size of the address, and then by how many bits follow the prefix: the prefixes."""
+        """The prefixes, by the size of the address and then by how many bits follow the prefix."""
         for text in networks:
             if not isinstance(text, str):
                 raise TypeError(

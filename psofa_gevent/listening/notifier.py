@@ -1,12 +1,13 @@
-"""What ``serve_forever`` tells a service manager: that it is ready, that it stops, that it lives.
+"""Notifications of ``serve_forever`` to a service manager: ready, stopping, and the watchdog.
 
-systemd's protocol, by way of `psofa_gevent.systemd`. Of several servers of a process that are in
-``serve_forever``, each says that it is ready, and the last one that stops says so.
+The protocol is systemd's (`psofa_gevent.systemd`). If several servers of a process are in
+``serve_forever``, each notifies that it is ready, and only the last one notifies that it stops.
 
-All of it runs in the hub's thread, and in the hub itself, and never waits: what the manager does
-not take at the moment is told a little later by a timer. Also the watchdog is a timer of the hub,
-so a hub that is blocked falls silent, and the manager finds it. The socket is opened once: a server
-that is out of descriptors lives, and must be able to say so.
+All of it runs in the hub's thread, partly in the hub, and never waits. A notification that the
+service manager does not take at once is sent a little later by a timer. The watchdog's
+notifications come from a timer of the hub as well: a blocked hub sends none, so the service manager
+notices it. The socket is opened only once: a server that is out of descriptors is alive, and must
+be able to send that.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from psofa_gevent.hub.times import SHORTEST_TIMER
 __all__ = ["ServiceNotifier"]
 
 RETRY_PERIOD = 0.05
-"""Seconds after which what was not taken is told again."""
+"""Seconds after which a notification that was not taken is sent again."""
 WATCHDOG = "WATCHDOG=1"
 
 
 class ServiceNotifier:
-    """What one server tells while it is in ``serve_forever``."""
+    """Sends the notifications of one server that is in ``serve_forever``."""
 
     def __init__(self, loop: Any) -> None:
-        """Tell nothing yet.
+        """Make a notifier that sends nothing before `ready`.
 
         Args:
             loop: the event loop of the server's hub.
@@ -42,13 +43,16 @@ class ServiceNotifier:
         self._loop = loop
         self._untold: list[str] = []
         self._socket: _socket.socket | None = None
-        """None until it is ready."""
+        """None until `ready`."""
         track(self)
 
     def ready(self, where: str) -> None:
-        """Tell that the server can be reached, and from now on that it lives.
+        """Notify that the server can be reached, and begin to notify the watchdog.
 
-        Without effect where nobody wants to know.
+        Without effect where there is no service manager.
+
+        Args:
+            where: the addresses of the server, for the status.
         """
         if not systemd.has_manager():
             return
@@ -58,7 +62,7 @@ class ServiceNotifier:
             log(logging.WARNING, "The service manager is not notified: %s", exc)
             return
         _serving.append(self)
-        status = where.replace("\n", " ")  # a path may have one
+        status = where.replace("\n", " ")  # the path of a Unix socket may have one
         self._tell(f"READY=1\nSTATUS=Listening on {status}")
         try:
             timeout = systemd.watchdog_timeout()
@@ -72,12 +76,12 @@ class ServiceNotifier:
             self._tell(WATCHDOG)
 
     def stopping(self) -> None:
-        """Tell that the shutdown begins. May be called again, and before `ready`."""
+        """Notify that the shutdown begins. May be called again, and before `ready`."""
         if self._leave() and not _serving:
             self._tell("STOPPING=1\nSTATUS=Shutting down")
 
     def close(self) -> None:
-        """Tell nothing more: stop the timers, and close the socket."""
+        """Send nothing more: stop the timers, and close the socket."""
         self._leave()
         unwatch(self._retry)
         unwatch(self._watchdog)
@@ -85,13 +89,13 @@ class ServiceNotifier:
             self._socket.close()
 
     def _let_go(self, _hub: object) -> None:
-        """Tell nothing more, in a child process."""
+        """Send nothing more, in a child process."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
     def _leave(self) -> bool:
-        """Whether it was among those that serve."""
+        """Take this server out of `_serving`; whether it was there."""
         try:
             _serving.remove(self)
         except ValueError:
@@ -104,7 +108,7 @@ class ServiceNotifier:
         self._tell_all()
 
     def _tell_all(self) -> None:
-        # A signal handler that shuts the server down may do the same in the middle of this.
+        # A signal handler that shuts the server down may call this function while it runs.
         while self._untold and self._socket is not None:
             state = self._untold[0]
             try:
@@ -118,4 +122,5 @@ class ServiceNotifier:
 
 
 _serving: list[ServiceNotifier] = []
+"""The notifiers that have said that they are ready, and not yet that they stop."""
 in_child(_serving.clear)

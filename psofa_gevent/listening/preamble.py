@@ -1,14 +1,16 @@
-"""What an accepted connection goes through before its session opens.
+"""The preamble: the steps of an accepted connection before ``on_open``.
 
-That is the header of the PROXY protocol, the rules about its peer with ``on_accept``, and the TLS
-handshake, in this order. It runs in the session's own greenlet, and what the peer has to do has one
-time limit, so a silent peer holds up nobody. What fails closes the session with FAILED and a record
-in the log; ``on_close`` is told, and ``on_open`` was not. A session that is refused, or closed
-meanwhile for another reason, gets neither; nor does one whose peer leaves without having sent a
-byte where one is due: a load balancer that looks whether somebody is there.
+The steps are the header of the PROXY protocol, admission with ``on_accept``, and the TLS handshake,
+in this order. They run in the session's own greenlet. One time limit holds for all that the peer
+has to do, so a silent peer holds up no one else.
 
-The first bytes are looked at before they are taken: so the header is read to its end, and not a
-byte of what follows.
+A step that fails closes the session with FAILED and a record in the log: ``on_close`` is called,
+without an ``on_open`` before. Neither is called for a session that is refused, that is closed
+meanwhile for another reason, or whose peer leaves before the first byte of a step (a load balancer
+that checks whether the server is up).
+
+The header is peeked at before it is taken, so it is read to its end, without a byte of what
+follows.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
 __all__ = ["Preamble"]
 
 PEEK_SIZE = 4_096
-"""Bytes of a header that are looked at in one go; most have less than a hundred."""
+"""Bytes of a header to peek at in one go; most headers have less than a hundred."""
 
 
 class Preamble:
-    """The steps of one server, for each accepted connection."""
+    """The preamble of one server: called for each accepted connection."""
 
     def __init__(
         self,
@@ -51,14 +53,17 @@ class Preamble:
         self._proxy_protocol = proxy_protocol
 
     def __call__(self, session: PsSession[Any]) -> None:
-        """Take the steps. In the session's own greenlet; may switch."""
+        """Take the steps. Runs in the session's own greenlet, and may switch.
+
+        If a step fails, or the session is refused, its close is requested.
+        """
         deadline = NEVER if self._timeout is None else monotonic() + self._timeout
         if self._proxy_protocol and not _read_header(session, deadline):
             return
         asked_at = monotonic()
         if not self._admits(session):
             return
-        deadline += monotonic() - asked_at  # which was not the peer's time
+        deadline += monotonic() - asked_at  # the time of ``on_accept`` is not the peer's
         try:
             context = self._ssl_context()
             if context is not None:
@@ -75,11 +80,11 @@ class Preamble:
 
 
 class _SilentPeerError(Exception):
-    """The peer has left, by FIN or RST, and has sent nothing."""
+    """The peer has left, by FIN or RST, without a byte of what was due."""
 
 
 def _read_header(session: PsSession[Any], deadline: float) -> bool:
-    """Read the header of the PROXY protocol, and no byte more; whether it is good."""
+    """Read the header of the PROXY protocol, and no byte more. False: the session is closing."""
     try:
         _wait_for_word(session, deadline)
         inside.use_proxy(session, _header(session, deadline))
@@ -94,11 +99,11 @@ def _read_header(session: PsSession[Any], deadline: float) -> bool:
 
 
 def _wait_for_word(session: PsSession[Any], deadline: float) -> None:
-    """Wait for the first byte of what is due.
+    """Wait for the first byte of a step. Switches while it waits.
 
     Raises:
-        _SilentPeerError: none comes.
-        OSError: none came by `deadline` (`TimeoutError`), or the session was closed meanwhile.
+        _SilentPeerError: the peer has left before that byte.
+        OSError: no byte came by `deadline` (`TimeoutError`), or the session was closed meanwhile.
     """
     try:
         if not _peek(session, deadline, 1):
@@ -110,7 +115,7 @@ def _wait_for_word(session: PsSession[Any], deadline: float) -> None:
 def _header(session: PsSession[Any], deadline: float) -> PsProxyInfo:
     received = bytearray()
     while True:
-        # Looked at first, as only then it is known where the header ends.
+        # Peek, as the size of the header is not known before it is parsed.
         seen = _peek(session, deadline, PEEK_SIZE)
         if not seen:
             raise ConnectionResetError("connection closed before the end of the header")
@@ -119,7 +124,7 @@ def _header(session: PsSession[Any], deadline: float) -> PsProxyInfo:
         left = len(seen) if found is None else found[1] - (len(received) - len(seen))
         while left > 0:
             data = inside.take(session, left)
-            if not data:  # a system that drops what was there at a reset
+            if not data:  # some systems drop received bytes when the connection is reset
                 raise ConnectionResetError("connection reset before the end of the header")
             left -= len(data)
         if found is not None:
@@ -127,7 +132,7 @@ def _header(session: PsSession[Any], deadline: float) -> PsProxyInfo:
 
 
 def _peek(session: PsSession[Any], deadline: float, size: int) -> bytes:
-    """What has come, at most `size` bytes, which stay there. Waits for the first one."""
+    """The first bytes in the socket, at most `size`; they stay there. Waits for the first one."""
     while True:
         try:
             seen = inside.peek(session, size)

@@ -1,6 +1,7 @@
-"""The settings that only a server has: one description of each, as of those of sessions.
+"""The settings of servers, without those that all owners have.
 
-See `psofa_gevent.settings`, which says what is made from them.
+Each is described once, as the settings of sessions are in `psofa_gevent.settings`, which says what
+is made from these descriptions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["ServerSettings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings(SessionSettings):
-    """What a `PsServer` was made with, or, as `PsServer.settings`, what is in effect."""
+    """The settings given to a `PsServer`; `PsServer.settings` are those in effect."""
 
     host: str = field(
         default=DEFAULT_HOST,

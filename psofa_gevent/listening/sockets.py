@@ -1,9 +1,9 @@
-"""The sockets that a server listens with: how each is made, and how it ends.
+"""The listening sockets of a server: how each is made, and how it ends.
 
 Resource handling: `bind`, `bind_unix` and `duplicate` return an open socket, or close what they
-made and raise. From then on it is the caller's, who calls `ListeningSocket.close`.
+made and raise. The socket belongs to the caller, who calls `ListeningSocket.close`.
 
-They run in the greenlet that calls the server's ``start``. Only `bind_unix` switches.
+These functions run in the greenlet that calls the server's ``start``. Only `bind_unix` switches.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from psofa_gevent.settings import SessionSettings
 __all__ = ["ListeningSocket", "bind", "bind_unix", "duplicate"]
 
 _SystemSocket: type[socket.socket] = monkey.get_original("socket", "socket")
-"""The blocking one, also in a patched process: it is only asked when the hub says it is ready."""
+"""Python's socket, also in a patched process: it is only used when the hub says it is ready."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ListeningSocket:
-    """A socket that listens, and what goes with it."""
+    """A socket that listens, with its file and whether it was inherited."""
 
     socket: socket.socket
     file: UnixFile | None = None
-    """What `close` is to remove."""
+    """The file of a Unix socket that `end` and `close` remove."""
     is_inherited: bool = False
     """Whether somebody else made the socket, and may share it."""
 
@@ -43,23 +43,23 @@ class ListeningSocket:
         track(self)
 
     def _let_go(self, _hub: object) -> None:
-        """Close the socket, in a child process. It goes on to listen: it is the parent's."""
+        """Close the child process's copy of the socket. In the parent it goes on listening."""
         self.socket.close()
 
     def end(self) -> None:
-        """Let nobody connect any more, and remove the file of a socket that has one.
+        """Stop listening, and remove the file of a Unix socket.
 
-        Also where another process has a duplicate of the socket, unless somebody else made it: who
-        has an inherited one may go on.
+        This also stops processes that have a duplicate of the socket. Only an inherited socket goes
+        on listening, for the other processes that have it.
         """
         if self.file is not None:
             self.file.remove()
         if not self.is_inherited:
-            with contextlib.suppress(OSError):  # it does not listen yet; or, on macOS, anyway
+            with contextlib.suppress(OSError):  # it does not listen yet; on macOS always
                 self.socket.shutdown(_socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """The same, and close the socket."""
+        """Call `end`, and close the socket."""
         self.end()
         self.socket.close()
 
@@ -75,12 +75,13 @@ def bind(
 ) -> ListeningSocket:
     """A socket that listens on `address`.
 
-    SO_REUSEADDR is set, so that a restart need not wait for the connections of before to leave
-    TIME_WAIT; and `reuse_port`, the system's SO_REUSEPORT, unless it is ``None``. Options that are
-    set here, accepted sockets inherit.
+    SO_REUSEADDR is set, so that a restart need not wait until earlier connections have left
+    TIME_WAIT. `reuse_port`, the number of the system's SO_REUSEPORT, is set unless it is ``None``.
+    On Linux accepted sockets inherit the options that are set here.
 
     Raises:
-        OSError: the address is in use, or not this machine's, or the family is not there.
+        OSError: the address is in use, or not an address of this machine, or the machine does not
+            have the family.
     """
     listening = _SystemSocket(socket_family(family), _socket.SOCK_STREAM)
     try:
@@ -103,10 +104,11 @@ def bind(
 
 
 def bind_unix(path: str, *, backlog: int, mode: int | None) -> ListeningSocket:
-    """A socket that listens on the file `path`, which it makes. Switches.
+    """A socket that listens on `path`, and makes that file. May switch.
 
     Raises:
-        OSError: a server listens there, or another file is there, or it can't be made.
+        OSError: a server listens there, or the path is another kind of file, or the file can't be
+            made.
     """
     with starting_alone(path):
         make_room(path)
@@ -126,13 +128,13 @@ def bind_unix(path: str, *, backlog: int, mode: int | None) -> ListeningSocket:
 
 
 def duplicate(descriptor: int) -> ListeningSocket:
-    """Another descriptor of somebody's listening socket, which becomes non-blocking.
+    """A duplicate of a listening socket that somebody else made.
 
-    That is the socket's, so its owner sees it too. All else that was set stays as it is: accepted
-    sockets get the options of the settings one by one.
+    The socket becomes non-blocking, for its other owners as well. Its options stay as they are;
+    the listener sets the options of each accepted socket instead.
 
     Raises:
-        OSError: the descriptor is none of a socket, or there is none left.
+        OSError: the descriptor is not that of a socket, or the process has no descriptor left.
     """
     copy = os.dup(descriptor)
     try:

@@ -1,10 +1,10 @@
-"""Whether another process listens at an address, as Linux tells in /proc (proc_net_tcp(5)).
+"""Whether another process listens at an address, read from Linux's /proc (proc_net_tcp(5)).
 
-For a server that finds its address in use: a process that is about to end will leave it, while a
-socket of this very process will not by itself. Elsewhere than on Linux, and where /proc can't be
-read, nobody is known to listen.
+A server that finds its address in use asks this: another process may be about to end and release
+the address, while a socket of this very process will not release it by itself. On other systems
+than Linux, and where /proc can't be read, the answer is always no.
 
-Asked once such an address was refused, not before: it takes a moment for each descriptor of the
+It is asked only after a bind was refused, as the answer takes a moment for each descriptor of the
 process. Nothing here switches.
 """
 
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 __all__ = ["path_is_taken", "port_is_taken"]
 
 LISTENS = "0A"
-"""The state of a TCP socket that listens (Linux, net/tcp_states.h: TCP_LISTEN)."""
+"""The state of a listening TCP socket (Linux, net/tcp_states.h: TCP_LISTEN)."""
 SO_ACCEPTCON = 0x10000
-"""The flag of a Unix socket that listens (Linux, linux/net.h: __SO_ACCEPTCON)."""
+"""The flag of a listening Unix socket (Linux, linux/net.h: __SO_ACCEPTCON)."""
 
 
 def port_is_taken(port: int) -> bool:
-    """Whether another process listens on a TCP port, at whatever address, and this one does not."""
+    """Whether another process listens on TCP port `port`, at any address, and this one does not."""
     found = {
         fields[9]
         for table in ("tcp", "tcp6")
@@ -55,7 +55,7 @@ def _are_of_others(inodes: set[str]) -> bool:
         return False
     with contextlib.suppress(OSError):
         for descriptor in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # that of the listing is closed by now
+            with contextlib.suppress(OSError):  # the listing's own descriptor is closed now
                 kind, _, inode = os.readlink(f"/proc/self/fd/{descriptor}").partition(":")
                 if kind == "socket" and inode.strip("[]") in inodes:
                     return False

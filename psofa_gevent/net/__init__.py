@@ -1,1 +1,1 @@
-"""The network, without a session: addresses, socket options, Unix sockets."""
+"""The network below the sessions: addresses, socket options, Unix sockets."""

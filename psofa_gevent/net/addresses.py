@@ -1,16 +1,17 @@
-"""Addresses: as users give them, checked once, and as sockets take them. IPv4, IPv6, Unix.
+"""Addresses: checked once as users give them, then in the form that sockets take. IPv4, IPv6, Unix.
 
-`check_address` makes a host and a port a `TcpAddress` or a `UnixAddress`. From there on that
-travels, and nobody looks at the text again. `TcpAddress.resolve` gives what bind and connect take:
+`check_address` makes a `TcpAddress` or a `UnixAddress` of a host and a port. The package passes
+that on, and does not parse the text again. `TcpAddress.resolve` returns addresses for bind and
+connect:
 
 - A literal address is read at once, in the caller, by the C library's own rules (getaddrinfo(3)
   with AI_NUMERICHOST): with zones, and with the old forms of inet_aton(3), so "127.1" and "0x7f.1"
-  are 127.0.0.1, and "010.0.0.1" is 8.0.0.1. No resolver takes part in it, so it works while
-  gevent's thread pool is busy, while DNS is down, and with each of gevent's resolvers.
+  are 127.0.0.1, and "010.0.0.1" is 8.0.0.1. It needs no resolver, so it works while gevent's thread
+  pool is busy, while DNS is down, and with each of gevent's resolvers.
 - A name goes to gevent's resolver, which switches to the hub meanwhile.
 
 The rules of `PsSocketAddressFamily`: an IPv6 socket is dual-stack, so an IPv4 address becomes an
-IPv4-mapped one (RFC 4291, section 2.5.5.2), and the server's 0.0.0.0 becomes ``::``.
+IPv4-mapped address (RFC 4291, section 2.5.5.2), and the server's 0.0.0.0 becomes ``::``.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ __all__ = [
 ]
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-"""What bind and connect take."""
+"""An address as bind and connect take it."""
 
-# The C library's: in a patched process that of the socket module is gevent's.
+# The C library's function: in a patched process `socket.getaddrinfo` is gevent's.
 _read_literal = _socket.getaddrinfo
 
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """A host, which is an address or a name, and a port; the family is that of the socket."""
+    """A host, which is an address or a name, a port, and the family of the socket."""
 
     host: str
     port: int
@@ -60,8 +61,8 @@ class TcpAddress:
         At once for a literal address; switches while a name is looked up.
 
         Raises:
-            OSError: the name is not known (`socket.gaierror`), or the resolver failed; or the
-                address is of the wrong family, or its zone is not known here.
+            OSError: the name is not known or not valid (`socket.gaierror`), or the resolver failed;
+                or the address is of the wrong family, or its zone is not known on this machine.
         """
         is_ipv6 = self.family is PsSocketAddressFamily.IPV6
         if ":" in self.host and not is_ipv6:
@@ -93,7 +94,7 @@ class UnixAddress:
 
     @property
     def host(self) -> str:
-        """The path as it is written where a host is asked for."""
+        """The path in the form of a host: ``unix:`` and the path."""
         return UNIX_PREFIX + self.path
 
 
@@ -105,12 +106,12 @@ def check_address(host: object, port: object, family: object, *, least_port: int
 
     Args:
         host: an address, a name, or ``unix:`` and a path.
-        port: from `least_port` to 65535; with a Unix socket it does not matter, and may be 0.
-        family: that of the socket.
+        port: from `least_port` to 65535; for a Unix socket it has no effect, and may be 0.
+        family: the family of the socket.
         least_port: 0 where the system may choose the port, else 1.
 
     Raises:
-        TypeError, ValueError: one of them is not what it should be; it is named.
+        TypeError, ValueError: an argument is not valid; the error names it.
     """
     text = check_instance("host", host, str)
     if not text:
@@ -122,7 +123,7 @@ def check_address(host: object, port: object, family: object, *, least_port: int
     checked_family = check_instance("socket_address_family", family, PsSocketAddressFamily)
     if path is not None:
         return UnixAddress(path)
-    # A plain number, for a subclass is not what the resolver takes.
+    # A plain int: the resolver does not accept a subclass.
     return TcpAddress(text, int(cast("int", port)), checked_family)
 
 
@@ -132,10 +133,10 @@ def socket_family(family: PsSocketAddressFamily) -> int:
 
 
 def _literal(host: str, port: int, family: int) -> list[Any] | None:
-    """What getaddrinfo(3) says of a literal address, without asking anyone; ``None``: it is a name.
+    """The result of getaddrinfo(3) for a literal address, without a resolver; ``None``: a name.
 
     Raises:
-        OSError: no name either: it has a colon.
+        OSError: `host` is not an address, and not a name either, as it has a colon.
     """
     try:
         return _read_literal(host, port, family, _socket.SOCK_STREAM, 0, _socket.AI_NUMERICHOST)
@@ -150,13 +151,13 @@ def _literal(host: str, port: int, family: int) -> list[Any] | None:
 
 
 def _check_name(host: str) -> None:
-    """Raise `socket.gaierror` for what can't be a name."""
+    """Raise `socket.gaierror` for a host that can't be a name."""
     if "/" in host:
         raise socket.gaierror(socket.EAI_NONAME, f"not a host name; a Unix socket is 'unix:{host}'")
     try:
         host.encode("idna")
     except UnicodeError as exc:
-        # Here, for the resolver would fail in its thread, which prints.
+        # Checked here, as the resolver would fail in its thread, which prints the error.
         raise socket.gaierror(socket.EAI_NONAME, f"not a host name: {exc}") from exc
 
 
@@ -170,9 +171,9 @@ def _is_ipv6(host: str) -> bool:
 
 
 def without_zone(host: str) -> str:
-    """An IPv6 address without its zone ("%eth0", RFC 4007), which means something here only.
+    """An IPv6 address without its zone ("%eth0", RFC 4007), which only this machine understands.
 
-    Any other text as it is.
+    Any other text is returned as it is.
     """
     address, _, zone = host.partition("%")
     return address if zone and _is_ipv6(address) else host
@@ -181,8 +182,8 @@ def without_zone(host: str) -> str:
 def format_address(host: object, port: object) -> str:
     """``host:port``, with brackets round an IPv6 address (RFC 3986, section 3.2.2).
 
-    A Unix socket has no port. What can't be printed of its name, which its peer has chosen, is
-    escaped.
+    A Unix socket has no port. Its name may have been chosen by the peer: if it has unprintable
+    characters, they are escaped.
     """
     text = str(host)
     if is_unix(host):

@@ -1,8 +1,8 @@
-"""The addresses of this machine: where a server bound to all of them can be reached.
+"""The addresses of this machine: where a server that is bound to all of them can be reached.
 
-The work is done by the `ifaddr` library, which comes with the extra ``network``. Only the command
-line needs it, so nothing else of the package imports this file's dependency. Reading the
-interfaces is a short system call; it never waits for the network.
+They are read by the `ifaddr` library, which comes with the extra ``network``. Only the command line
+needs it, so no other file of the package imports it. Reading the interfaces is a short system call,
+which never waits for the network.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["local_addresses"]
 def local_addresses(family: PsSocketAddressFamily) -> list[str]:
     """The addresses of this machine's interfaces, loopback included, in the system's order.
 
-    An IPv6 link-local address means nothing without its interface, so it carries its zone
-    (RFC 4007), as in ``fe80::1%eth0``: `socket.getaddrinfo` and ``nc`` take it like that.
+    An IPv6 link-local address has no meaning without its interface, so its zone is added
+    (RFC 4007), as in ``fe80::1%eth0``. `socket.getaddrinfo` and ``nc`` accept that form.
 
     Args:
-        family: which addresses. For a dual-stack server ask for both.
+        family: the family of the addresses. For a dual-stack server call it for both.
 
     Raises:
         ImportError: the extra ``network`` is not installed.
@@ -51,5 +51,5 @@ def local_addresses(family: PsSocketAddressFamily) -> list[str]:
 def _with_zone(address: str, scope_id: int, interface: str) -> str:
     if not ipaddress.IPv6Address(address).is_link_local:
         return address
-    # Windows names its interfaces by GUIDs, and takes the number as the zone.
+    # The names of Windows' interfaces are GUIDs; its zones are numbers.
     return f"{address}%{interface if os.name == 'posix' else scope_id}"

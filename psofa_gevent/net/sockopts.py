@@ -1,11 +1,10 @@
-"""What the kernel knows of a connection and does with it: the socket options behind the settings.
+"""The socket options behind the settings, and the ends of a connection, `end` and `reset`.
 
-Also its ends, `end` and `reset`. A plain close(2) says nothing to the peer as long as another
-descriptor of the same socket is open: one that a child process has, which a C extension has forked,
-or any child in the moment after its fork (`psofa_gevent.hub.forking`). Both ends reach the peer
-anyway.
+A plain close(2) tells the peer nothing as long as another descriptor of the same socket is open:
+in a child process that a C extension has forked, or in any child in the moment after its fork
+(`psofa_gevent.hub.forking`). `end` and `reset` reach the peer even then.
 
-Plain system calls on non-blocking sockets: nothing here waits, and nothing switches greenlets.
+All functions make plain system calls on non-blocking sockets: nothing here waits or switches.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from psofa_gevent.net.unix import unix_endpoint
 try:
     import ctypes
 except ImportError:
-    HAS_CTYPES = False  # a Python that was built without libffi
+    HAS_CTYPES = False  # Python was built without libffi
 else:
     HAS_CTYPES = True
 
@@ -54,7 +53,7 @@ class Socket(Protocol):
 
 
 class SocketSettings(Protocol):
-    """What this module has to know of the settings of a session."""
+    """The settings of a session that this module reads."""
 
     @property
     def no_delay(self) -> bool: ...
@@ -73,7 +72,7 @@ class SocketSettings(Protocol):
 Endpoint = tuple[Any, ...]
 """An address as the socket module has it: (host, port), or (host, port, flow info, scope id)."""
 UNNAMED: Endpoint = ("", 0)
-"""That of a listening socket without a name, which few systems let listen."""
+"""The endpoint of a listening socket without a name; few systems let such a socket listen."""
 SENDFILE_REFUSALS = frozenset(
     {
         errno.EINVAL,
@@ -90,35 +89,36 @@ SENDFILE_REFUSALS = frozenset(
         errno.ENOMEM,
     }
 )
-"""What sendfile(2) says where it can't send that file, or to that socket. Nothing has left then; if
-something is wrong with the file, a read will tell."""
+"""Errors of sendfile(2) when it can't send the file, or not to the socket. No byte has left then;
+if something is wrong with the file, a read will fail as well."""
 
 ARE_INHERITED = sys.platform == "linux"
-"""Whether an accepted socket has the options of its listener."""
+"""Whether an accepted socket inherits the options of the listening socket."""
 KEEP_IDLE: int = getattr(_socket, "TCP_KEEPIDLE", None) or _socket.TCP_KEEPALIVE  # type: ignore[attr-defined, unused-ignore]
-"""macOS has it by another name."""
+"""TCP_KEEPIDLE, which macOS calls TCP_KEEPALIVE."""
 KEEP_PROBES = 3
+"""Unanswered probes after which the kernel gives a connection up."""
 USER_TIMEOUT: int | None = getattr(_socket, "TCP_USER_TIMEOUT", None)
-"""None where there is no such option."""
+"""None where the system has no such option."""
 UNSENT_LOW_WATER: int | None = getattr(_socket, "TCP_NOTSENT_LOWAT", None)
-"""None where there is no such option."""
+"""None where the system has no such option."""
 if UNSENT_LOW_WATER is None and sys.platform == "darwin":
     UNSENT_LOW_WATER = 0x201  # netinet/tcp.h
 UNSENT_PER_HIGH_WATER = 4
-"""How much of ``high_water`` the kernel may keep unsent, unless a setting says it. With so much,
-large sends are as fast as without a bound, and at the default of 1 MiB it is no less than Linux's
-own (tcp_wmem: 4 MiB)."""
+"""Without the setting ``unsent_low_water``, the kernel may keep that many times ``high_water``
+unsent. With this factor large sends are as fast as without a bound, and at the default of 1 MiB the
+bound is no less than Linux's own (tcp_wmem: 4 MiB)."""
 LEAST_UNSENT = 65_536
-"""Bytes that it may keep at least then. A segment of Linux's has as many, so with less the sender
-is woken for each of them, and gains little."""
+"""Bytes of the least such bound. A segment of Linux has as many bytes: with a lower bound the
+sender would be woken for each segment, and little would be gained."""
 MOST_UNSENT = 4_194_304
-"""Bytes from which on that is left to the kernel."""
+"""Bytes from which on the bound is left to the kernel."""
 _SO_BUF_LOCK = 72
-"""Linux since 5.15, asm-generic/socket.h: which sizes of buffers were set, and so do not grow."""
+"""Linux since 5.15, asm-generic/socket.h: the buffers whose sizes were set, and so do not grow."""
 _SOCK_SNDBUF_LOCK = 1
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _SO_NWRITE = 0x1024
-"""macOS, sys/socket.h: bytes in the send buffer; Python has no name for it."""
+"""macOS, sys/socket.h: the bytes in the send buffer. Python has no name for this option."""
 
 
 def endpoint(address: object) -> Endpoint | None:
@@ -133,10 +133,10 @@ def set_no_delay(sock: _socket.socket) -> None:
 
 
 def set_keep_alive(sock: _socket.socket, seconds: float) -> None:
-    """Have the kernel probe a peer that has been silent for so long (SO_KEEPALIVE, tcp(7)).
+    """Have the kernel probe a peer that was silent for `seconds` (SO_KEEPALIVE, tcp(7)).
 
-    Three probes, a third of that time apart, each at least a second; without effect on a socket
-    that is not TCP.
+    It sends three probes, a third of `seconds` apart. The silence and the time between probes are
+    at least one second. Without effect on a socket that is not TCP.
     """
     idle = max(1, round(seconds))
     with contextlib.suppress(OSError):
@@ -147,9 +147,9 @@ def set_keep_alive(sock: _socket.socket, seconds: float) -> None:
 
 
 def set_user_timeout(sock: _socket.socket, seconds: float) -> None:
-    """Have the kernel give a connection up when sent data is not acknowledged for so long.
+    """Have the kernel give a connection up when sent data is not acknowledged for `seconds`.
 
-    TCP_USER_TIMEOUT (RFC 5482, tcp(7)); without effect on a socket that is not TCP.
+    Sets TCP_USER_TIMEOUT (RFC 5482, tcp(7)). Without effect on a socket that is not TCP.
     """
     assert USER_TIMEOUT is not None
     with contextlib.suppress(OSError):
@@ -157,26 +157,29 @@ def set_user_timeout(sock: _socket.socket, seconds: float) -> None:
 
 
 def keep_urgent_in_line(sock: Any) -> None:
-    """Have urgent data come where it stands in the stream: SO_OOBINLINE, as RFC 6093 demands.
+    """Keep urgent data at its place in the stream: SO_OOBINLINE, as RFC 6093 demands.
 
-    Otherwise the kernel takes the last urgent byte out of it: ftplib's ``abort`` sends such a line
-    end, and telnet clients an interrupt. `sock`: of any kind, TLS included.
+    Without it the kernel takes the last urgent byte out of the stream. ftplib's ``abort`` sends a
+    line end as urgent data, and telnet clients an interrupt.
+
+    Args:
+        sock: a socket of any kind, also a TLS socket.
     """
     with contextlib.suppress(OSError):  # macOS, for a connection that was reset
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
 
 
 def set_send_buffer(sock: _socket.socket, size: int) -> None:
-    """Fix the size of the kernel's send buffer (SO_SNDBUF, socket(7)), which grows no more then.
+    """Fix the size of the kernel's send buffer (SO_SNDBUF, socket(7)), which then does not grow.
 
-    Linux takes twice that, for its own needs too, and no more than net.core.wmem_max.
+    Linux allows net.core.wmem_max at most, and doubles the size, as it needs space for itself.
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, size)
 
 
 def release_send_buffer(sock: _socket.socket) -> None:
-    """Leave its size to the kernel again, if somebody has fixed it; where the system can."""
+    """Leave the size of the send buffer to the kernel again if it was fixed, where possible."""
     with contextlib.suppress(OSError):
         locks = sock.getsockopt(_socket.SOL_SOCKET, _SO_BUF_LOCK)
         if locks & _SOCK_SNDBUF_LOCK:
@@ -187,11 +190,12 @@ def release_send_buffer(sock: _socket.socket) -> None:
 
 
 def unsent_low_water(settings: SocketSettings) -> int:
-    """Bytes that the kernel may keep unsent; 0: as many as it likes.
+    """Bytes that the kernel may keep unsent; 0: the kernel decides.
 
-    Without a setting that goes by how much may wait for the peer here: else one that does not read
-    is given megabytes before anything waits, however little that may be. Only on Linux, where the
-    kernel refuses what is more; elsewhere it only tells later that it takes more.
+    Without a setting the bound is derived from ``high_water``: otherwise the kernel would take
+    megabytes for a peer that does not read before a post waits here, however low ``high_water`` is.
+    Only Linux has this default, as its kernel refuses bytes beyond the bound. Other kernels take
+    them, and only announce later that they take more.
     """
     if settings.unsent_low_water is not None:
         return settings.unsent_low_water
@@ -200,7 +204,7 @@ def unsent_low_water(settings: SocketSettings) -> int:
 
 
 def set_unsent_low_water(sock: _socket.socket, size: int) -> None:
-    """Let the kernel take no more while so much is unsent (TCP_NOTSENT_LOWAT, tcp(7)).
+    """Have the kernel take no more bytes while `size` bytes are unsent (TCP_NOTSENT_LOWAT, tcp(7)).
 
     0: the system's own bound. Without effect on a socket that is not TCP.
     """
@@ -210,7 +214,7 @@ def set_unsent_low_water(sock: _socket.socket, size: int) -> None:
 
 
 def set_options(sock: _socket.socket, settings: SocketSettings) -> None:
-    """Set what the settings say of a session's connection."""
+    """Set the options that the settings ask for on the socket of a session."""
     if settings.no_delay:
         set_no_delay(sock)
     if settings.keep_alive is not None:
@@ -224,8 +228,11 @@ def set_options(sock: _socket.socket, settings: SocketSettings) -> None:
 
 
 def set_all_options(sock: _socket.socket, settings: SocketSettings) -> None:
-    """Set what the settings say, also that something is off: whoever made its listener set more."""
-    with contextlib.suppress(OSError):  # what is no TCP has none of them
+    """Set all options as the settings say, and reset the others.
+
+    For a socket accepted from an inherited listening socket, on which other code has set options.
+    """
+    with contextlib.suppress(OSError):  # a socket that is not TCP has no such options
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, settings.no_delay)
         if settings.keep_alive is None:
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 0)
@@ -238,21 +245,22 @@ def set_all_options(sock: _socket.socket, settings: SocketSettings) -> None:
 
 
 def end(sock: Socket) -> None:
-    """Close `sock`, and end its connection, or its listening, whoever holds a duplicate of it.
+    """Close `sock`, and end its connection, or its listening, even if there are duplicates of it.
 
-    shutdown(2) of both directions does what close(2) does where there is no duplicate: FIN, and RST
-    for what the peer still sends.
+    shutdown(2) of both directions does what close(2) does where there is no duplicate: it sends a
+    FIN, and an RST in answer to bytes that the peer still sends.
     """
-    with contextlib.suppress(OSError):  # there is no connection any more
+    with contextlib.suppress(OSError):  # the connection is gone already
         sock.shutdown(_socket.SHUT_RDWR)
     sock.close()
 
 
 def reset(sock: Socket) -> None:
-    """Close `sock` so that the peer gets an RST, whoever holds a duplicate of it.
+    """Close `sock` so that the peer gets an RST, on Linux even if there are duplicates of it.
 
-    On Linux a connect(2) to AF_UNSPEC does it. Elsewhere SO_LINGER with a time of zero has close(2)
-    send the RST, and a FIN comes before it, which is all that a duplicate lets through.
+    On Linux (with ctypes) a connect(2) to AF_UNSPEC sends it. Otherwise close(2) sends it, as
+    SO_LINGER is set with a time of zero; a FIN precedes it then, and is all that the peer gets if
+    there is a duplicate.
     """
     if not _disconnect(sock):
         with contextlib.suppress(OSError):
@@ -262,11 +270,11 @@ def reset(sock: Socket) -> None:
 
 
 if sys.platform == "linux" and HAS_CTYPES:
-    # With the GIL held: the call takes a microsecond, and does not wait.
+    # PyDLL keeps the GIL: the call takes a microsecond, and does not wait.
     _connect = ctypes.PyDLL(None).connect
     _connect.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
     _NOWHERE = bytes(16)
-    """A struct sockaddr of the family AF_UNSPEC, which is 0."""
+    """A struct sockaddr of the family AF_UNSPEC, which has the number 0."""
 
     def _disconnect(sock: Socket) -> bool:
         """Reset the connection (connect(2): AF_UNSPEC dissolves the association)."""
@@ -275,7 +283,7 @@ if sys.platform == "linux" and HAS_CTYPES:
 else:
 
     def _disconnect(sock: Socket) -> bool:
-        """There is no such call here."""
+        """Do nothing: this system has no such call."""
         return False
 
 
@@ -288,8 +296,8 @@ if sys.platform == "linux":
     def unacknowledged(sock: _socket.socket) -> int | None:
         """Bytes that were sent and that the peer has not acknowledged (SIOCOUTQ, tcp(7)).
 
-        A FIN that is not acknowledged counts as one. ``None`` where the system does not tell.
-        Raises `OSError` on a closed socket.
+        An unacknowledged FIN counts as one byte. ``None`` where the system does not tell. Raises
+        `OSError` on a closed socket.
         """
         descriptor = sock.fileno()
         if descriptor < 0:
@@ -306,5 +314,5 @@ elif sys.platform == "darwin":
 else:
 
     def unacknowledged(sock: _socket.socket) -> int | None:
-        """Nothing is known here."""
+        """``None``: this system does not tell."""
         return None

@@ -1,11 +1,14 @@
-"""Unix domain sockets: a server that listens on a path, and clients that connect to it (unix(7)).
+"""Unix domain sockets: the paths on which servers listen and to which clients connect (unix(7)).
 
-They are hosts that begin with ``unix:``, as in ``unix:/run/app.sock``; the port does not matter.
+They are written as hosts that begin with ``unix:``, as in ``unix:/run/app.sock``; the port has no
+effect.
 
 Resource handling: the file belongs to the server that made it, which removes it when it stops. A
-file that is left of a server that ended without a word is replaced; one on which a server listens,
-or that is no socket, is refused. Between bind(2) and listen(2) a server's file looks like one that
-is left: so servers that start in one directory wait for each other (`starting_alone`).
+stale file, left by a server that died, is replaced. A file on which a server listens, or that is
+not a socket, is an error. Between bind(2) and listen(2) the file of a server looks stale, so
+servers that start in one directory wait for each other (`starting_alone`).
+
+Only `starting_alone` switches.
 """
 
 from __future__ import annotations
@@ -29,19 +32,20 @@ LONGEST_PATH = 107
 LOCK_PERIOD = 0.01
 """Seconds between two tries to lock the directory."""
 MOST_LOCK_TRIES = 100
-"""Tries, then it goes without: who has the lock for so long is no server that starts."""
+"""Tries to lock the directory, after which a server starts without the lock: the program that holds
+the lock for that long is not a server that starts."""
 
 
 def is_unix(host: object) -> bool:
-    """Whether a host is a Unix socket, of whatever name: also one that nobody could ask for."""
+    """Whether a host is a Unix socket of any name, also one that users can't ask for."""
     return isinstance(host, str) and host.startswith(UNIX_PREFIX)
 
 
 def unix_path(host: str) -> str | None:
-    """The path in a host that is one; ``None``: it is the name or address of a machine.
+    """The path of a host that is a Unix socket; ``None``: it is the name or address of a machine.
 
     Raises:
-        ValueError: it is too long, or none.
+        ValueError: the path is empty or too long.
     """
     if not host.startswith(UNIX_PREFIX):
         return None
@@ -55,14 +59,14 @@ def unix_path(host: str) -> str | None:
 
 
 def unix_endpoint(name: object) -> tuple[str, int] | None:
-    """What the socket module says of a Unix socket, as a host and a port; unnamed: ``None``."""
+    """The socket module's name of a Unix socket as a host and a port; ``None``: it has no name."""
     if isinstance(name, bytes):  # in Linux's abstract namespace
         name = os.fsdecode(name.replace(b"\0", b"@"))
     return (UNIX_PREFIX + name, 0) if isinstance(name, str) and name else None
 
 
 class UnixFile(NamedTuple):
-    """The file of a listening socket, as it was when it was made."""
+    """The file of a listening socket: its path and identity, and the process that made it."""
 
     path: str
     device: int
@@ -71,12 +75,15 @@ class UnixFile(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> UnixFile:
-        """The file that is there now."""
+        """The file that is at `path` now, made by this process."""
         found = os.stat(path)
         return cls(os.path.abspath(path), found.st_dev, found.st_ino, os.getpid())
 
     def remove(self) -> None:
-        """Remove it, unless another one is in its place. Not in a process that was forked since."""
+        """Remove the file, unless another file is in its place.
+
+        Without effect in a process that was forked since the file was made.
+        """
         if os.getpid() != self.process:
             return
         with contextlib.suppress(OSError):
@@ -87,10 +94,11 @@ class UnixFile(NamedTuple):
 
 @contextlib.contextmanager
 def starting_alone(path: str) -> Iterator[None]:
-    """The time in which a server makes the file `path` and begins to listen. Switches, to wait.
+    """Keep other servers in the directory of `path` from starting during the block.
 
-    Its directory is locked (flock(2)), which leaves nothing behind; where it can't be, it goes
-    without.
+    In the block a server makes the file and begins to listen. The directory is locked (flock(2)),
+    which leaves nothing behind; where it can't be locked, the block runs without the lock. Switches
+    while another process holds the lock.
     """
     with contextlib.ExitStack() as unlocking:
         with contextlib.suppress(OSError):
@@ -102,17 +110,17 @@ def starting_alone(path: str) -> Iterator[None]:
                 except BlockingIOError:
                     gevent.sleep(LOCK_PERIOD)
                 else:
-                    # By itself, too: a child process may have a duplicate of the directory.
+                    # The close alone is not enough: a child process may have a duplicate.
                     unlocking.callback(fcntl.flock, directory, fcntl.LOCK_UN)
                     break
         yield
 
 
 def make_room(path: str) -> None:
-    """Remove the file of a server that is gone.
+    """Remove the stale file of a server that is gone, if there is one.
 
     Raises:
-        OSError: a server listens there (EADDRINUSE), or it is no socket (EEXIST).
+        OSError: a server listens there (EADDRINUSE), or the path is not a socket (EEXIST).
     """
     try:
         mode = os.stat(path).st_mode

@@ -1,1 +1,1 @@
-"""TLS for sessions, without a thread and without a second wait."""
+"""TLS for sessions: a socket that encrypts in memory, and never waits itself."""

@@ -1,8 +1,8 @@
 """The name that a TLS client asks for (SNI, RFC 6066), read from its first message.
 
-Python's ``ssl`` tells a server of it in `ssl.SSLContext.sni_callback` only, and that is the
-application's own to set. So it is read here, from the bytes that OpenSSL has taken for a handshake.
-Bytes in, a name out; nothing is raised, whatever the bytes are.
+Python's ``ssl`` gives a server this name only in `ssl.SSLContext.sni_callback`, which belongs to
+the application. So it is read here, from the bytes of the handshake that OpenSSL has accepted.
+`server_name` raises nothing, whatever the bytes are. Nothing here waits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 __all__ = ["LONGEST_HELLO", "server_name"]
 
 LONGEST_HELLO = 16_384
-"""Bytes of a connection's beginning that are looked at: a ClientHello has 300 to 2,000."""
+"""Bytes at the start of a connection in which to look for the name. A ClientHello has 300 to 2,000.
+"""
 HANDSHAKE_RECORD = 22
 CLIENT_HELLO = 1
 SERVER_NAME = 0
@@ -18,7 +19,7 @@ HOST_NAME = 0
 
 
 def server_name(data: bytes) -> str | None:
-    """The name in the ClientHello with which `data` begins; ``None``: there is none."""
+    """The name in the ClientHello at the start of `data`; ``None``: it has no name."""
     try:
         return _server_name(_Reader(_handshake(_Reader(data))))
     except (EOFError, UnicodeDecodeError):
@@ -26,7 +27,7 @@ def server_name(data: bytes) -> str | None:
 
 
 class _Reader:
-    """Takes apart what consists of numbers, and of bytes with their number before them."""
+    """Takes data apart that consists of numbers, and of bytes with their count before them."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -37,10 +38,10 @@ class _Reader:
         return self._at == len(self._data)
 
     def take(self, count: int) -> bytes:
-        """So many bytes.
+        """The next `count` bytes.
 
         Raises:
-            EOFError: there are less.
+            EOFError: fewer bytes are left.
         """
         taken = self._data[self._at : self._at + count]
         if len(taken) < count:
@@ -49,16 +50,16 @@ class _Reader:
         return taken
 
     def number(self, size: int) -> int:
-        """A number of `size` bytes."""
+        """The next number, of `size` bytes. Raises `EOFError`."""
         return int.from_bytes(self.take(size))
 
     def counted(self, size: int) -> bytes:
-        """Bytes, with their number in `size` bytes before them."""
+        """The next bytes that have their count before them, in `size` bytes. Raises `EOFError`."""
         return self.take(self.number(size))
 
 
 def _handshake(records: _Reader) -> bytes:
-    """The messages of the handshake in the records that are whole: up to the first other one."""
+    """The handshake messages in the whole records, up to the first record of another type."""
     messages = b""
     try:
         while records.number(1) == HANDSHAKE_RECORD:

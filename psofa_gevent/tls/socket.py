@@ -1,19 +1,21 @@
 """TLS on a connection: a `TlsSocket` is used like the non-blocking socket below it.
 
 It encrypts and decrypts in memory (`ssl.MemoryBIO`), and does the system calls itself, so it knows
-what has left and what has not. Its promises are those that a session needs of a socket:
+which bytes have left. It makes the promises that a session needs of a socket:
 
-- `TlsSocket.send` returns how many bytes the kernel took with all that they became. What was
-  encrypted and not taken is kept, and `TlsSocket.half_sent` says so: then the next `send` must be
-  of the same bytes, and gives the kernel the rest before it returns their number.
-- `TlsSocket.recv` returns what was decrypted, at most as much as was asked for. If more may be left
-  that no event of the socket tells of, `TlsSocket.has_more` says so.
-- The peer's close_notify is the end of its stream (`recv` returns nothing). A FIN without one is a
-  stream that was cut off: `ssl.SSLEOFError` (RFC 8446, section 6.1).
-- `TlsSocket.close_notify` says that the stream is complete; `TlsSocket.shutdown` does not.
+- `TlsSocket.send` returns how many bytes of the message the kernel has taken in encrypted form,
+  completely. Encrypted bytes that the kernel has not taken are kept, and `TlsSocket.half_sent` is
+  not 0: the next `send` must then be of the same bytes. It gives the kernel the rest before it
+  returns the number.
+- `TlsSocket.recv` returns decrypted bytes, at most as many as were asked for. If there may be more
+  that no event of the socket will announce, `TlsSocket.has_more` is true.
+- The peer's close_notify is the end of its stream (`recv` returns nothing). A FIN without
+  close_notify means a truncated stream: `ssl.SSLEOFError` (RFC 8446, section 6.1).
+- `TlsSocket.close_notify` tells the peer that the stream is complete; `TlsSocket.shutdown` does
+  not.
 
-Nothing here waits or switches: where it can't go on it raises `BlockingIOError`, as a socket does.
-All errors are `OSError`s, as `ssl.SSLError` is one.
+Nothing here waits or switches: a method that can't go on raises `BlockingIOError`, as a socket
+does. All errors are `OSError`s, as `ssl.SSLError` is one.
 """
 
 from __future__ import annotations
@@ -35,23 +37,24 @@ from psofa_gevent.tls.client_hello import LONGEST_HELLO, server_name
 __all__ = ["PsTlsInfo", "TlsSocket", "TlsWatcher"]
 
 ENCRYPTED_AT_A_TIME = 65_536
-"""Bytes of a message that are encrypted for one system call. A session that has sent so much keeps
-a third more than that, as OpenSSL's memory never shrinks; four times as much is no faster."""
+"""Bytes of a message that are encrypted for one system call. After sending that many, a session
+keeps a buffer a third larger than that, as OpenSSL's memory never shrinks. Four times as many bytes
+are not faster."""
 MOST_ANSWERS = 4_096
-"""Bytes that a peer may ask for at a time: 150 key updates (RFC 8446, section 4.6.3). They cost it
-little and us much; other implementations allow 16 or 32."""
+"""Bytes of replies that a peer may cause at a time: 150 key updates (RFC 8446, section 4.6.3). They
+cost the peer little and this side much; other implementations allow 16 or 32 updates."""
 MOST_UNTAKEN = 4 * ENCRYPTED_AT_A_TIME
-"""Bytes encrypted, and not taken by the kernel, beyond which a peer that asks for ever more of them
-has failed. A message alone never makes so many."""
+"""Encrypted bytes, not taken by the kernel, beyond which the connection fails when its peer causes
+still more replies. A message alone never becomes that many."""
 RECORD = 16_384
 """Bytes of a TLS record, at most (RFC 8446, section 5.1)."""
 OVERHEAD = 2_048
-"""Bytes more that are read, so that what fills a buffer when decrypted comes in one system call."""
+"""Extra bytes of a read, so that one system call brings enough to fill a buffer when decrypted."""
 CUTS_PASS_FOR_ENDS = bool(
     ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).options & getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 )
-"""Whether each context takes a FIN for close_notify: in Python 3.11.2 (Debian 12's) and before, on
-OpenSSL 3 (CPython's gh-95494). Elsewhere only where the application asks for it."""
+"""Whether every context takes a FIN for a close_notify: true up to Python 3.11.2 (Debian 12's) on
+OpenSSL 3 (CPython's gh-95494). Otherwise a context does so only if the application asks for it."""
 
 
 class TlsSocket:
@@ -96,47 +99,48 @@ class TlsSocket:
             server_side=server_side,
             server_hostname=server_hostname,
         )
-        # There gevent's SSLContext, everybody's in a patched process, looks for the argument of the
-        # application's sni_callback; it knows its own sockets only.
+        # gevent's SSLContext, which a patched process uses, looks in this attribute for the
+        # argument of the application's sni_callback, and sets it only for gevent's own sockets.
         self.ssl_object._sslsock = weakref.ref(self.ssl_object)  # type: ignore[attr-defined]  # noqa: SLF001
         self._hello = b""
-        """The beginning of what the client sent, until the handshake is complete; at the server."""
+        """At a server: the first bytes of the client, until the handshake is complete."""
         self.server_name: str | None = None
         """The name that the client asked for (SNI)."""
         if not server_side and server_hostname is not None and not _is_address(server_hostname):
             self.server_name = self.ssl_object.server_hostname
         self._encrypted: bytes | memoryview = b""
-        """What the kernel has not taken yet."""
+        """Encrypted bytes that the kernel has not taken yet."""
         self._taken = 0
-        """Bytes of a message that are in there, and that no `send` has returned."""
+        """Bytes of a message that are encrypted, and that no `send` has returned."""
         self._decrypted = b""
-        """What `recv` has not returned yet."""
+        """Decrypted bytes that `recv` has not returned yet."""
         self._at_end = False
-        """Whether the peer's close_notify comes after that."""
+        """Whether the peer's close_notify follows these bytes."""
         self._error: OSError | None = None
-        """What comes after that instead."""
+        """The error that `recv` raises after these bytes."""
         self.has_more = False
-        """Whether `recv` may return more without anything coming from the socket."""
+        """Whether `recv` may return more without an event of the socket."""
         self.has_progress = False
-        """Whether bytes have come, since the last look, that are nothing to receive yet."""
+        """Whether bytes have come that hold no data to receive yet: a part of a record, or a key
+        update. Whoever reads this flag resets it."""
         self.watcher: TlsWatcher | None = None
-        """What is told of that."""
+        """The watcher to tell when `has_more` becomes true."""
         self.wire_sent = 0
-        """Bytes that the kernel took, as they are on the wire."""
+        """Encrypted bytes that the kernel has taken."""
         self.info: PsTlsInfo | None = None
-        """What TLS says, when the handshake is complete. OpenSSL forgets it after an error."""
+        """The facts about the handshake, once complete: OpenSSL forgets them after an error."""
 
     @property
     def half_sent(self) -> int:
-        """Bytes of a message that are encrypted, and of which no `send` has told."""
+        """Bytes of a message that are encrypted, and that no `send` has returned."""
         return self._taken
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; it is complete when this returns.
+        """Go on with the handshake, which is complete when this returns.
 
         Raises:
-            BlockingIOError: it waits for the peer, or, when `wants_write`, for the kernel.
-            ssl.SSLError: it failed. The peer has been told, if the kernel took that.
+            BlockingIOError: the handshake waits for the peer or, if `wants_write`, for the kernel.
+            ssl.SSLError: it failed. The peer has been sent an alert, if the kernel took it.
             ConnectionError: the peer closed the connection.
         """
         while True:
@@ -165,14 +169,18 @@ class TlsSocket:
 
     @property
     def wants_write(self) -> bool:
-        """Whether something encrypted waits for the kernel."""
+        """Whether encrypted bytes wait for the kernel."""
         return len(self._encrypted) > 0
 
     def recv(self, size: int) -> bytes:
-        """Decrypted bytes, at most `size`; nothing: the peer has closed its stream.
+        """Decrypted bytes, at most `size`; empty: the peer has closed its stream.
 
-        Most often one record has come, and nothing else: then this function is all there is to it,
-        as each call more would be felt.
+        Usually exactly one record has come. This function handles that case alone, as each further
+        call would be felt.
+
+        Raises:
+            BlockingIOError: no data has come.
+            OSError: TLS or the connection failed.
         """
         if self.has_more or self._at_end:
             return self._recv_kept(size)
@@ -187,22 +195,22 @@ class TlsSocket:
             data = b""
         except ssl.SSLWantReadError:
             self._answer()
-            # Not once more: a peer that sends nothing but key updates would hold the hub.
+            # No second read: a peer that sends nothing but key updates would hold the hub.
             self.has_progress = True
             raise BlockingIOError(errno.EAGAIN, "no whole record of data has come") from None
         except OSError:
             self._answer()
             raise
-        # A read of less than was asked for has taken all of its record.
+        # A read that returned less than was asked for has emptied its record.
         if self._incoming.pending or self._outgoing.pending or not 0 < len(data) < size:
             if CUTS_PASS_FOR_ENDS and not data and not encrypted:
-                # A close_notify would have been the end before the FIN came.
+                # A FIN; a close_notify before it would already have ended the stream.
                 raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
             data = self._collect(size, data)
         return data
 
     def _recv_kept(self, size: int) -> bytes:
-        """`recv` of what no event of the socket tells of, or of what the socket has."""
+        """`recv` when bytes, the end or an error may be here already; else from the socket."""
         self.has_more = False
         if self._decrypted:
             data, self._decrypted = self._decrypted[:size], self._decrypted[size:]
@@ -218,15 +226,20 @@ class TlsSocket:
         return b"" if self._at_end else self.recv(size)
 
     def _take_error(self) -> OSError:
-        """What is to be raised. In the frame that does it, a name for it would be a cycle."""
+        """The error to raise. A name for it in the frame that raises it would make a cycle."""
         assert self._error is not None
         error, self._error = self._error, None
         return error
 
     def _collect(self, size: int, data: bytes | None = None) -> bytes:
-        """`data`, if there is any, with what else has come, decrypted, at most `size` bytes.
+        """`data` and the other decrypted bytes that have come, at most `size` bytes.
 
-        Nothing: no whole record has come, or what is `_at_end`, or the `_error`.
+        Args:
+            size: the most bytes to return.
+            data: bytes that were read already; empty: the end of the stream was read.
+
+        Returns:
+            The bytes. Empty: no whole record has come, or `_at_end` or `_error` was set.
         """
         parts: list[bytes] = []
         left = size
@@ -240,7 +253,7 @@ class TlsSocket:
                 left -= len(data)
                 data = self._next(left) if left and self._incoming.pending else None
         except OSError as exc:
-            # After what came before it. Its frames would keep all that they belong to.
+            # `recv` raises it after the data before it. Its frames would keep this object alive.
             self._error = exc.with_traceback(None)
         self._answer()
         has_more = not left and (self._incoming.pending > 0 or self.ssl_object.pending() > 0)
@@ -254,7 +267,7 @@ class TlsSocket:
                 self.watcher.tell_soon()
 
     def _next(self, size: int) -> bytes | None:
-        """Decrypted bytes of one record; nothing: the stream is at its end; ``None``: no record."""
+        """Decrypted bytes of one record; empty: the stream's end; ``None``: no whole record."""
         try:
             data = self.ssl_object.read(size if size < RECORD else RECORD)
         except ssl.SSLWantReadError:
@@ -266,7 +279,11 @@ class TlsSocket:
         return data
 
     def _answer(self) -> None:
-        """Send a key update, an alert: what can't leave now leaves with what is sent next."""
+        """Send replies of TLS: key updates, alerts.
+
+        Bytes that the kernel does not take now leave with the next `send`. Too many replies set
+        `_error`.
+        """
         asked = self._outgoing.pending
         if not asked:
             return
@@ -281,7 +298,16 @@ class TlsSocket:
         self._tell_of_more(has_more=False)
 
     def send(self, data: bytes | memoryview) -> int:
-        """Encrypt and send some of `data`: how many bytes of it the kernel took all of."""
+        """Encrypt and send some of `data`.
+
+        Returns:
+            How many bytes of `data` have left: the kernel took all that they became.
+
+        Raises:
+            BlockingIOError: the kernel takes no more now. If `half_sent` is not 0, the next call
+                must be of the same bytes.
+            OSError: TLS or the connection failed.
+        """
         if not self._taken:
             if self._encrypted or self._outgoing.pending:
                 self._flush()
@@ -302,7 +328,7 @@ class TlsSocket:
         return taken
 
     def _flush(self) -> None:
-        """Give the kernel all that is encrypted. Raises `BlockingIOError` if that can't be now."""
+        """Give the kernel all encrypted bytes, or raise `BlockingIOError` if it can't take them."""
         if self._outgoing.pending:
             fresh = self._outgoing.read()
             self._encrypted = bytes(self._encrypted) + fresh if self._encrypted else fresh
@@ -318,13 +344,14 @@ class TlsSocket:
         Raises:
             BlockingIOError: the kernel does not take that now: call again.
         """
-        # OpenSSL's second look for the peer's own takes data for a fatal error: all out, before.
+        # OpenSSL's second look for the peer's close_notify takes data for a fatal error, so all
+        # data is taken out before.
         is_full = True
         while is_full:
             data = self._collect(RECORD)
             self._decrypted += data
             is_full = len(data) == RECORD
-        # It raises where the peer has not sent its own yet, and where something is wrong.
+        # It raises if the peer has not sent its close_notify yet, and if something is wrong.
         with contextlib.suppress(OSError, ValueError):
             self.ssl_object.unwrap()
         self.has_more = len(self._decrypted) > 0 or self._at_end or self._error is not None
@@ -339,14 +366,14 @@ class TlsSocket:
         """Shut down writing, without close_notify."""
         self._sock.shutdown(how)
 
-    # What is the socket's own
+    # The methods of the socket below
 
     def fileno(self) -> int:
         """The descriptor; -1 when closed."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket, as it is."""
+        """Close the socket, without close_notify."""
         self._sock.close()
 
     def getsockopt(self, *args: int) -> Any:
@@ -358,11 +385,11 @@ class TlsSocket:
         self._sock.setsockopt(*args)
 
     def getsockname(self) -> Any:
-        """The socket's own address."""
+        """The local address of the socket."""
         return self._sock.getsockname()
 
     def setblocking(self, flag: bool) -> None:
-        """The socket's mode; it must not block."""
+        """Set the mode of the socket, which must not block."""
         self._sock.setblocking(flag)
 
 
@@ -375,9 +402,9 @@ def _is_address(name: str) -> bool:
 
 
 class TlsWatcher:
-    """The read watcher of a TLS connection: it tells of what is decrypted already, too.
+    """The read watcher of a TLS connection, which also announces bytes in the `TlsSocket`.
 
-    It and the `TlsSocket` know each other until `close`.
+    It and the `TlsSocket` hold each other until `close`.
     """
 
     __slots__ = ("_call", "_loop", "_ready", "_tls", "_watcher")
@@ -388,7 +415,7 @@ class TlsWatcher:
         self._watcher = watcher
         self._tls = tls
         self._call: tuple[Callable[..., object], tuple[object, ...]] | None = None
-        """What to call, while it watches."""
+        """The callback and its arguments; None: it does not watch."""
         tls.watcher = self
 
     def start(self, callback: Callable[..., object], *args: object) -> None:
@@ -399,7 +426,7 @@ class TlsWatcher:
             self.tell_soon()
 
     def tell_soon(self) -> None:
-        """There is something to receive that no event of the socket tells of."""
+        """Call the callback soon, as no event of the socket announces the bytes to receive."""
         if self._call is not None:
             self._loop.run_callback(self._tell)
 
@@ -407,10 +434,10 @@ class TlsWatcher:
         if self._call is not None:
             callback, args = self._call
             callback(*args)
-            self._ready.run_soon()  # no event of a socket does that
+            self._ready.run_soon()  # without an event of a socket nothing else does that
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._call = None
         self._watcher.stop()
 
@@ -423,17 +450,18 @@ class TlsWatcher:
 
 @dataclass(frozen=True, slots=True)
 class PsTlsInfo:
-    """What TLS says of a connection.
+    """The facts about the TLS of a connection.
 
     Attributes:
-        version: of the protocol: "TLSv1.3".
-        cipher: the cipher's name.
-        server_name: what the client asked for (SNI): at a server with several names the one that is
-            meant; ``None``: it asked for none, as one that connects to an IP address does.
-        alpn_protocol: what was agreed on (RFC 7301); ``None``: nothing.
-        peer_certificate: the peer's certificate, DER; ``None``: it has shown none.
-        peer: the verified certificate as a dictionary (`ssl.SSLSocket.getpeercert`); empty where it
-            was not verified, and where Python can't read it.
+        version: the version of the protocol, such as "TLSv1.3".
+        cipher: the name of the cipher.
+        server_name: the name that the client asked for (SNI): at a server with several names, the
+            name that the client means; ``None``: it asked for no name, as a client does that
+            connects to an IP address.
+        alpn_protocol: the protocol that both sides agreed on (RFC 7301); ``None``: no protocol.
+        peer_certificate: the peer's certificate, DER; ``None``: the peer has sent no certificate.
+        peer: the verified certificate as a dictionary (`ssl.SSLSocket.getpeercert`); empty if it
+            was not verified, or if Python can't read it.
     """
 
     version: str | None
@@ -445,7 +473,7 @@ class PsTlsInfo:
 
     @classmethod
     def of(cls, tls: TlsSocket) -> PsTlsInfo:
-        """What `tls` says."""
+        """The facts about `tls`, whose handshake is complete."""
         ssl_object = tls.ssl_object
         cipher = ssl_object.cipher()
         return cls(
@@ -461,5 +489,5 @@ class PsTlsInfo:
 def _read_certificate(ssl_object: ssl.SSLObject) -> dict[str, Any]:
     try:
         return dict(ssl_object.getpeercert() or {})
-    except (ValueError, ssl.SSLError):  # names that are no UTF-8; the handshake takes them
+    except (ValueError, ssl.SSLError):  # a name is not UTF-8; the handshake accepts it
         return {}
