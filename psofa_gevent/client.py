@@ -258,7 +258,7 @@ class PsClient(ConnectingOwner[M]):
             PsClientError: the client is connected or connecting already, or is disconnecting; the
                 name is not known; or the connection was refused, or timed out, or could not be
                 made.
-            TypeError, ValueError: an argument is not what it should be.
+            TypeError, ValueError: an argument is of the wrong type, or out of range.
             Exception: what ``on_start`` raised.
         """
         target = self._asked_for.with_id(connection_id)

@@ -285,7 +285,7 @@ class PsMultiClient(ConnectingOwner[M]):
         Raises:
             PsMultiClientError: the client is not initialised; the name is not known; or the
                 connection was refused, or timed out, or could not be made.
-            TypeError, ValueError: an argument is not what it should be.
+            TypeError, ValueError: an argument is of the wrong type, or out of range.
         """
         target = self._target(
             host,
@@ -334,7 +334,7 @@ class PsMultiClient(ConnectingOwner[M]):
 
         Raises:
             PsMultiClientError: there is no `reconnect`, or the client is not initialised.
-            TypeError, ValueError: an argument is not what it should be.
+            TypeError, ValueError: an argument is of the wrong type, or out of range.
         """
         target = self._target(
             host,

@@ -90,7 +90,7 @@ class PsRequester(Generic[M]):
 
             def on_message(self, session, message):
                 if not self.requester.resolve(session, message):
-                    ...  # nobody has asked for this one
+                    ...  # not a reply to a request
 
         # in another greenlet, a thread, a WSGI view:
         answer = devices.requester.request(session, "how are you?", timeout=2)
@@ -129,10 +129,10 @@ class PsRequester(Generic[M]):
             unanswered: what happens if no late reply has come by then. ``"close"``: the session
                 closes with FAILED, as it is out of step for good; its requests raise
                 `PsRequestClosedError`. ``"skip"``: the request counts as never answered, and the
-                next reply belongs to the next request. That request waits unsent for this moment if
-                it takes no more than half of its time. The risk: a reply that comes even later is
-                taken for the reply to another request. So use ``"skip"`` for peers that do not
-                answer some requests (SCPI instruments after a wrong command, Modbus RTU devices
+                next reply belongs to the next request. That request waits unsent for this moment,
+                if the wait takes no more than half of its time. The risk: a reply that comes even
+                later is taken for the reply to another request. So use ``"skip"`` for peers that do
+                not answer some requests (SCPI instruments after a wrong command, Modbus RTU devices
                 after a bad checksum), with a `late_timeout` after which they never reply.
 
         Raises:

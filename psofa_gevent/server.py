@@ -406,10 +406,10 @@ class PsServer(SessionOwner[M]):
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
         method returns, so that the program can end with exit code 0. A second signal ends the
-        process at once, even process 1 of a container. If one of these two signals is
-        ignored, it stays ignored. Other signals are left alone: SIGHUP ends the process, unless the
-        program handles it. An exception also shuts the server down. Afterwards the program's own
-        signal handlers work again.
+        process at once, even process 1 of a container. If one of these two signals is ignored, it
+        stays ignored. Other signals are left alone: SIGHUP ends the process, unless the program
+        handles it. An exception also shuts the server down. Afterwards the program's own signal
+        handlers work again.
 
         Under systemd (NOTIFY_SOCKET is set) it notifies systemd when it listens and when it begins
         to shut down, and feeds the unit's watchdog: see `psofa_gevent.systemd`.

@@ -267,7 +267,7 @@ _of_thread: Any = monkey.get_original("threading", "local")()
 atexit.register(flush)  # runs before that of logging, registered earlier, closes the handlers
 
 
-# What is too long
+# Shortening of texts that are too long
 
 
 def _bounded(message: str, args: tuple[object, ...]) -> tuple[str, tuple[object, ...]]:
