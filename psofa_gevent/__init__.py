@@ -83,14 +83,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> str:
-    # When it is asked for: importlib.metadata takes a quarter of the package's import.
+    # Computed on first use: importlib.metadata takes a quarter of the package's import time.
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib.metadata  # noqa: PLC0415 - see above
 
     try:
         return importlib.metadata.version("psofa_gevent")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:  # the package runs from a checkout
         return "0.0.0"
 
 

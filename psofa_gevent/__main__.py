@@ -1,8 +1,8 @@
 """``python -m psofa_gevent`` and the script ``psofa``: patch first, then run the command line.
 
-The command line is an application, so it decides what the library leaves to applications: the
-process is monkey-patched first of all, and a blocking library in a served callback blocks only its
-own session. Importing this file patches nothing.
+The command line is an application, so it takes a decision that the library leaves to applications:
+it monkey-patches the process first of all. So a blocking library in a served callback blocks only
+its own session. Importing this file patches nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ def main() -> int:
     from gevent import monkey
 
     monkey.patch_all()
-    # Only now: what the command line imports, and what that serves, is to see the patched modules.
+    # Imported only now: the command line, and the callback that it serves, must see the patched
+    # modules.
     from psofa_gevent.cli.main import main as run
 
     return run()

@@ -1,19 +1,19 @@
-"""What a user writes: the callbacks of a server or a client.
+"""The callbacks of a server or a client, which the user writes.
 
-One `PsCallback` object serves all sessions of its server or client, so what belongs to one session
-is kept on the session (`PsSession.set_value`). Which greenlet runs what:
+One `PsCallback` object serves all sessions of its server or client. So a callback keeps the data of
+one session on that session (`PsSession.set_value`). These greenlets run the callbacks:
 
-- ``on_accept``, ``on_open``, ``on_message``, ``on_eof``, ``on_idle``: the session's own greenlet,
-  one at a time for a session, sessions side by side. They may block, in gevent's way, for as long
-  as they like.
+- ``on_accept``, ``on_open``, ``on_message``, ``on_eof``, ``on_idle``: the session's own greenlet.
+  The callbacks of one session run one at a time, those of different sessions side by side. They may
+  block, in gevent's way, for as long as they like.
 - ``on_close`` and ``on_stop``: the one close greenlet of the server or client. A slow one delays
   other ``on_close`` calls and nothing else.
 - ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.
 
 The callbacks of a session, ``on_accept`` and ``on_close`` included, run in one `contextvars`
-context, which is that session's own: what one of them sets, the others see, and no other session
-does. It begins as a copy of the context of whoever called ``start`` or ``connect``. ``on_start``
-runs in the caller's itself, ``on_stop`` in a copy.
+context of that session: the other callbacks of the session see what one of them sets, and no other
+session does. The context begins as a copy of the context of the greenlet that called ``start`` or
+``connect``. ``on_start`` runs in the caller's context itself, ``on_stop`` in a copy of it.
 
 With ``use_async_callback = True`` the ``*_async`` twins are called instead, in the same order and
 under the same rules, as tasks of the asyncio loop that runs on this thread's gevent hub.
@@ -47,9 +47,9 @@ METHODS = {
     "on_start": ("owner",),
     "on_stop": ("owner",),
 }
-"""The methods, and what they are called with, in this order."""
+"""The methods of a callback, and the arguments of each, in order."""
 PREFIX = "on_"
-"""What the names of methods begin with that the library calls, and no others."""
+"""The beginning of the names of callbacks. Other methods must not have it."""
 ELSEWHERE = {
     "on_connect": "on_open",
     "on_connected": "on_open",
@@ -60,23 +60,23 @@ ELSEWHERE = {
     "on_receive": "on_message",
     "on_timeout": "on_idle",
 }
-"""What other libraries call them, where a comparison of letters would lead astray."""
+"""Names that other libraries use, where a comparison of letters would find the wrong callback."""
 METHOD_KINDS = (
     staticmethod,
     classmethod,
     functools.partialmethod,
     functools.singledispatchmethod,
 )
-"""What makes a method of a function, and can't be called itself."""
+"""Types that make a method of a function, and whose objects may not be callable themselves."""
 
 
 class PsCallback(Generic[M]):
     """Subclass this and override what you need; every method does nothing by default.
 
-    Names that begin with ``on_`` are the library's: a method that has one and is none of these, in
-    a base class or a mixin too, is taken for a slip of the pen and refused (`PsCallbackError`).
-    Call your own ones otherwise. What is no method may have any name: a property, or a function
-    that was given to the object and is kept as an attribute of it.
+    Names that begin with ``on_`` are reserved for the library: a method with such a name that is
+    not a callback, even in a base class or a mixin, is taken for a misspelled callback and refused
+    (`PsCallbackError`). Give your own methods other names. Only methods are checked: a property may
+    have any name, and so may a function that is kept as an attribute of the object.
 
     An exception in ``on_open``, ``on_message``, ``on_eof`` or ``on_idle`` is logged and closes that
     session with `PsCloseReason.FAILED`; one in ``on_close`` or ``on_stop`` is logged; one in
@@ -84,33 +84,37 @@ class PsCallback(Generic[M]):
     """
 
     use_async_callback: bool = False
-    """True: the ``*_async`` methods are called, and the others are not."""
+    """True: the ``*_async`` methods are called, and not the others."""
 
     def on_accept(self, peer: Endpoint | None) -> bool | None:
-        """A server has accepted a connection, which is no session yet: ``False`` refuses it.
+        """A server has accepted a connection, which is not yet a session: ``False`` refuses it.
 
-        Called before the TLS handshake. No other callback hears of one that is refused. It may
-        wait, for a database, say: no other connection is held up. Clients never call it.
+        Called before the TLS handshake. No other callback is called for a connection that is
+        refused. It may wait, for a database, say: that holds up no other connection. Clients never
+        call it.
 
         Args:
-            peer: who it is, as `PsSession.remote_endpoint` will tell; with ``proxy_protocol`` the
-                load balancer's client. ``None`` for a Unix socket without a name.
+            peer: the peer's endpoint, as in `PsSession.remote_endpoint`; with ``proxy_protocol``
+                that of the load balancer's client. ``None`` for a Unix socket without a name.
         """
 
     def on_open(self, session: PsSession[M]) -> None:
-        """A connection was accepted, or made. Runs once, before anything else of the session."""
+        """A connection was accepted, or made.
+
+        Runs once, before all other callbacks of the session except ``on_accept``.
+        """
 
     def on_message(self, session: PsSession[M], message: M) -> None:
         """Bytes arrived: as many as were there, at most ``read_buffer_size``.
 
-        With a framing: a message arrived, of the type that the framing makes of it.
+        With a framing: a message arrived, of the type that the framing decodes.
 
-        The next read starts when this returns, so a slow callback slows its sender down, and no
-        one else.
+        The next read starts when this returns, so a slow callback slows down the peer that sends,
+        and no other session.
         """
 
     def on_eof(self, session: PsSession[M]) -> None:
-        """The peer sent its FIN and nothing more will come; sending goes on.
+        """The peer has sent its FIN, so nothing more will come; the session may still send.
 
         Only with ``allow_half_open``. The session stays open until it is closed, or until
         `PsSession.send_eof` shuts the other direction as well.
@@ -119,20 +123,27 @@ class PsCallback(Generic[M]):
     def on_idle(self, session: PsSession[M]) -> bool | None:
         """No bytes came for the session's idle time: override this to act instead of closing.
 
-        When it returns ``False`` the session closes with TIMEOUT, as it does without this. Anything
-        else, ``None`` included, lets it go on, and the idle time begins anew. Not called while a
-        callback waits in `PsSession.receive`: there the session closes.
+        When it returns ``False`` the session closes with TIMEOUT, as it does when this is not
+        overridden. Anything else, ``None`` included, lets the session go on, and the idle time
+        begins anew. Not called while a callback waits in `PsSession.receive`: there the session
+        closes.
         """
         return False
 
     def on_close(self, session: PsSession[M], close_reason: PsCloseReason) -> None:
-        """The session ended and its socket is released. Runs once, last of all."""
+        """The session has ended and its socket is released. Runs once, as its last callback."""
 
     def on_start(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
-        """Before the first accept or connect. An exception undoes the start and is raised there."""
+        """The owner starts: called before the first accept or connect.
+
+        An exception undoes the start, and is raised to its caller.
+        """
 
     def on_stop(self, owner: PsServer[M] | PsClient[M] | PsMultiClient[M]) -> None:
-        """After the last ``on_close``, before ``shutdown`` (``disconnect``, …) returns."""
+        """The owner stops: called after the last ``on_close``.
+
+        Runs before ``shutdown`` (``disconnect``, ``destroy_bundle``) returns, where that waits.
+        """
 
     async def on_accept_async(self, peer: Endpoint | None) -> bool | None:
         """`on_accept` for ``use_async_callback``."""
@@ -164,10 +175,11 @@ def check_callback(callback: PsCallback[Any]) -> None:
     """Refuse a callback that could never work, before any connection is made.
 
     Raises:
-        PsCallbackError: `callback` is not an instance of `PsCallback`, a sync method is written
-            ``async def``, an ``*_async`` one is not, a name was overridden by something that cannot
-            be called with its arguments, or in the kind that ``use_async_callback`` does not call;
-            or a method is called ``on_…`` and is no callback.
+        PsCallbackError: `callback` is not an instance of `PsCallback`; a sync method is written
+            ``async def``, or an ``*_async`` method is not; a method was overridden by something
+            that cannot be called with its arguments; only that one of the sync and the async method
+            was overridden that ``use_async_callback`` does not call; or a method has a name that
+            begins with ``on_`` and is not a callback.
     """
     if isinstance(callback, type):
         raise PsCallbackError(
@@ -191,12 +203,12 @@ def check_callback(callback: PsCallback[Any]) -> None:
 
 
 def _check_names(kind: type) -> None:
-    """Refuse a method whose name looks like that of a callback, and is none."""
+    """Refuse a method whose name looks like that of a callback, and is not one."""
     known = {each for name in METHODS for each in (name, f"{name}_async")}
     for name in dir(kind):
         if not name.startswith(PREFIX) or name in known:
             continue
-        # As it stands there: a property is not to be asked.
+        # The attribute as the class has it: a property must not be computed.
         value = inspect.getattr_static(kind, name)
         if callable(value) or isinstance(value, METHOD_KINDS):
             raise PsCallbackError(
@@ -214,7 +226,7 @@ def _nearest(name: str) -> str:
 
 
 def _check_is_called(callback: PsCallback[Any], name: str) -> None:
-    """Refuse a method that was overridden in the kind that is not called, and in that only."""
+    """Refuse a callback of which only the method that is not called (sync, async) is overridden."""
     called, other = f"{name}_async", name
     if not callback.use_async_callback:
         called, other = other, called
@@ -255,7 +267,7 @@ def _check_method(
     try:
         inspect.signature(method).bind(*arguments)
     except ValueError:
-        pass  # not written in Python, and does not tell
+        pass  # it is not written in Python, and has no signature
     except TypeError as exc:
         raise PsCallbackError(
             f"{where} is called with ({', '.join(arguments)}), which it does not take: {exc}"

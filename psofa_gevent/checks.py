@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 MAX_PORT = 65_535
 LONGEST_TIME = 1e9
-"""Seconds: 31 years. The event loop's timers take no infinity."""
+"""Seconds: 31 years. The event loop's timers do not take infinity."""
 MAX_BUFFER = 2**31 - 1
-"""Options of sockets and recv take a C int."""
+"""The largest C int, which is what socket options and recv take."""
 
 
 def check_instance(name: str, value: object, kind: type[T]) -> T:
@@ -39,7 +39,7 @@ def check_instance(name: str, value: object, kind: type[T]) -> T:
 
 
 def check_bool(name: str, value: object) -> None:
-    """Raise `TypeError` for anything but ``True`` and ``False``."""
+    """Raise `TypeError` unless `value` is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
@@ -66,8 +66,8 @@ def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:
     """Raise unless `value` is ``None`` or an `ssl.SSLContext` for that side.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: it is for the other side.
+        TypeError: `value` is something else.
+        ValueError: `value` is for the other side.
     """
     if value is None:
         return
@@ -80,7 +80,7 @@ def check_ssl_context(name: str, value: object, *, server_side: bool) -> None:
 
 
 def check_hostname(name: str, value: object, ssl_context: ssl.SSLContext) -> None:
-    """Raise for a name that no certificate can have; for ``None`` only where one is needed."""
+    """Raise for a name that no certificate can have; for ``None`` if the context needs a name."""
     if value is not None:
         check_instance(name, value, str)
     try:
@@ -101,7 +101,7 @@ def check_seconds(
     more_than_zero: bool = False,
     most: float = LONGEST_TIME,
 ) -> None:
-    """Raise unless `value` is a number of seconds, or ``None`` where that is `optional`."""
+    """Raise unless `value` is a number of seconds, or ``None`` if `optional`."""
     if value is None and optional:
         return
     wanted = "a number of seconds" + (" or None" if optional else "")

@@ -25,7 +25,7 @@ __all__ = ["PsClient"]
 
 
 class ClientKeywords(SessionKeywords, total=False):
-    """The parameters of `PsClient`, but for its first three and ``framing``."""
+    """The parameters of `PsClient`, except its first three and ``framing``."""
 
     socket_address_family: PsSocketAddressFamily
     ssl_context: ssl.SSLContext | bool | None
@@ -39,9 +39,10 @@ class PsClient(ConnectingOwner[M]):
     """A TCP client: one connection at a time, which may be made again and again.
 
     `connect` belongs to one thread, whose hub then serves the session; `disconnect` may be called
-    from any greenlet and any OS thread. ``on_start`` runs before the first connect, and again for
-    the first one after `disconnect`; ``on_stop`` at the end of `disconnect`. As a context manager
-    it is connected on entry, unless it is, or connects, already, and disconnected on exit.
+    from any greenlet and any OS thread. ``on_start`` runs before the first connect, and again
+    before the first connect after a `disconnect`; ``on_stop`` runs at the end of `disconnect`. As a
+    context manager the client is connected on entry, unless it is connected or stays connected by
+    `reconnect` already, and disconnected on exit.
     """
 
     _settings_class = ClientSettings
@@ -100,48 +101,59 @@ class PsClient(ConnectingOwner[M]):
         """Check the settings; nothing is opened before `connect`.
 
         Args:
-            callback: what is called for the session.
-            host: an address or a name; or a Unix domain socket, ``unix:`` and its path.
-            port: 1 to 65535; 0 for a Unix socket.
-            socket_address_family: IPV6 reaches IPv4 hosts too.
-            ssl_context: TLS; True: the server's certificate is verified against the system's
-                authorities, and its name; or a context of your own, made with
-                ``ssl.PROTOCOL_TLS_CLIENT``. ``None``: plain TCP.
-            server_hostname: the name that the certificate must be for; by default `host`.
-            source_address: the host and port to connect from, such as ``("192.0.2.7", 0)``;
+            callback: the object whose methods are called for the session.
+            host: the address or name to connect to, or a Unix domain socket: ``unix:`` and its
+                path.
+            port: the port, 1 to 65535; 0 for a Unix domain socket.
+            socket_address_family: IPv4, or IPv6, which reaches IPv4 hosts too.
+            ssl_context: TLS: a context of yours, made with ``ssl.PROTOCOL_TLS_CLIENT``, or True for
+                one that verifies the server's certificate, against the system's authorities, and
+                its name. ``None``: plain TCP.
+            server_hostname: with TLS, the name that the certificate must be for. ``None``: `host`.
+            source_address: the host and port to connect from, such as ``("192.0.2.7", 0)``.
                 ``None``: whatever the system chooses.
-            endpoints: more hosts and ports, tried in turn when the ones before do not answer.
-            reconnect: connect again whenever the session ends, until `disconnect`: True, or a
-                `PsReconnect` that says when; ``None``: not by itself.
-            read_buffer_size: the most bytes that one ``on_message`` gets.
-            divide: slices of the idle scan.
-            idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
-                never.
-            send_timeout: seconds in which the peer takes nothing, after which a send fails and the
-                session closes; ``None``: never.
-            callback_timeout: seconds after which a running callback is ended; ``None``: never.
-            linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+            endpoints: more hosts and ports, tried in turn when those before do not answer.
+            reconnect: connect again whenever a session ends, until `disconnect`: True, or a
+                `PsReconnect` that says when. ``None``: not by itself.
+            read_buffer_size: the most bytes that one ``on_message`` gets without a framing.
+            divide: slices of the idle check, which looks at each session once a second, one slice
+                at a time.
+            idle_milliseconds: milliseconds that a session waits for bytes before it closes with
+                TIMEOUT. ``None``: never.
+            send_timeout: seconds without progress (the peer accepts no data) after which a send
+                fails and the session closes. ``None``: wait for ever.
+            callback_timeout: seconds after which a running callback is ended, and its session
+                closes with FAILED. ``None``: never.
+            linger_timeout: seconds that a close waits, at most, for the peer to take the last
+                bytes.
             no_delay: TCP_NODELAY: small messages leave at once.
-            allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
-            framing: what cuts the stream into messages (`psofa_gevent.framing`); ``None``:
+            allow_half_open: when the peer shuts its sending side (FIN), call ``on_eof`` and let
+                the session go on until it is closed.
+            framing: how the stream is split into messages (`psofa_gevent.framing`). ``None``:
                 ``on_message`` gets the bytes as they come.
-            frame_timeout: seconds that a message may take from its first byte to its last, after
-                which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
-                than twice as many, whatever the sizes of messages.
-            overflow: what happens to a post beyond that.
-            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+            frame_timeout: seconds that a message may take from its first byte to its last before
+                the session closes with FAILED. ``None``: any time.
+            high_water: bytes of posts (`PsSession.post`) that wait for a slow peer, at most, with
+                those that threads have posted and the hub has not come to. In memory they take
+                less than twice as many, whatever the sizes of the messages.
+            overflow: what happens to a post beyond `high_water`: close the session with FAILED, or
+                drop the newest message, or the oldest ones.
+            send_buffer_size: SO_SNDBUF in bytes: a hard bound for what the kernel keeps for a
+                peer, unsent and unacknowledged. Linux makes twice as much of it, for its own needs
                 too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
-            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
-                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
-                and 65,536 at least; elsewhere any number.
+            unsent_low_water: TCP_NOTSENT_LOWAT: bytes that the kernel may keep unsent for a slow
+                peer before posts and sends wait. ``None``: on Linux four times `high_water`, from
+                64 KiB to the kernel's own bound; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
-                (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
-            user_timeout: seconds that what was sent may stay unacknowledged, after which the
-                session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
-            heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
-                a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
+                (TCP keep-alive); three probes without an answer close the session with FAILED.
+                ``None``: never.
+            user_timeout: TCP_USER_TIMEOUT in seconds: the session closes with FAILED when sent
+                data stays unacknowledged for this time, or a full peer accepts no data. ``None``:
+                the kernel's own time.
+            heartbeat: milliseconds, and what a session sends when it has sent nothing for this
+                time, such as ``(30_000, b"ping")``: a message, or a function of the session (also
+                ``async``) that returns one, or ``None`` to send nothing. A `PsHeartbeat` can also
+                send its message past the framing. ``None``: no heartbeat.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -191,15 +203,15 @@ class PsClient(ConnectingOwner[M]):
             "does not connect by itself" if self._reconnect is None else "call connect first"
         )
         self._why_not_connected = f"{self!r}: {by_itself}"
-        """What `wait_connected` says when nothing connects."""
+        """The text of the error that `wait_connected` raises when nothing connects."""
 
     @property
     def settings(self) -> ClientSettings:
         """The settings in effect, all of them; read-only.
 
-        With what was chosen where a setting left it open: the context and the policy that True
-        stands for in `ssl_context` and `reconnect`, the bound that `unsent_low_water` is. From any
-        greenlet and any OS thread.
+        Where a setting left the choice to the library, the result has what it chose: the context
+        and the policy for the True of `ssl_context` and `reconnect`, and the bound for the ``None``
+        of `unsent_low_water`. From any greenlet and any OS thread.
         """
         return in_effect(self._settings, ssl_context=self._ssl_context, reconnect=self._reconnect)
 
@@ -211,8 +223,8 @@ class PsClient(ConnectingOwner[M]):
 
     @property
     def _link(self) -> Link | None:
-        """What stays connected; ``None``: nothing does."""
-        links = list(self._links)  # at once, for callers in other threads
+        """The link that keeps the client connected; ``None``: there is none."""
+        links = list(self._links)  # copied in one step, for callers in other threads
         return links[0] if links else None
 
     @property
@@ -234,17 +246,19 @@ class PsClient(ConnectingOwner[M]):
     ) -> PsSession[M]:
         """Connect, and return the open session; its ``on_open`` has run or is about to.
 
-        With `reconnect` it goes on trying for `timeout`, and afterwards it stays connected.
+        With `reconnect` the client goes on trying for `timeout`, and afterwards it stays connected.
 
         Args:
-            connection_id: the session's id; random by default. With `reconnect`: of each session.
-            timeout: seconds for names, connections and TLS together; ``None``: as long as the
-                system takes, or, with `reconnect`, until it gives up.
+            connection_id: the session's id; random by default. With `reconnect`: the id of each
+                session.
+            timeout: seconds for the lookup of names, the connections and TLS together; ``None``: as
+                long as the system takes, or, with `reconnect`, until it gives up.
 
         Raises:
-            PsClientError: it is connected or connecting already, or disconnects; the name is not
-                known; or the connection was refused, or timed out, or could not be made.
-            TypeError, ValueError: an argument is not what it should be.
+            PsClientError: the client is connected or connecting already, or is disconnecting; the
+                name is not known; or the connection was refused, or timed out, or could not be
+                made.
+            TypeError, ValueError: an argument is of the wrong type, or out of range.
             Exception: what ``on_start`` raised.
         """
         target = self._asked_for.with_id(connection_id)
@@ -260,8 +274,8 @@ class PsClient(ConnectingOwner[M]):
             return link.wait_connected(timeout, is_makers_wait=True)
         except BaseException:
             if link is not None:
-                link.disconnect()  # it may have connected just now
-            if not (was_started or self._stays_connected):  # another greenlet may have come first
+                link.disconnect()  # the link may have connected just now
+            if not (was_started or self._stays_connected):  # another greenlet may have been faster
                 self._undo(manager)
             raise
 
@@ -274,9 +288,9 @@ class PsClient(ConnectingOwner[M]):
             connection_id: the id of each session; random by default.
 
         Raises:
-            PsClientError: there is no `reconnect`; or it is connected or connecting already, or
-                disconnects.
-            TypeError: `connection_id` is none.
+            PsClientError: there is no `reconnect`; or the client is connected or connecting
+                already, or is disconnecting.
+            TypeError: `connection_id` is not a `uuid.UUID`.
             Exception: what ``on_start`` raised.
         """
         target = self._asked_for.with_id(connection_id)
@@ -286,18 +300,19 @@ class PsClient(ConnectingOwner[M]):
         self._new_link(self._manager or self._start(), target, self._reconnect)
 
     def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
-        """The open session; if there is none at the moment, the next one.
+        """Return the open session; if there is none at the moment, wait for the next one.
 
-        In any greenlet of the client's thread; but not in a coroutine, nor where the next session
-        would wait for the caller: in ``on_close``, ``should_retry``, and other callbacks of the
-        session once it is closed.
+        May be called in any greenlet of the client's thread. A call that would have to wait is
+        refused in a coroutine, in the hub, and where the next session would wait for the caller: in
+        ``on_close``, in ``should_retry``, and in other callbacks of the session once it is closed.
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
 
         Raises:
-            PsClientError: there was none in that time, or none will come: the client has no
-                `reconnect`, is disconnected, or has given up.
+            PsClientError: no session opened within `timeout`; or no session will come, as the
+                client has no `reconnect`, is disconnected, or has given up; or the caller may not
+                wait.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
@@ -310,7 +325,7 @@ class PsClient(ConnectingOwner[M]):
         return link.wait_connected(timeout)
 
     def _check_idle(self) -> None:
-        """Raise unless it may begin to connect."""
+        """Raise `PsClientError` unless the client may begin to connect."""
         self._forget_if_hub_is_gone()
         if self._is_shutting_down:
             raise PsClientError(
@@ -318,7 +333,7 @@ class PsClient(ConnectingOwner[M]):
             )
         if self._is_starting:
             raise PsClientError(f"{self!r} is starting: on_start has not returned")
-        # Of one that has stayed connected, an attempt may just be on its way to its end.
+        # With `reconnect`, a connector alone says nothing: it may belong to a link that has ended.
         connects = self._stays_connected if self._reconnect else self._connectors
         if connects or self.session is not None:
             raise PsClientError(f"{self!r} is connected, or connecting, already")
@@ -326,17 +341,18 @@ class PsClient(ConnectingOwner[M]):
     def disconnect(self, timeout: float | None = 5.0) -> None:
         """Close the session (SELF_CLOSE) and return after ``on_close`` and ``on_stop``.
 
-        With `reconnect` it connects no more; a wait for that ends at once.
+        With `reconnect` the client stops connecting again, and a `wait_connected` raises at once.
 
-        Returns at once, the work going on, when called in a callback, a coroutine or the hub. An
-        attempt to connect that is under way fails. Without effect when not connected.
+        In a callback, a coroutine or the hub it returns at once, and the shutdown goes on. An
+        attempt to connect that is under way fails. Has no effect when the client is not started.
 
-        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
-        last second, and at once when the hub is gone (see `PsServer.shutdown`).
+        In another OS thread it also returns when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub was destroyed or its thread has ended (see
+        `PsServer.shutdown`).
 
         Args:
-            timeout: seconds that a running callback has; then it is killed, and has as long again,
-                at least a second. ``None``: as long as it takes.
+            timeout: seconds that a running callback has. Then it is killed, and has as long again
+                to end, at least a second. ``None``: as long as it takes.
 
         Raises:
             TypeError, ValueError: `timeout` is not a number of seconds.

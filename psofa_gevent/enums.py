@@ -8,16 +8,16 @@ __all__ = ["PsCloseReason", "PsOverflow", "PsRefusal", "PsSocketAddressFamily"]
 
 
 class PsCloseReason(enum.Enum):
-    """Why a session closed. The first reason that comes up is the one reported."""
+    """Why a session closed. The first reason is the one that is reported."""
 
     NONE = enum.auto()
     """Not closed."""
     PEER_CLOSE = enum.auto()
-    """The peer closed its end (FIN), and all that it sent before has been delivered."""
+    """The peer closed its end (FIN), and all its data before that has been delivered."""
     SELF_CLOSE = enum.auto()
-    """This end asked for it: `close`, `abort`, `disconnect`, `destroy_bundle`."""
+    """This end asked for the close: `close`, `abort`, `disconnect`, `destroy_bundle`."""
     FAILED = enum.auto()
-    """An error: in a callback, on the socket, a send that timed out. See `close_cause`."""
+    """An error: in a callback, on the socket, or a send that timed out. See `close_cause`."""
     TIMEOUT = enum.auto()
     """Nothing came from the peer for the idle time."""
     SHUTDOWN = enum.auto()
@@ -30,11 +30,11 @@ class PsOverflow(enum.Enum):
     """What happens to a `PsSession.post` when ``high_water`` bytes wait for the peer."""
 
     CLOSE = enum.auto()
-    """The session closes with `PsCloseReason.FAILED`, and what waits is dropped."""
+    """The session closes with `PsCloseReason.FAILED`, and the waiting messages are dropped."""
     DROP_NEWEST = enum.auto()
-    """The message is dropped."""
+    """The new message is dropped."""
     DROP_OLDEST = enum.auto()
-    """Messages that wait are dropped, the oldest first, until there is room."""
+    """Waiting messages are dropped, the oldest first, until there is room."""
 
 
 class PsRefusal(enum.Enum):
@@ -49,11 +49,11 @@ class PsRefusal(enum.Enum):
     CALLBACK = enum.auto()
     """``on_accept`` returned ``False``, or raised."""
     PROXY = enum.auto()
-    """It is none of ``trusted_proxies``, with ``proxy_protocol``."""
+    """Its address is not in ``trusted_proxies``, with ``proxy_protocol``."""
 
 
 class PsSocketAddressFamily(enum.Enum):
-    """Which sockets a server or a client opens.
+    """The kind of sockets that a server or a client opens.
 
     On `IPV6` the sockets are dual-stack (RFC 3493, section 5.3: ``IPV6_V6ONLY`` off): a server is
     reached over IPv4 too, and a client reaches IPv4 hosts as IPv4-mapped addresses.

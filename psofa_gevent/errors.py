@@ -1,6 +1,6 @@
 """The exceptions of the package.
 
-All derive from `PsError`, so one ``except PsError`` catches whatever the library itself raises. A
+All derive from `PsError`, so one ``except PsError`` catches all errors of the library's own. A
 setting of the wrong type raises `TypeError` and one out of range `ValueError`, as everywhere in
 Python: those are not wrapped.
 """
@@ -25,19 +25,19 @@ __all__ = [
 
 
 class PsError(Exception):
-    """Base of every exception that the library raises of its own."""
+    """Base of the library's own exceptions."""
 
 
 class PsCallbackError(PsError, TypeError):
-    """A callback class is not usable: raised by the constructor that was given it."""
+    """A callback is not usable: raised by the constructor that gets it."""
 
 
 class PsServerError(PsError):
-    """A server could not start, or was asked for what its state does not allow."""
+    """A server could not start, or its state does not allow the call."""
 
 
 class PsClientError(PsError):
-    """A connection could not be made, or a client was asked for what its state does not allow."""
+    """A connection could not be made, or the client's state does not allow the call."""
 
 
 class PsMultiClientError(PsError):
@@ -49,19 +49,19 @@ class PsSendError(PsError):
 
 
 class PsClosedError(PsError):
-    """No message will come any more: the peer has sent its FIN, or the session is closed."""
+    """No more messages will come: the peer has sent its FIN, or the session is closed."""
 
 
 class PsFramingError(PsError, ValueError):
-    """Bytes that are no message of a framing, or a message that a framing can't carry."""
+    """Bytes are not a message of the framing, or the framing can't carry a message."""
 
 
 class PsKeyTakenError(PsError, ValueError):
-    """The key belongs to another session, which is open."""
+    """The key belongs to another open session."""
 
 
 class PsRequestError(PsError):
-    """A request got no reply, or could not be made where it was."""
+    """A request got no reply, or its caller may not wait for a reply."""
 
 
 class PsRequestTimeoutError(PsRequestError, TimeoutError):
@@ -73,21 +73,22 @@ class PsRequestClosedError(PsRequestError):
 
 
 class PsTlsError(PsError):
-    """A session could not go over to TLS."""
+    """A session could not start TLS."""
 
 
 class SlowPeerError(TimeoutError):
     """``callback_timeout`` was over while the callback waited in a `send` to its peer.
 
-    An ordinary `TimeoutError` for the callback; the log tells it as what a peer did.
+    An ordinary `TimeoutError` for the callback; the log reports it as the peer's doing.
     """
 
 
 def cut_traceback(cause: BaseException | None) -> None:
-    """Take the traceback from `cause` and from all that it came from.
+    """Remove the tracebacks of `cause` and of the exceptions behind it.
 
-    Their frames hold what keeps the cause, such as its session: a cycle that would keep all of it
-    until the garbage collector runs. By then the failure is logged, and callbacks have seen it.
+    Their frames hold objects that hold the cause, such as its session: a cycle that would keep all
+    of them until the garbage collector runs. Call it when the failure is logged, and callbacks have
+    seen it.
     """
     seen: set[int] = set()
     left: list[BaseException | None] = [cause]

@@ -1,17 +1,18 @@
-"""Posting one message to many sessions: groups, and how a message is framed once for all of them.
+"""Posts of one message to many sessions: groups, and encoding a message once for all members.
 
-A session joins and leaves groups, and leaves them by itself when its close is requested. Posting
-waits for nobody (`PsSession.post`), so a slow member holds up neither the others nor the poster.
+A session joins and leaves groups, and leaves them by itself when its close is requested. A post
+never waits (`PsSession.post`), so a slow member holds up neither the others nor the caller.
 
-A post to thousands takes longer than one may hold the hub: 6 µs for each, which are system calls.
-So after some 10 ms (`TURN`) the sessions that are left only collect the message, as while they are
-corked, which takes a twentieth of that, and the hub lets it leave in turns (`_LatePosts`). Whatever
-is sent or posted to such a session meanwhile is collected behind it, so the order is that of the
-calls; and whatever lets collected messages leave, a close for example, does it here, too.
+A post to thousands of sessions would hold the hub for too long: it takes 6 µs for each session, in
+system calls. So after some 10 ms (`TURN`) the remaining sessions only collect the message, as
+corked sessions do, which takes a twentieth of that time. The hub then sends it in turns
+(`_LatePosts`). Anything that is sent or posted to such a session meanwhile is collected behind the
+message, so the order is that of the calls. Anything that sends collected messages, such as a close,
+sends this message, too.
 
-May be called from any greenlet and any OS thread, for sessions of any owner. Nothing switches.
-Changes of a dictionary are single steps, so nothing is locked: who joins looks, afterwards, whether
-the session closed meanwhile.
+Everything here may be called from any greenlet and any OS thread, for sessions of any owner.
+Nothing switches. Each change of a dictionary is a single step, so there is no lock: a session that
+joins looks afterwards whether it was closed meanwhile.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ from psofa_gevent.session.session import PsSession
 __all__ = ["PsGroup", "post_to_all"]
 
 MEMBERS_AT_A_TIME = 16
-"""Sessions that are posted to between two looks at the clock."""
+"""Sessions that get a post between two looks at the clock."""
 
 
 class PsGroup(Generic[M]):
     """Sessions that get the same messages: a chat room, the subscribers of a topic.
 
-    Made by itself, or by name by `PsServer.group`. Iterating gives the members that are open, in
-    the order in which they joined.
+    Construct it, or get it by name from `PsServer.group`. Iterating gives the members that are
+    open, in the order in which they joined.
     """
 
     def __init__(self, name: str = "") -> None:
-        """An empty group; `name` is for people.
+        """Make an empty group; `name` is for people.
 
         Raises:
-            TypeError: `name` is no text.
+            TypeError: `name` is not a `str`.
         """
         self.name = check_instance("name", name, str)
         self._members: dict[PsSession[M], None] = {}
@@ -60,7 +61,7 @@ class PsGroup(Generic[M]):
         return len(self._members)
 
     def __bool__(self) -> bool:
-        return True  # an empty one is a group, too
+        return True  # also when it is empty
 
     def __iter__(self) -> Iterator[PsSession[M]]:
         return iter([session for session in list(self._members) if session.is_open])
@@ -69,10 +70,10 @@ class PsGroup(Generic[M]):
         return session in self._members
 
     def join(self, session: PsSession[M]) -> None:
-        """Add a session; without effect when it is in the group, or closed.
+        """Add a session. Has no effect when the session is in the group, or closed.
 
         Raises:
-            TypeError: that is no session.
+            TypeError: `session` is not a `PsSession`.
         """
         check_instance("session", session, PsSession)
         if session not in self._members:
@@ -80,7 +81,7 @@ class PsGroup(Generic[M]):
             inside.join(session, self, None)
 
     def leave(self, session: PsSession[M]) -> None:
-        """Remove a session; without effect when it is not in the group."""
+        """Remove a session. Has no effect when it is not in the group."""
         if session in self._members:
             inside.leave(session, self)
 
@@ -93,18 +94,19 @@ class PsGroup(Generic[M]):
     ) -> None:
         """Post a message to every member.
 
-        It is framed once for each framing that the members have, which is once, as a rule, and
-        members that are closing just now are passed over.
+        The message is encoded once for each framing of the members, and most groups have only one.
+        Members that are just closing do not get it.
 
         Args:
             message: as for `PsSession.send`.
-            exclude: a session, or several, that shall not get it.
+            exclude: a session, or several, that must not get the message.
             raw: as for `PsSession.send`.
 
         Raises:
-            PsFramingError: a member's framing can't carry the message. Nobody got it.
+            PsFramingError: a member's framing can't carry the message. No member got it.
             TypeError: `message` is neither text nor bytes.
-            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
+            UnicodeEncodeError: `message` is text with a lone surrogate, which UTF-8 cannot encode.
+                No member got it.
         """
         post_to_all(list(self._members), message, exclude, raw=raw)
 
@@ -121,11 +123,12 @@ def post_to_all(
     *,
     raw: bool,
 ) -> None:
-    """Post to those of `sessions` that are not in `exclude`. Errors as of `PsGroup.post`."""
+    """Post to the sessions that are not in `exclude`. Raises the errors of `PsGroup.post`."""
     if exclude:
         excluded = {exclude} if isinstance(exclude, PsSession) else set(exclude)
         sessions = [session for session in sessions if session not in excluded]
-    # Framed for all, before the first one gets something. Bound methods of one framing are equal.
+    # Encoded for all sessions, before the first one gets anything. Bound methods of one framing are
+    # equal.
     alike = inside.alike(sessions)
     framed: dict[object, bytes] = {}
     for encode, _, _ in alike:
@@ -148,7 +151,7 @@ def _post_to_each(sessions: list[PsSession[Any]], data: bytes) -> None:
 
 
 def _post_for_a_turn(sessions: list[PsSession[Any]], data: bytes) -> int:
-    """Post to as many as there is time for: how many that are."""
+    """Post to as many of `sessions` as the time of a turn allows; return their number."""
     end = monotonic() + TURN
     post_encoded = inside.post_encoded
     for number, session in enumerate(sessions, 1):
@@ -159,7 +162,7 @@ def _post_for_a_turn(sessions: list[PsSession[Any]], data: bytes) -> int:
 
 
 class _LatePosts:
-    """The sessions of one hub that have collected what was posted to many. In the hub's thread."""
+    """The sessions of one hub that have collected a post to many. Belongs to the hub's thread."""
 
     def __init__(self) -> None:
         self.hub = get_hub()
@@ -167,17 +170,17 @@ class _LatePosts:
         track(self)
 
     def _let_go(self, _hub: object) -> None:
-        """It is the parent's to send (`psofa_gevent.hub.forking`)."""
+        """Drop the posts in a child process: the parent sends them (`psofa_gevent.hub.forking`)."""
         keep(*self._sessions)
         self._sessions.clear()
 
     @property
     def is_pending(self) -> bool:
-        """Whether some have not had their turn."""
+        """Whether some sessions have not had their turn."""
         return len(self._sessions) > 0
 
     def post(self, session: PsSession[Any], data: bytes) -> None:
-        """Post to a session: it leaves later, unless that is quick or others wait already."""
+        """Post to a session. The message leaves later, unless the session posts it at once."""
         if not inside.collect_post(session, data):
             return
         self._sessions.append(session)
@@ -185,8 +188,8 @@ class _LatePosts:
             self._wait_for_turn()
 
     def _wait_for_turn(self) -> None:
-        # A timer's turn comes after the hub has looked at the sockets; that of run_callback may
-        # come dozens of times before.
+        # The hub calls a timer after it has looked at the sockets, but may call what run_callback
+        # gets dozens of times before that.
         timer = watch(self.hub.loop.timer(SHORTEST_TIMER))
         timer.start(self._send_some, timer)
 
@@ -202,12 +205,12 @@ class _LatePosts:
                 if monotonic() >= end:
                     return
         finally:
-            if sessions:  # a signal's handler may have raised, in any line
+            if sessions:  # a signal handler may have raised in any line
                 self._wait_for_turn()
 
 
 def _late_posts() -> _LatePosts:
-    """Those of this thread's hub."""
+    """The late posts of this thread's hub."""
     late: _LatePosts | None = getattr(_of_thread, "late", None)
     if late is None or late.hub is not get_hub():
         late = _of_thread.late = _LatePosts()

@@ -1,8 +1,8 @@
-"""Straight-line style: one function that has a session for itself, from its beginning to its end.
+"""Straight-line style: one function that handles a session from its beginning to its end.
 
-It runs in the session's own greenlet, in the place of ``on_open``, and asks for the messages
-(`PsSession.receive`, or a loop over the session) instead of being called with them. When it returns
-the session closes. All else is as with callbacks: the same settings, promises and close reasons.
+The function runs in the session's own greenlet, in the place of ``on_open``. It asks for the
+messages (`PsSession.receive`, or a loop over the session) instead of being called with them. When
+it returns, the session closes. Settings, promises and close reasons are those of callbacks.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["PsHandler"]
 
 NOT_CALLED = ("on_open", "on_message", "on_eof", "on_idle")
-"""The callbacks in whose place the handler runs."""
+"""The callbacks that the handler replaces."""
 
 
 class PsHandler(PsCallback[M]):
-    """A callback made of one function, which handles a session from its beginning to its end.
+    """A callback that consists of one function, which handles a session from beginning to end.
 
-    Give it the function, or use it as a decorator::
+    Pass it the function, or use it as a decorator::
 
         @PsHandler
         def echo(session):
@@ -37,12 +37,12 @@ class PsHandler(PsCallback[M]):
 
         PsServer(echo).serve_forever()
 
-    Or subclass it and override `handle`, beside ``on_accept``, ``on_close``, ``on_start`` and
-    ``on_stop``.
+    Or subclass it and override `handle`, and if you need them ``on_accept``, ``on_close``,
+    ``on_start`` and ``on_stop``.
 
-    The loop ends when no message will come any more: at the peer's FIN, and when the session closes
-    for any other reason, which ``on_close`` is told. With ``allow_half_open`` the function may send
-    on after the peer's FIN. An exception closes the session with FAILED, as in any callback.
+    The loop ends when no more messages will come: at the peer's FIN, and when the session closes
+    for any other reason, which ``on_close`` gets. With ``allow_half_open`` the function may go on
+    sending after the peer's FIN. An exception closes the session with FAILED, as in any callback.
     ``callback_timeout`` limits the time that the function itself takes between two messages.
     """
 
@@ -50,8 +50,9 @@ class PsHandler(PsCallback[M]):
         """Take the function that handles each session; by default the method `handle` does.
 
         Raises:
-            PsCallbackError: `function` can't be called with a session, or is ``async``; or there is
-                neither a function nor an overridden `handle`.
+            PsCallbackError: `function` can't be called with a session, or is ``async`` or a
+                generator; or there is neither a function nor an overridden `handle`, or both; or
+                `handle` has one of these faults.
         """
         is_overridden = type(self).handle is not PsHandler.handle
         if function is None and not is_overridden:
@@ -79,7 +80,7 @@ class PsHandler(PsCallback[M]):
             )
 
     def handle(self, session: PsSession[M]) -> None:
-        """Handle a session; when this returns it closes."""
+        """Handle a session; when this returns, the session closes."""
         assert self._function is not None
         self._function(session)
 
@@ -89,7 +90,7 @@ class PsHandler(PsCallback[M]):
             self.handle(session)
         except PsClosedError:
             if inside.may_receive(session):
-                raise  # it is about another one
+                raise  # it came from another session
         session.close()
 
 
@@ -109,7 +110,7 @@ def _check_function(function: object) -> None:
     try:
         inspect.signature(function).bind("session")
     except ValueError:
-        pass  # not written in Python, and does not tell
+        pass  # it is not written in Python, and has no signature
     except TypeError as exc:
         raise PsCallbackError(
             f"the handler is called with (session), which {function!r} does not take: {exc}"

@@ -1,11 +1,11 @@
-"""What may be sent, and how it becomes bytes."""
+"""The types of messages, and how a message becomes bytes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    # For type checkers, which bring it with them: a default is not known to Python before 3.13.
+    # Only for type checkers, which have their own copy: Python knows no default before 3.13.
     from typing_extensions import TypeVar
 
     M = TypeVar("M", default=bytes)
@@ -21,12 +21,12 @@ Message = str | bytes | bytearray | memoryview
 
 
 def as_buffer(message: object) -> bytes | memoryview:
-    """`message` as bytes, copied only if it must be: text as UTF-8, any buffer byte by byte.
+    """Return `message` as bytes, copied only if necessary: text as UTF-8, a buffer byte by byte.
 
     Raises:
-        TypeError: it is none of these.
-        UnicodeEncodeError: it is text with a lone surrogate, which UTF-8 has no bytes for
-            (RFC 3629, section 3). It is a `ValueError`, and says where.
+        TypeError: `message` is neither text nor such a buffer.
+        UnicodeEncodeError: `message` is text with a lone surrogate, which UTF-8 cannot encode
+            (RFC 3629, section 3). This error is a `ValueError`, and says where.
     """
     if isinstance(message, str):
         return message.encode()
@@ -40,5 +40,5 @@ def as_buffer(message: object) -> bytes | memoryview:
 
 
 def as_bytes(message: object) -> bytes:
-    """`message` as bytes that nobody else can change. Errors as `as_buffer`."""
+    """Return `message` as immutable bytes. Raises the errors of `as_buffer`."""
     return message if type(message) is bytes else bytes(as_buffer(message))

@@ -32,8 +32,8 @@ class PsMultiClientConnection(Generic[M]):
     """One connection of a `PsMultiClient`; `PsMultiClient.connect` makes it.
 
     Attributes:
-        host: the host that was asked for.
-        port: the port.
+        host: the host that `PsMultiClient.connect` was given.
+        port: the port that it was given.
     """
 
     __slots__ = ("_link", "_session", "host", "port")
@@ -54,24 +54,25 @@ class PsMultiClientConnection(Generic[M]):
     def session(self) -> PsSession[M] | Any:
         """The session; with ``reconnect`` the last one. It may have closed.
 
-        ``None`` if there was none yet, which can only be after
-        `PsMultiClient.connect_in_background`; so type checkers let it pass for a session.
+        ``None`` only if there was no session yet, which can only be after
+        `PsMultiClient.connect_in_background`. So its type lets type checkers take it for a session.
         """
         return self._session if self._link is None else self._link.session
 
     def wait_connected(self, timeout: float | None = None) -> PsSession[M]:
-        """The open session; if there is none at the moment, the next one.
+        """Return the open session; if there is none at the moment, wait for the next one.
 
-        In any greenlet of the client's thread; but not in a coroutine, nor where the next session
-        would wait for the caller: in ``on_close``, ``should_retry``, and other callbacks of the
-        session once it is closed.
+        May be called in any greenlet of the client's thread. A call that would have to wait is
+        refused in a coroutine, in the hub, and where the next session would wait for the caller: in
+        ``on_close``, in ``should_retry``, and in other callbacks of the session once it is closed.
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
 
         Raises:
-            PsMultiClientError: there was none in that time, or none will come: the connection has
-                no ``reconnect``, is disconnected, or has given up.
+            PsMultiClientError: no session opened within `timeout`; or no session will come, as the
+                connection has no ``reconnect``, is disconnected, or has given up; or the caller may
+                not wait.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
@@ -83,7 +84,7 @@ class PsMultiClientConnection(Generic[M]):
 
 
 class MultiClientKeywords(SessionKeywords, total=False):
-    """The parameters of `PsMultiClient`, but for ``callback`` and ``framing``."""
+    """The parameters of `PsMultiClient`, except ``callback`` and ``framing``."""
 
     ssl_context: ssl.SSLContext | bool | None
     reconnect: PsReconnect | bool | None
@@ -93,8 +94,8 @@ class PsMultiClient(ConnectingOwner[M]):
     """A TCP client of many connections, to one server or to many.
 
     `init_bundle` and `connect` belong to one thread, whose hub serves the sessions; `disconnect`
-    and `destroy_bundle` may be called from any greenlet and any OS thread. As a context manager it
-    is initialised on entry and destroyed on exit.
+    and `destroy_bundle` may be called from any greenlet and any OS thread. As a context manager the
+    client is initialised on entry, unless it is initialised already, and destroyed on exit.
     """
 
     _settings_class = ConnectingSettings
@@ -143,41 +144,51 @@ class PsMultiClient(ConnectingOwner[M]):
         """Check the settings; nothing is opened before `connect`.
 
         Args:
-            callback: what is called for every session.
-            ssl_context: TLS; True: the server's certificate is verified against the system's
-                authorities, and its name; or a context of your own, made with
-                ``ssl.PROTOCOL_TLS_CLIENT``. ``None``: plain TCP.
+            callback: the object whose methods are called for every session.
+            ssl_context: TLS: a context of yours, made with ``ssl.PROTOCOL_TLS_CLIENT``, or True for
+                one that verifies the server's certificate, against the system's authorities, and
+                its name. ``None``: plain TCP.
             reconnect: make a connection again whenever its session ends, until `disconnect`: True,
-                or a `PsReconnect` that says when; ``None``: not by itself.
-            read_buffer_size: the most bytes that one ``on_message`` gets.
-            divide: slices of the idle scan.
-            idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
-                never.
-            send_timeout: seconds in which the peer takes nothing, after which a send fails and the
-                session closes; ``None``: never.
-            callback_timeout: seconds after which a running callback is ended; ``None``: never.
-            linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+                or a `PsReconnect` that says when. ``None``: not by itself.
+            read_buffer_size: the most bytes that one ``on_message`` gets without a framing.
+            divide: slices of the idle check, which looks at each session once a second, one slice
+                at a time.
+            idle_milliseconds: milliseconds that a session waits for bytes before it closes with
+                TIMEOUT. ``None``: never.
+            send_timeout: seconds without progress (the peer accepts no data) after which a send
+                fails and the session closes. ``None``: wait for ever.
+            callback_timeout: seconds after which a running callback is ended, and its session
+                closes with FAILED. ``None``: never.
+            linger_timeout: seconds that a close waits, at most, for the peer to take the last
+                bytes.
             no_delay: TCP_NODELAY: small messages leave at once.
-            allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
-            framing: what cuts the stream into messages (`psofa_gevent.framing`); ``None``:
+            allow_half_open: when the peer shuts its sending side (FIN), call ``on_eof`` and let
+                the session go on until it is closed.
+            framing: how the stream is split into messages (`psofa_gevent.framing`). ``None``:
                 ``on_message`` gets the bytes as they come.
-            frame_timeout: seconds that a message may take from its first byte to its last, after
-                which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
-                than twice as many, whatever the sizes of messages.
-            overflow: what happens to a post beyond that.
-            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+            frame_timeout: seconds that a message may take from its first byte to its last before
+                the session closes with FAILED. ``None``: any time.
+            high_water: bytes of posts (`PsSession.post`) that wait for a slow peer, at most, with
+                those that threads have posted and the hub has not come to. In memory they take
+                less than twice as many, whatever the sizes of the messages.
+            overflow: what happens to a post beyond `high_water`: close the session with FAILED, or
+                drop the newest message, or the oldest ones.
+            send_buffer_size: SO_SNDBUF in bytes: a hard bound for what the kernel keeps for a
+                peer, unsent and unacknowledged. Linux makes twice as much of it, for its own needs
                 too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
-            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
-                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
-                and 65,536 at least; elsewhere any number.
+            unsent_low_water: TCP_NOTSENT_LOWAT: bytes that the kernel may keep unsent for a slow
+                peer before posts and sends wait. ``None``: on Linux four times `high_water`, from
+                64 KiB to the kernel's own bound; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
-                (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
-            user_timeout: seconds that what was sent may stay unacknowledged, after which the
-                session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
-            heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
-                a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
+                (TCP keep-alive); three probes without an answer close the session with FAILED.
+                ``None``: never.
+            user_timeout: TCP_USER_TIMEOUT in seconds: the session closes with FAILED when sent
+                data stays unacknowledged for this time, or a full peer accepts no data. ``None``:
+                the kernel's own time.
+            heartbeat: milliseconds, and what a session sends when it has sent nothing for this
+                time, such as ``(30_000, b"ping")``: a message, or a function of the session (also
+                ``async``) that returns one, or ``None`` to send nothing. A `PsHeartbeat` can also
+                send its message past the framing. ``None``: no heartbeat.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -214,9 +225,9 @@ class PsMultiClient(ConnectingOwner[M]):
     def settings(self) -> ConnectingSettings:
         """The settings in effect, all of them; read-only.
 
-        With what was chosen where a setting left it open: the context and the policy that True
-        stands for in `ssl_context` and `reconnect`, the bound that `unsent_low_water` is. From any
-        greenlet and any OS thread.
+        Where a setting left the choice to the library, the result has what it chose: the context
+        and the policy for the True of `ssl_context` and `reconnect`, and the bound for the ``None``
+        of `unsent_low_water`. From any greenlet and any OS thread.
         """
         return in_effect(self._settings, ssl_context=self._ssl_context, reconnect=self._reconnect)
 
@@ -229,8 +240,9 @@ class PsMultiClient(ConnectingOwner[M]):
         """Get ready to connect; runs ``on_start``.
 
         Raises:
-            PsMultiClientError: it is initialised already, or was destroyed while it started.
-            Exception: what ``on_start`` raised; it is not initialised then.
+            PsMultiClientError: the client is initialised already, or was destroyed while it
+                started.
+            Exception: what ``on_start`` raised; the client is not initialised then.
         """
         self._forget_if_hub_is_gone()
         if self._manager is not None:
@@ -251,26 +263,29 @@ class PsMultiClient(ConnectingOwner[M]):
         source_address: tuple[str, int] | None = None,
         endpoints: Sequence[tuple[str, int]] = (),
     ) -> PsMultiClientConnection[M]:
-        """Make one more connection; its ``on_open`` has run or is about to. Any number at once.
+        """Make one more connection; its ``on_open`` has run or is about to.
 
-        With `reconnect` it goes on trying for `timeout`, and afterwards it stays connected.
+        Any number of greenlets may connect at once. With `reconnect` it goes on trying for
+        `timeout`, and afterwards the connection stays connected.
 
         Args:
-            host: an address or a name; or a Unix domain socket, ``unix:`` and its path.
-            port: 1 to 65535; 0 for a Unix socket.
-            connection_id: the session's id; random by default. With `reconnect`: of each session.
-            socket_address_family: IPV6 reaches IPv4 hosts too.
-            timeout: seconds for names, connections and TLS together; ``None``: as long as the
-                system takes, or, with `reconnect`, until it gives up.
-            server_hostname: with TLS, the name that the certificate must be for; by default `host`.
-            source_address: the host and port to connect from; ``None``: whatever the system
+            host: the address or name to connect to, or a Unix domain socket: ``unix:`` and its
+                path.
+            port: the port, 1 to 65535; 0 for a Unix domain socket.
+            connection_id: the session's id; random by default. With `reconnect`: the id of each
+                session.
+            socket_address_family: IPv4, or IPv6, which reaches IPv4 hosts too.
+            timeout: seconds for the lookup of names, the connections and TLS together; ``None``: as
+                long as the system takes, or, with `reconnect`, until it gives up.
+            server_hostname: with TLS, the name that the certificate must be for. ``None``: `host`.
+            source_address: the host and port to connect from. ``None``: whatever the system
                 chooses.
-            endpoints: more hosts and ports, tried in turn when the ones before do not answer.
+            endpoints: more hosts and ports, tried in turn when those before do not answer.
 
         Raises:
-            PsMultiClientError: it is not initialised; the name is not known; or the connection was
-                refused, or timed out, or could not be made.
-            TypeError, ValueError: an argument is not what it should be.
+            PsMultiClientError: the client is not initialised; the name is not known; or the
+                connection was refused, or timed out, or could not be made.
+            TypeError, ValueError: an argument is of the wrong type, or out of range.
         """
         target = self._target(
             host,
@@ -309,17 +324,17 @@ class PsMultiClient(ConnectingOwner[M]):
         Only with `reconnect`. `PsMultiClientConnection.wait_connected` waits for the session.
 
         Args:
-            host: as for `connect`, as all others.
+            host: as for `connect`; so are the others.
             port: the port.
             connection_id: the id of each session; random by default.
-            socket_address_family: of the sockets.
+            socket_address_family: IPv4 or IPv6.
             server_hostname: with TLS, the name that the certificate must be for.
             source_address: the host and port to connect from.
             endpoints: more hosts and ports.
 
         Raises:
-            PsMultiClientError: there is no `reconnect`, or it is not initialised.
-            TypeError, ValueError: an argument is not what it should be.
+            PsMultiClientError: there is no `reconnect`, or the client is not initialised.
+            TypeError, ValueError: an argument is of the wrong type, or out of range.
         """
         target = self._target(
             host,
@@ -337,13 +352,13 @@ class PsMultiClient(ConnectingOwner[M]):
     def disconnect(self, connection: PsMultiClientConnection[M] | PsSession[M]) -> None:
         """Ask for the close of one connection (SELF_CLOSE) and return at once.
 
-        With `reconnect` it is made no more; an attempt that is under way fails.
+        With `reconnect` the connection is not made again; an attempt that is under way fails.
 
         Args:
-            connection: what `connect` returned, or its session: for callbacks.
+            connection: what `connect` returned, or its session, which callbacks have.
 
         Raises:
-            TypeError: it is neither.
+            TypeError: `connection` is neither.
             ValueError: it belongs to another client, or to a server.
         """
         self._forget_if_hub_is_gone()
@@ -368,16 +383,17 @@ class PsMultiClient(ConnectingOwner[M]):
     def destroy_bundle(self, timeout: float | None = 5.0) -> None:
         """Close all sessions (SELF_CLOSE) and return after every ``on_close``, and ``on_stop``.
 
-        Returns at once, the work going on, when called in a callback, a coroutine or the hub.
-        Attempts to connect that are under way fail. Without effect when not initialised; afterwards
-        `init_bundle` works again.
+        In a callback, a coroutine or the hub it returns at once, and the shutdown goes on. Attempts
+        to connect that are under way fail. Has no effect when the client is not initialised.
+        Afterwards `init_bundle` works again.
 
-        In another OS thread it returns, too, when `timeout` is over and the hub has not run in the
-        last second, and at once when the hub is gone (see `PsServer.shutdown`).
+        In another OS thread it also returns when `timeout` is over and the hub has not run in the
+        last second, and at once when the hub was destroyed or its thread has ended (see
+        `PsServer.shutdown`).
 
         Args:
-            timeout: seconds that running callbacks have; then they are killed, and have as long
-                again, at least a second. ``None``: as long as they take.
+            timeout: seconds that running callbacks have. Then they are killed, and have as long
+                again to end, at least a second. ``None``: as long as they take.
 
         Raises:
             TypeError, ValueError: `timeout` is not a number of seconds.

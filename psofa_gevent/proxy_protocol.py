@@ -1,12 +1,12 @@
 r"""The PROXY protocol: the header in which a load balancer says who its client is.
 
-Versions 1 and 2, as HAProxy's proxy-protocol.txt has them; the sections named here are its own.
-Bytes in, a header out: nothing here touches a socket, waits, or raises anything but `ValueError`.
+Versions 1 and 2, as in HAProxy's proxy-protocol.txt, whose sections are named here. Bytes in, a
+header out: nothing here touches a socket, waits, or raises anything but `ValueError`.
 
-Version 1 (section 2.1) is a line of text, version 2 (section 2.2) a signature that no text has, a
-length, addresses, and then TLVs: types, lengths and values of what else the balancer has to tell.
-A header is taken or refused as a whole, as soon as that can be said: nothing is guessed, and what
-belongs to the bytes after it is never looked at.
+Version 1 (section 2.1) is a line of text. Version 2 (section 2.2) is a signature that no text has,
+a length, addresses, and then TLVs: types, lengths and values of further facts from the balancer. A
+header is accepted or refused as a whole, as early as possible. Nothing is guessed, and the bytes
+after the header are never looked at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["PsProxyInfo", "PsProxyTls", "parse"]
 
 V1_START = b"PROXY "
 V1_LONGEST = 107
-"""Bytes, with the CR LF (section 2.1)."""
+"""Bytes of the longest header, with the CR LF (section 2.1)."""
 V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 V2_FIXED = 16
 """Bytes up to the end of the length (section 2.2)."""
@@ -36,7 +36,7 @@ UNSPEC, INET, INET6, UNIX = 0, 1, 2, 3
 ADDRESS_SIZES = {UNSPEC: 0, INET: 12, INET6: 36, UNIX: 216}
 UNIX_PATH = 108
 LAST_TRANSPORT = 2
-"""UNSPEC, STREAM, DGRAM."""
+"""The transports are UNSPEC, STREAM and DGRAM."""
 
 ALPN = 0x01
 AUTHORITY = 0x02
@@ -51,7 +51,7 @@ SSL_FIXED = 5
 WRONG_CHECKSUM = "a PROXY header with a wrong checksum"
 CLIENT_SSL = 0x01
 CLIENT_HAS_CERTIFICATE = 0x02 | 0x04
-"""On this connection, or before in its TLS session."""
+"""The client has shown a certificate on this connection, or earlier in its TLS session."""
 
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 _LAST_PORT = 65_535
@@ -64,9 +64,9 @@ class PsProxyTls:
     """The TLS that ended at the load balancer (PP2_TYPE_SSL, section 2.2.6).
 
     Attributes:
-        version: of the protocol: "TLSv1.3". ``None``, here and below: it does not say.
+        version: the version of TLS: "TLSv1.3". ``None``, here and below: the header does not say.
         cipher: the cipher's name.
-        cn: the common name in the client's certificate. Believe it if `verified`.
+        cn: the common name in the client's certificate. Trust it only if `verified`.
         verified: the client has shown a certificate, and the balancer has verified it.
     """
 
@@ -81,14 +81,15 @@ class PsProxyInfo:
     """What the header of the PROXY protocol says of a connection.
 
     Attributes:
-        version: of the protocol, 1 or 2.
-        is_local: it is the balancer's own connection, such as a health check (LOCAL), or the
-            balancer can't say whose it is (UNKNOWN, UNSPEC). Then there is no `source` and no
-            `destination`, and the session's `remote_endpoint` is the balancer's.
+        version: the version of the protocol, 1 or 2.
+        is_local: the connection is the balancer's own, such as a health check (LOCAL), or the
+            balancer can't say whose it is (UNKNOWN, UNSPEC). Then `source` and `destination` are
+            ``None``, and the session's `remote_endpoint` is the balancer's.
         source: the client's endpoint; ``None`` also for a Unix socket without a name.
-        destination: the endpoint of the balancer to which the client has connected.
-        proxy_endpoint: the balancer's own end of its connection to us.
-        tlvs: pairs of a type and a value, as they came (section 2.2).
+        destination: the endpoint of the balancer to which the client has connected; ``None`` also
+            for a Unix socket without a name.
+        proxy_endpoint: the balancer's end of its connection to this server.
+        tlvs: pairs of a type and a value, in the order of the header (section 2.2).
     """
 
     version: int
@@ -99,7 +100,7 @@ class PsProxyInfo:
     tlvs: Tlvs = ()
 
     def get_tlv(self, kind: int) -> bytes | None:
-        """The value of the first TLV of that type; ``None``: there is none."""
+        """The value of the first TLV of type `kind`; ``None``: there is none."""
         return _find(self.tlvs, kind)
 
     @property
@@ -114,12 +115,12 @@ class PsProxyInfo:
 
     @property
     def unique_id(self) -> bytes | None:
-        """What the balancer calls the connection, in its log too (section 2.2.5)."""
+        """The balancer's id of the connection, also used in its log (section 2.2.5)."""
         return self.get_tlv(UNIQUE_ID)
 
     @property
     def tls(self) -> PsProxyTls | None:
-        """The TLS between client and balancer; ``None``: there was none, or it does not say."""
+        """The TLS between client and balancer; ``None``: no TLS, or the header does not say."""
         value = self.get_tlv(SSL)
         if value is None or not value[0] & CLIENT_SSL:
             return None
@@ -136,18 +137,18 @@ class PsProxyInfo:
 def parse(
     data: bytes | bytearray, proxy_endpoint: Endpoint | None = None
 ) -> tuple[PsProxyInfo, int] | None:
-    """The header at the beginning of `data`.
+    """Parse the header at the beginning of `data`.
 
     Args:
-        data: all that has come so far.
-        proxy_endpoint: where it has come from, for `PsProxyInfo`.
+        data: all bytes that have come so far.
+        proxy_endpoint: the endpoint from which they have come, for `PsProxyInfo`.
 
     Returns:
-        The header, and how many bytes it has; ``None``: all of `data` belongs to a header, of which
-        there must be more.
+        The header, and its length in bytes; ``None``: `data` is the beginning of a header, and more
+        must come.
 
     Raises:
-        ValueError: that is no header, or a bad one.
+        ValueError: `data` does not begin with a header, or with a malformed one.
     """
     if data.startswith(V1_START):
         return _parse_v1(data, proxy_endpoint)
@@ -166,7 +167,7 @@ def _parse_v1(
 ) -> tuple[PsProxyInfo, int] | None:
     start = bytes(data[:V1_LONGEST])
     line, separator, _ = start.partition(b"\r\n")
-    # Neither of them alone ends the line, and neither may be in it.
+    # Neither CR nor LF alone ends the line, and neither may be in it.
     broken = b"\n" in line or b"\r" in (line if separator else line[:-1])
     if broken or (not separator and len(start) == V1_LONGEST):
         raise ValueError(f"a PROXY line must end with CR LF within 107 bytes: {start!r}")
@@ -199,7 +200,7 @@ def _endpoints_of(line: str) -> tuple[Endpoint | None, Endpoint | None]:
 
 
 def _v4_address(text: str) -> str:
-    return str(ipaddress.IPv4Address(text))  # which takes no leading zeros
+    return str(ipaddress.IPv4Address(text))  # refuses leading zeros
 
 
 def _v6_address(text: str) -> str:
@@ -265,7 +266,7 @@ def _addresses(header: bytes, family: int) -> tuple[Endpoint | None, Endpoint | 
 
 
 def _path(field: bytes) -> Endpoint | None:
-    if field.startswith(b"\0"):  # in Linux's abstract namespace, or no name
+    if field.startswith(b"\0"):  # a name in Linux's abstract namespace, or no name
         return unix_endpoint(field.rstrip(b"\0"))
     return unix_endpoint(os.fsdecode(field.partition(b"\0")[0]))
 
@@ -277,20 +278,21 @@ def _read_tlvs(header: bytes, begin: int) -> Tlvs:
             if len(value) < SSL_FIXED:
                 raise ValueError("a PROXY header with a TLV of TLS that is too short")
             for _ in _tlvs_of(value[SSL_FIXED:]):
-                pass  # it may be read, then
+                pass  # this only checks that the TLVs inside are well-formed
     return tlvs
 
 
 def _tlvs_if_any(header: bytes, family: int) -> Tlvs:
-    """Those of a header whose family and addresses do not count: it is taken, whatever is there.
+    """The TLVs of a header whose family and addresses do not count; none if there are none.
 
-    Some balancers leave the addresses out though the family says that there are some: AWS's, in its
-    health checks. Then the TLVs begin where the addresses would. Both places are looked at. A right
-    checksum decides; else it is the place that the family says, if TLVs are there. What begins in
-    the midst of zeros looks like TLVs of the type 0, which there is none of, and comes last.
+    Some balancers leave the addresses out although the family says that there are some: AWS's do so
+    in health checks. Then the TLVs begin where the addresses would. So both places are tried. A
+    right checksum decides; otherwise the place that the family implies wins, if TLVs are there. In
+    the middle of zeros, bytes look like TLVs of type 0, a type that does not exist: such a result
+    comes last.
 
     Raises:
-        ValueError: wherever TLVs are, the checksum among them is wrong.
+        ValueError: each place that has TLVs has a wrong checksum among them.
     """
     found: Tlvs | None = None
     is_wrong = False
@@ -302,7 +304,7 @@ def _tlvs_if_any(header: bytes, family: int) -> Tlvs:
             tlvs = _read_tlvs(header, begin)
             has_right_crc = _has_right_crc(header, tlvs)
         except ValueError:
-            continue  # those are no TLVs
+            continue  # there are no TLVs at this place
         if has_right_crc:
             return tlvs
         if has_right_crc is False:
@@ -329,7 +331,7 @@ def _find(tlvs: Tlvs, kind: int) -> bytes | None:
 
 
 def _text(value: bytes | None) -> str | None:
-    """UTF-8; what is none of it comes from the client, and is made visible."""
+    """Decode UTF-8. The client may cause other bytes: they become visible as escapes."""
     return None if value is None else value.decode("utf-8", "backslashreplace")
 
 
@@ -337,10 +339,10 @@ def _text(value: bytes | None) -> str | None:
 
 
 def _has_right_crc(header: bytes, tlvs: Tlvs) -> bool | None:
-    """Whether the checksum among `tlvs`, which end the header, is that of it; ``None``: none is.
+    """Whether the checksum among `tlvs`, which end the header, is right; ``None``: there is none.
 
     Raises:
-        ValueError: it has another size, or there are several.
+        ValueError: the checksum has another size, or there are several.
     """
     sums = [value for kind, value in tlvs if kind == CRC32C]
     if not sums:
@@ -357,7 +359,7 @@ def _has_right_crc(header: bytes, tlvs: Tlvs) -> bool | None:
 
 
 def crc32c(data: bytes) -> int:
-    """The checksum of RFC 4960, appendix B: Castagnoli's polynomial, reflected."""
+    """Return the checksum of RFC 4960, appendix B: Castagnoli's polynomial, reflected."""
     crc = 0xFFFF_FFFF
     for byte in data:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)

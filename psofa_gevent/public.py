@@ -1,9 +1,8 @@
-"""Gives public classes the ``__module__`` by which programs import them.
+"""Gives public classes the ``__module__`` from which programs import them.
 
-It holds no list of exports: those are the ``__all__`` of the public modules.
-
-So reprs, tracebacks and pickles have ``psofa_gevent.PsClosedError``, and a file that moves changes
-none of them. Runs once, when a public module is imported.
+So reprs, tracebacks and pickles say ``psofa_gevent.PsClosedError``, and do not change when a file
+moves. The lists of exports are the ``__all__`` of the public modules, not here. Runs once, when a
+public module is imported.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ __all__ = ["publish"]
 
 
 def publish(module: str, names: Iterable[str], namespace: Mapping[str, object]) -> None:
-    """Have the classes among those names say that they are `module`'s.
+    """Set the ``__module__`` of the classes among `names` to `module`.
 
     Args:
         module: the public module's name.
-        names: what it exports.
-        namespace: where it has that.
+        names: the names that it exports.
+        namespace: the module's namespace, which has them.
     """
     for name in names:
         thing = namespace.get(name)
@@ -31,11 +30,14 @@ def publish(module: str, names: Iterable[str], namespace: Mapping[str, object]) 
 
 
 def _resolve_annotations(cls: type) -> None:
-    """Put types where annotations are text: `typing` looks their names up where the class says."""
+    """Replace annotations that are text by types.
+
+    `typing` would look up their names in the module that the class's ``__module__`` names.
+    """
     own = get_annotations(cls)
     if own:
         try:
             hints = get_type_hints(cls, include_extras=True)
-        except NameError:  # for type checkers only: nobody else has known them before
+        except NameError:  # a name for type checkers only, which never could be resolved
             return
         cls.__annotations__ = {name: hints[name] for name in own}

@@ -1,34 +1,34 @@
-"""Ask and wait: a request is sent to a session, and its reply comes back to who asked.
+"""Requests: a requester sends a request to a session and returns the reply to the caller.
 
-The replies are messages of the session like any others, so its callback hands them over
-(`PsRequester.resolve`), and whoever asked waits elsewhere: in another greenlet, a coroutine, an OS
-thread, a WSGI view. A request is registered and its send begun in one step, so requests are in the
-line of replies in the order in which they leave.
+Replies are ordinary messages of the session. So the session's callback hands them over
+(`PsRequester.resolve`), while the caller waits elsewhere: in another greenlet, a coroutine, an OS
+thread, a WSGI view. A request is registered and its send begun in one step, so the requests stand
+in the line of pending replies in the order in which they leave.
 
-What waits for a session is kept with that session, and ends when its close is requested. All of it
-belongs to the hub's thread; callers in other OS threads are handed over.
+The pending requests of a session are kept with that session, and end when its close is requested.
+All of it belongs to the hub's thread, which runs the requests of callers in other OS threads.
 
-When the time of a request is over, the session looks once more whether bytes are there: a hub that
-stood still (a blocking call, a suspended machine) finds the reply in the socket.
+When the time of a request is over, the session looks once more whether bytes have come: if the hub
+stood still (a blocking call, a suspended machine), the reply may be in the socket.
 
-Replies that come in order (`_InOrder`) do not say what they reply to. All that is known is how many
-have come, and when. After a request W that got no reply in its time:
+Replies that come in order (`_InOrder`) do not say what they reply to. The requester only knows how
+many replies have come, and when. After a request W that got no reply in its time:
 
 - W keeps its place in the line. The next reply may be W's, so it is dropped. When as many replies
-  have come as requests were sent, the last one belongs to the last request for certain.
+  have come as requests were sent, the last reply certainly belongs to the last request.
 - If only one reply comes while the next request, X, waits, X times out: the reply was W's or X's.
   So the reply to the request after that, Y, may be X's: a peer that is late is often late again.
-- The peer counts as one that did not answer W, and is not late, after two observations that a late
-  peer makes by chance only. First: the dropped reply had come in the first eighth of X's time,
-  although W's had been due for much longer. Then Y waits unsent for half of its time (libmodbus
-  pauses after an error for the same reason); a peer that is equally late each time replies to X in
-  that pause, which puts the line in step again. Second: a reply comes in an eighth of its time
-  after Y was sent, and no other one follows in the rest of it. If another one follows, that one is
-  Y's, and the first was late.
-- Otherwise the place is kept, until ``late_timeout``.
+- The requester concludes that the peer did not answer W, and is not late, after two observations
+  that a late peer causes only by chance. First: the dropped reply came in the first eighth of X's
+  time, although W's had been due for much longer. Then Y waits unsent for half of its time
+  (libmodbus pauses after an error for the same reason). A peer that is equally late each time
+  replies to X in that pause, which puts the line in step again. Second: after Y was sent, a reply
+  comes in an eighth of Y's time, and no other reply follows in the rest of it. If another reply
+  follows, that one is Y's, and the first one was late.
+- Otherwise W keeps its place until ``late_timeout``.
 
-A peer that replies to each request at the moment when the next one comes, and not before, gets a
-wrong reply past any rule that lets the line recover: its replies come at the same moments as those
+If a peer replies to each request at the moment when the next one comes, and not before, a wrong
+reply gets past any rule that lets the line recover: its replies come at the same moments as those
 of a peer that did not answer one request.
 """
 
@@ -67,44 +67,45 @@ __all__ = ["PsRequester"]
 T = TypeVar("T")
 
 PAUSE_SHARE = 1 / 2
-"""Of the time that a request has: how long it waits for a late reply before it is sent, if at all.
-The other half is for its own reply."""
+"""The share of a request's time for which the request, if it must be held, waits unsent for a late
+reply. The other half is for its own reply."""
 PROMPT = 1 / 8
-"""Of the same time: a reply that comes sooner is not likely to be a late one. Less than
-`PAUSE_SHARE`, so that a late peer that is as slow to each request is found out in the pause."""
+"""The share of a request's time in which a reply counts as prompt, and so is not likely to be a
+late one. Less than `PAUSE_SHARE`, so that the pause finds a peer that is equally late each time."""
 LOOK_TIME = 1.0
-"""Seconds that a last look may take: the loop of a coroutine may be one that holds up the hub."""
+"""Seconds that the last look of a coroutine may take: its event loop may hold up the hub."""
 
 _NO_REPLY: Any = object()
-"""No reply; ``None`` may be one."""
+"""Stands for no reply, as ``None`` may be a reply."""
 
 
 class PsRequester(Generic[M]):
-    """Sends requests, and gives each the reply that belongs to it.
+    """Sends requests, and returns to each caller the reply to its request.
 
-    One requester serves any number of sessions, of any owner, with any number of requests on their
-    way to each::
+    One requester serves any number of sessions, of any owner, with any number of pending requests
+    for each::
 
         class Devices(PsCallback):
             requester = PsRequester()
 
             def on_message(self, session, message):
                 if not self.requester.resolve(session, message):
-                    ...  # nobody has asked for this one
+                    ...  # not a reply to a request
 
         # in another greenlet, a thread, a WSGI view:
         answer = devices.requester.request(session, "how are you?", timeout=2)
 
     Without a `key` the peer must answer every request, in order. If a request gets no reply in its
-    time, a late reply is dropped, and so is one that may be the late one. So after a request that
-    is never answered the next one may time out as well. The one after that is held back for half of
-    its time, to see whether the peer is late; from then on replies reach their requests again, if
-    the peer answers promptly (in an eighth of their time). A wrong reply can only get through if
-    the peer is late several times in a row, and two of its late replies come right after another
-    request was sent: by chance, or because it replies to a request when the next one comes.
+    time, its late reply is dropped, and so is any reply that may be the late one. So after a
+    request that is never answered the next request may time out as well. The request after that is
+    held back for half of its time, to see whether the peer is late. From then on replies reach
+    their requests again, if the peer answers promptly (in an eighth of their time). A wrong reply
+    can only get through if the peer is late several times in a row, and two of its late replies
+    come right after another request was sent: by chance, or because the peer replies to a request
+    when the next one comes.
 
-    Where the peer may leave requests unanswered, ask one at a time: of several on their way nobody
-    can tell which one it left out.
+    If the peer may leave requests unanswered, send one request at a time: with several pending
+    requests, there is no telling which one the peer left out.
     """
 
     def __init__(
@@ -115,28 +116,30 @@ class PsRequester(Generic[M]):
         late_timeout: float = 10.0,
         unanswered: Literal["close", "skip"] = "close",
     ) -> None:
-        """Say how a reply is known to belong to its request.
+        """Say how to match replies to requests.
 
         Args:
-            key: gives what a message and its reply have in common, such as ``message["id"]``;
-                for a message that is no reply, ``None``. By default nothing: then the peer answers
-                every request, in order.
-            request_key: the same for requests, where those look different; by default `key`.
+            key: a function of a message that returns what a request and its reply have in common,
+                such as ``message["id"]``; ``None`` for a message that is not a reply. By default
+                there is no key: then the peer must answer every request, in order.
+            request_key: the same function for requests, if those look different; by default `key`.
             late_timeout: seconds for which a late reply may still come after a request has timed
-                out, or was given up otherwise. Without `key` only: with one, a late reply is known.
-            unanswered: what happens when none has come by then. ``"close"``: the session closes
-                with FAILED, as it is out of step for good; its requests raise
-                `PsRequestClosedError`. ``"skip"``: it counts as one that is never answered, and the
-                next reply is that of the next request, which waits for this moment where that takes
-                no more than half of its time. The risk: a reply that comes even later is taken for
-                the reply to another request. So this is for peers that say nothing to some requests
-                (SCPI instruments after a wrong command, Modbus RTU devices after a bad checksum),
-                with a `late_timeout` after which they never reply.
+                out, or was given up for another reason. Only without `key`: a key tells which reply
+                is late.
+            unanswered: what happens if no late reply has come by then. ``"close"``: the session
+                closes with FAILED, as it is out of step for good; its requests raise
+                `PsRequestClosedError`. ``"skip"``: the request counts as never answered, and the
+                next reply belongs to the next request. That request waits unsent for this moment,
+                if the wait takes no more than half of its time. The risk: a reply that comes even
+                later is taken for the reply to another request. So use ``"skip"`` for peers that do
+                not answer some requests (SCPI instruments after a wrong command, Modbus RTU devices
+                after a bad checksum), with a `late_timeout` after which they never reply.
 
         Raises:
-            TypeError: that can't be called, or is ``async``; or `late_timeout` is no number.
-            ValueError: `request_key` without `key`; `late_timeout` is negative; or `unanswered` is
-                neither.
+            TypeError: `key` or `request_key` can't be called, or is ``async``; or `late_timeout` is
+                not a number.
+            ValueError: `request_key` is given without `key`; `late_timeout` is negative; or
+                `unanswered` is neither.
         """
         for name, function in (("key", key), ("request_key", request_key)):
             if function is not None and not callable(function):
@@ -156,28 +159,29 @@ class PsRequester(Generic[M]):
     def request(
         self, session: PsSession[M], message: M | Message, timeout: float | None = 5.0
     ) -> M:
-        """Send `message`, wait for its reply, and return that.
+        """Send `message`, wait for its reply, and return the reply.
 
         From any greenlet and any OS thread; in coroutines await `request_async`.
 
         Args:
-            session: whom to ask.
+            session: the session of the peer that is asked.
             message: as for `PsSession.send`.
-            timeout: seconds for all of it. If it ends when a part of the message has left, the
-                session closes with FAILED, since its stream is broken. ``None``: no limit but the
-                session's end. A reply that has come when the time is over, and that nobody has read
-                yet, is in time.
+            timeout: seconds for the send and the reply together. If the time ends when a part of
+                the message has left, the session closes with FAILED, since its stream is broken.
+                ``None``: until the session ends. A reply that is in the socket when the time ends,
+                but was not read yet, is in time.
 
         Raises:
-            PsRequestTimeoutError: there was no reply in time. A late one is dropped where replies
-                come in order, else `resolve` does not know it.
+            PsRequestTimeoutError: no reply came in time. If replies come in order, a late reply is
+                dropped; with a key, `resolve` returns False for it.
             PsRequestClosedError: the session is closed, or was closed before the reply came; also
-                since an earlier request got none within `late_timeout`.
-            PsRequestError: it would wait for itself: called in a callback of this very session, or
-                in a coroutine or the hub.
+                because an earlier request got no reply within `late_timeout`.
+            PsRequestError: the caller would wait for itself: it is a callback of this very session,
+                a coroutine, or the hub.
             PsFramingError, TypeError: the message can't be sent.
-            UnicodeEncodeError: the message is text with a lone surrogate, which is no UTF-8.
-            ValueError: the message has no key, or that of a request that waits already.
+            UnicodeEncodeError: the message is text with a lone surrogate, which UTF-8 cannot
+                encode.
+            ValueError: the message has no key, or has the key of another pending request.
         """
         check_instance("session", session, PsSession)
         check_seconds("timeout", timeout)
@@ -210,13 +214,13 @@ class PsRequester(Generic[M]):
         return replies[0]
 
     def resolve(self, session: PsSession[M], message: M) -> bool:
-        """Give a message that has come from `session` to the request that it is the reply to.
+        """Give a message that has come from `session` to the request that it replies to.
 
-        To be called in ``on_message``; does not switch.
+        Call it in ``on_message``; it does not switch.
 
         Returns:
-            Whether it is the reply to a request; true also where that has given up waiting, and the
-            replies come in order.
+            Whether the message is the reply to a request; also True for a late reply to a request
+            that was given up, when replies come in order.
         """
         pending: _Pending[M] | None = _pending_of(self, session)
         if pending is None:
@@ -224,7 +228,7 @@ class PsRequester(Generic[M]):
         return pending.take(None if self._key is None else self._key(message), message)
 
     def get_request_count(self, session: PsSession[M]) -> int:
-        """How many requests wait for a reply of `session`. In the hub's thread."""
+        """The number of requests that wait for a reply of `session`. In the hub's thread."""
         pending: _Pending[M] | None = _pending_of(self, session)
         return 0 if pending is None else pending.count
 
@@ -299,7 +303,7 @@ class PsRequester(Generic[M]):
         return request.get_reply()
 
     def _pending(self, session: PsSession[M]) -> _Pending[M]:
-        """What waits for replies of `session`."""
+        """The pending requests of `session`. Raises `PsRequestClosedError` if it is closed."""
         if not session.is_open:
             raise _closed(session)
         pending: _Pending[M] | None = _pending_of(self, session)
@@ -323,11 +327,11 @@ class PsRequester(Generic[M]):
         return _Request(key, timeout, parking)
 
     def _left(self, session: PsSession[Any], pending: _Pending[M]) -> None:
-        """The session closes: nothing more will come."""
+        """Fail the session's requests: its close was requested, so no reply will come."""
         pending.fail(lambda: _closed(session))
 
     def _let_go(self, _session: PsSession[Any], pending: _Pending[M]) -> None:
-        """The session, and who asks it, are the parent process's."""
+        """Never collect the requests in a child process: session and callers are the parent's."""
         keep(pending)
 
 
@@ -353,49 +357,49 @@ class _Request(Generic[T]):
         self.sent_at = monotonic()
         self.is_sent = False
         self.is_over = False
-        """Its reply has come, or nobody waits for that any more."""
+        """Its reply has come, or its sender no longer waits."""
         self.held_until = 0.0
-        """When it may be sent, at the latest (monotonic clock); 0: nothing says so."""
+        """The latest moment (monotonic clock) until which it is held back; 0: no such moment."""
         self.late_at = 0.0
-        """When its place is given up; 0: its sender still waits."""
+        """When its place is given up (monotonic clock); 0: its sender still waits."""
         self._parking = parking
         self._reply: T = _NO_REPLY
         self._error: PsRequestError | None = None
 
     def left(self) -> None:
-        """It has been sent."""
+        """Note that the request has been sent."""
         self.is_sent = True
         self.sent_at = monotonic()
 
     def end(self, *, reply: T = _NO_REPLY, error: PsRequestError | None = None) -> None:
-        """Let the one who waits go on, soon."""
+        """Let the sender go on soon, with the reply or the error."""
         self._reply, self._error = reply, error
         self.is_over = True
         self.wake()
 
     def wake(self) -> None:
-        """Let the one who waits look again, soon."""
+        """Let the sender look again soon."""
         self._parking.wake()
 
     async def wait(self) -> None:
-        """Wait for the end."""
+        """Wait until the request is over."""
         while not self.is_over:
             await self._parking
 
     async def hold(self, session: PsSession[Any]) -> None:
-        """Wait before it is sent: until `held_until`, or until somebody calls `wake`."""
+        """Wait before the request is sent: until `held_until`, or until `wake` is called."""
         if not self.held_until:
             await self._parking
             return
         await self._pause(session, max(self.held_until - monotonic(), SHORTEST_TIMER))
         if monotonic() >= self.held_until:
-            await self.look_again(session)  # a hub that stood still has not seen what came
+            await self.look_again(session)  # a hub that stood still has not read what came
 
     async def look_again(self, session: PsSession[Any]) -> None:
-        """Let a session that waits for bytes look whether some are there, and hand them over.
+        """Let a session that waits for bytes read once, and hand over the messages of that read.
 
-        All messages of one read, also while others have their turns in between; but of no more, as
-        a peer may never stop.
+        Waits for all messages of one read, even if other sessions have their turns in between; but
+        not for further reads, as the peer may never stop.
         """
         has_looked = False
 
@@ -405,7 +409,8 @@ class _Request(Generic[T]):
             self.wake()
 
         inside.wake(session)
-        inside.thread_of(session).loop.run_callback(look_is_over)  # after that: they come in order
+        # The loop calls it after the wake-up: callbacks are called in order.
+        inside.thread_of(session).loop.run_callback(look_is_over)
         while not (self.is_over or has_looked):
             await self._parking
         received = session.bytes_received
@@ -417,7 +422,7 @@ class _Request(Generic[T]):
             await self._pause(session, SHORTEST_TIMER)
 
     async def _pause(self, session: PsSession[Any], seconds: float) -> None:
-        """Wait for so long, or until somebody calls `wake`."""
+        """Wait for that many seconds, or until `wake` is called."""
         timer = watch(inside.thread_of(session).loop.timer(seconds))
         timer.start(self.wake)
         try:
@@ -426,7 +431,7 @@ class _Request(Generic[T]):
             unwatch(timer)
 
     def get_reply(self) -> T:
-        """The reply. Raises what kept it from coming."""
+        """Return the reply, or raise the error that `end` got."""
         error, self._error = self._error, None
         if error is not None:
             try:
@@ -441,38 +446,39 @@ class _Pending(Generic[T]):
 
     @property
     def count(self) -> int:
-        """How many wait."""
+        """The number of requests that wait."""
         raise NotImplementedError
 
     def add(self, request: _Request[T]) -> bool:
-        """Let `request` be the one that is sent next, at once; false: it must wait (`hold`) before.
+        """Register `request`, which must be sent at once; false: it must be held first (`hold`).
 
         Raises:
-            ValueError: its reply could not be told from another's.
+            ValueError: its reply could not be told from the reply to another request.
         """
         raise NotImplementedError
 
     def take(self, key: Hashable | None, message: T) -> bool:
-        """A message has come: whether it is a reply. It ends the request that it belongs to."""
+        """Take a message that has come: whether it is a reply. A reply ends its request."""
         raise NotImplementedError
 
     def time_is_over(self, request: _Request[T]) -> None:
-        """No more replies for it: end it, if there is one for it by now."""
+        """The time of `request` is over: end it if a reply for it has been kept."""
 
     def withdraw(self, request: _Request[T]) -> None:
-        """Its sender does not wait any more; without effect when its reply has come."""
+        """The sender of `request` no longer waits. Has no effect when its reply has come."""
         raise NotImplementedError
 
     def fail(self, error: Callable[[], PsRequestError]) -> None:
-        """End all of them. From any thread, as the hub may be gone."""
+        """End all requests. From any thread, as the hub may have been destroyed."""
         raise NotImplementedError
 
 
 class _InOrder(_Pending[T]):
-    """The peer answers each request, in order. See the top of this file for the rules.
+    """Requests to a peer that answers each of them, in order. The module docstring has the rules.
 
-    The line has the requests that were sent, in order. One that was given up keeps its place until
-    a reply comes for it, or for `late_timeout`. Those that must not be sent yet stand beside it.
+    The line has the requests that were sent, in order. A request that was given up keeps its place
+    until a reply comes for it, or for `late_timeout`. Requests that must not be sent yet are held
+    beside the line.
     """
 
     def __init__(self, session: PsSession[T], late_timeout: float, *, skips: bool) -> None:
@@ -481,17 +487,17 @@ class _InOrder(_Pending[T]):
         self._skips = skips
         self._line: deque[_Request[T]] = deque()
         self._given_up = 0
-        """How many of the line."""
+        """The number of requests in the line that were given up."""
         self._held: dict[_Request[T], None] = {}
-        """Those that are not sent yet: the first one until it may be, the others after it."""
+        """Requests that are not sent yet, in order: the others wait behind the first one."""
         self._replies = 0
-        """How many have come since the youngest of the line was sent."""
+        """The number of replies since the youngest request of the line was registered."""
         self._reply_at = 0.0
-        """When the last of them came (monotonic clock)."""
+        """When the last of these replies came (monotonic clock)."""
         self._in_doubt = False
-        """All in the line are given up, and the last reply may have been that of the youngest."""
+        """All requests in the line are given up, and the last reply may be the youngest's."""
         self._trial: _Request[T] | None = None
-        """The one that was sent, after a pause, to end the doubt."""
+        """The request that was sent, after a pause, to end the doubt."""
         self._kept: T = _NO_REPLY
         """The reply that came promptly in the trial."""
         self._timer: Any = None
@@ -524,13 +530,13 @@ class _InOrder(_Pending[T]):
         if self._skips:
             left = max(each.late_at for each in self._line) - now
             if request.timeout is None or left <= request.timeout * PAUSE_SHARE:
-                return True  # until they are given up
+                return True  # until their places are given up
         if self._in_doubt and not request.held_until:
             request.held_until = now + self._time_of(request) * PAUSE_SHARE
         return self._in_doubt and now < request.held_until
 
     def _time_of(self, request: _Request[T]) -> float:
-        """Seconds that a reply to it may take, late ones left out."""
+        """Seconds in which a reply to `request` is in time, `late_timeout` at most."""
         timeout = request.timeout
         return self._late_timeout if timeout is None else min(timeout, self._late_timeout)
 
@@ -545,18 +551,18 @@ class _InOrder(_Pending[T]):
                 self._kept = message
                 return True
             if self._kept is not _NO_REPLY:
-                self._take_first()  # one more has come: that one was to a request that is given up
+                self._take_first()  # another reply: the kept one is of a request that is given up
             self._end_trial()
         request = self._take_first()
         if not request.late_at:
             request.end(reply=message)
-        if self._in_doubt:  # it is late, but it answers
+        if self._in_doubt:  # the peer is late, but it answers
             self._in_doubt = False
             self._wake_held()
         return True
 
     def _take_first(self) -> _Request[T]:
-        """Take the first one, to which a reply has come, out of the line."""
+        """Take the first request, whose reply has come, out of the line."""
         first = self._line.popleft()
         if first.late_at:
             self._given_up -= 1
@@ -574,7 +580,7 @@ class _InOrder(_Pending[T]):
             self._pass_trial(request)
 
     def _pass_trial(self, trial: _Request[T]) -> None:
-        """The reply was its own, and those that were given up before get none."""
+        """End `trial` with the kept reply, and forget the requests that were given up before."""
         trial.end(reply=self._kept)
         self._line.clear()
         self._given_up = 0
@@ -628,7 +634,7 @@ class _InOrder(_Pending[T]):
         unwatch(timer)
 
     def _give_places_up(self) -> None:
-        """In the hub: there may be places for which no reply has come in time."""
+        """Give up the places whose `late_timeout` is over. Called by the timer, in the hub."""
         self._stop_timer()
         now = monotonic()
         over = [each for each in self._line if each.late_at and each.late_at <= now]
@@ -657,7 +663,7 @@ class _InOrder(_Pending[T]):
 
     def fail(self, error: Callable[[], PsRequestError]) -> None:
         if inside.thread_of(self._session).is_over():
-            self._timer = None  # it went with the hub
+            self._timer = None  # the timer ended with the hub
         self._stop_timer()
         self._trial = None
         for request in (*self._line, *self._held):
@@ -669,7 +675,7 @@ class _InOrder(_Pending[T]):
 
 
 class _ByKey(_Pending[T]):
-    """Each reply says to which request it belongs."""
+    """Requests whose replies say by their keys to which request they belong."""
 
     def __init__(self) -> None:
         self._requests: dict[Hashable, _Request[T]] = {}

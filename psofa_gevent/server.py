@@ -1,4 +1,4 @@
-"""The server: it binds, accepts, and shuts down. What happens on a connection is `PsSession`'s."""
+"""The server: it binds, accepts, and shuts down. `PsSession` does what happens on a connection."""
 
 from __future__ import annotations
 
@@ -51,14 +51,16 @@ if TYPE_CHECKING:
 __all__ = ["PsServer"]
 
 DESCRIPTORS_FOR_OTHERS = 64
-"""File descriptors that the default cap leaves to others in the process, or a sixteenth of all."""
+"""File descriptors that the default cap of sessions leaves to the rest of the process, at least; a
+sixteenth of all if that is more."""
 CAP_WITHOUT_LIMIT = 1_000_000
-"""The default cap where the process may open any number of files."""
+"""Sessions: the default cap where the process may open any number of files."""
 SHUTDOWN_TIMEOUT = 5.0
+"""Seconds: the default ``timeout`` of a shutdown."""
 
 
 class ServerKeywords(SessionKeywords, total=False):
-    """The parameters of `PsServer`, but for ``callback`` and ``framing``."""
+    """The parameters of `PsServer`, except ``callback`` and ``framing``."""
 
     host: str
     port: int
@@ -81,13 +83,13 @@ class ServerKeywords(SessionKeywords, total=False):
 
 
 class PsServer(SessionOwner[M]):
-    """A TCP server: accepts connections, one session and one greenlet each.
+    """A TCP server: accepts connections, and gives each one a session with a greenlet of its own.
 
-    `start`, `wait_for` and `serve_forever` belong to the thread whose hub serves; the others may be
-    called from any greenlet and any OS thread. As a context manager it is started on entry and shut
-    down on exit.
+    `start`, `wait_for` and `serve_forever` belong to the thread whose hub serves; the other methods
+    may be called from any greenlet and any OS thread. As a context manager the server is started on
+    entry, unless it is started already, and shut down on exit.
 
-    A process that is forked from the one in which it runs has a stopped one: see `start`.
+    In a child process that was forked while the server ran, the server is stopped: see `start`.
     """
 
     _settings_class = ServerSettings
@@ -152,74 +154,89 @@ class PsServer(SessionOwner[M]):
         """Check the settings; nothing is opened before `start`.
 
         Args:
-            callback: what is called for every session.
-            host: the address or name to listen on; 0.0.0.0 (on IPv6 ``::``): every address; or a
-                Unix domain socket, ``unix:`` and its path.
-            port: 0 asks for a free port, which `address` then tells.
-            listener: instead of host and port: a socket that listens already (Python's or
-                gevent's), the descriptor of one, a tuple of host and port, ``unix:`` and a path, or
-                a list of such, which the server serves as one. A given socket stays yours: the
-                server duplicates it at each start, makes it non-blocking (your own descriptor too),
-                and never closes it nor removes its file; `backlog`, `receive_buffer_size` and
-                `unix_mode` are not for it.
-            socket_address_family: IPV6 is dual-stack: IPv4 clients reach the server too.
-            backlog: connections that the kernel keeps waiting until they are accepted; Linux takes
-                no more than net.core.somaxconn.
-            receive_buffer_size: SO_RCVBUF in bytes; ``None`` leaves it to the kernel's own tuning,
-                which is what most want.
-            unix_mode: the permissions of a Unix socket's file, such as ``0o660``; ``None``: what
+            callback: the object whose methods are called for every session.
+            host: the address or name to listen on, or a Unix domain socket: ``unix:`` and its path.
+                0.0.0.0 (on IPv6 ``::``) is every address of the machine.
+            port: the port; 0 asks for any free one, which `address` then tells.
+            listener: instead of `host` and `port`: a socket that listens already (Python's or
+                gevent's), its descriptor, a tuple of host and port, ``unix:`` and a path, or a list
+                of several such listeners, which the server serves as one. A given socket stays
+                yours: the server duplicates it at each start, makes it non-blocking (your own
+                descriptor too), and neither closes it nor removes its file. `backlog`,
+                `receive_buffer_size` and `unix_mode` are not for given sockets. ``None``: `host`
+                and `port`.
+            socket_address_family: IPv4, or IPv6, which is dual-stack: on ``::`` IPv4 clients are
+                served by the same socket.
+            backlog: connections that the kernel holds until they are accepted; Linux allows no more
+                than net.core.somaxconn.
+            receive_buffer_size: SO_RCVBUF in bytes. A number turns the kernel's own tuning off,
+                which is rarely better. ``None``: the kernel's own tuning.
+            unix_mode: the permissions of a Unix socket's file, such as ``0o660``. ``None``: what
                 the process's umask leaves.
-            reuse_port: SO_REUSEPORT for each host and port: further servers, of this process and of
-                others, may listen there too if they set it, and share the connections.
-            max_sessions: sessions at a time, of all listeners together. At the cap, further clients
-                wait in the backlog, or with `refuse_when_full` are refused. ``None``: as many as
-                the process has file descriptors, less a reserve.
-            ssl_context: TLS with this certificate (`ssl.SSLContext.load_cert_chain`), made with
-                ``ssl.PROTOCOL_TLS_SERVER``; ``None``: plain TCP.
-            handshake_timeout: seconds that a peer has for all that comes before ``on_open``, the
-                header of the PROXY protocol and the TLS handshake; ``None``: any time.
-            proxy_protocol: every connection begins with the header of the PROXY protocol, in which
-                a load balancer says who its client is, version 1 or 2.
-            trusted_proxies: who may send it, addresses and networks ("10.0.0.0/8"); all others are
-                refused. An IPv4-mapped address counts as its IPv4 address. Peers on Unix sockets
-                are trusted.
-            allowed_networks: the addresses and networks of clients that are let in, with peers on
-                Unix sockets; ``None``: all.
-            denied_networks: those that are not, even if they are among the allowed ones.
-            max_sessions_per_peer: sessions that one address may have at a time; ``None``: any
-                number. Peers on Unix sockets have none in common.
-            refuse_when_full: at `max_sessions` further clients are accepted, and closed at once.
-            farewell: what clients get to read that are refused at `max_sessions` or
-                `max_sessions_per_peer`, text (as UTF-8) or bytes, 4,096 at most. Not with TLS.
-            read_buffer_size: the most bytes that one ``on_message`` gets.
-            divide: slices of the idle scan.
-            idle_milliseconds: a session that waits longer for bytes closes with TIMEOUT; ``None``:
-                never.
-            send_timeout: seconds in which the peer takes nothing, after which a send fails and the
-                session closes; ``None``: never.
-            callback_timeout: seconds after which a running callback is ended; ``None``: never.
-            linger_timeout: seconds for which a close waits for the peer to take the last bytes.
+            reuse_port: SO_REUSEPORT for each host and port: further servers that set it, in this
+                process and in others, may listen on the same port, and share its connections.
+            max_sessions: sessions at a time, of all listeners together. Further clients wait in the
+                backlog, or are refused with `refuse_when_full`. ``None``: as many as the process
+                has file descriptors, less a reserve.
+            ssl_context: TLS with the certificate of this context
+                (`ssl.SSLContext.load_cert_chain`), which is made with ``ssl.PROTOCOL_TLS_SERVER``.
+                ``None``: plain TCP.
+            handshake_timeout: seconds that a client has for everything before ``on_open``: the
+                header of the PROXY protocol and the TLS handshake. ``None``: any time.
+            proxy_protocol: every connection begins with the header of the PROXY protocol, version 1
+                or 2, in which a load balancer says who its client is.
+            trusted_proxies: the addresses and networks ("10.0.0.0/8") of load balancers that may
+                send that header; connections from others are refused. An IPv4-mapped address counts
+                as its IPv4 address. Peers on Unix sockets are trusted.
+            allowed_networks: the addresses and networks of clients that are let in. Peers on Unix
+                sockets are always let in. ``None``: all clients.
+            denied_networks: the addresses and networks of clients that are not let in, even if they
+                are allowed.
+            max_sessions_per_peer: sessions that one address may have at a time. Peers on Unix
+                sockets have no address, so they are not counted. ``None``: any number.
+            refuse_when_full: at `max_sessions`, accept further clients and close them at once.
+            farewell: the text (sent as UTF-8) or bytes that clients are sent when they are refused
+                at `max_sessions` or `max_sessions_per_peer`, 4,096 bytes at most. Not with TLS.
+                ``None``: nothing.
+            read_buffer_size: the most bytes that one ``on_message`` gets without a framing.
+            divide: slices of the idle check, which looks at each session once a second, one slice
+                at a time.
+            idle_milliseconds: milliseconds that a session waits for bytes before it closes with
+                TIMEOUT. ``None``: never.
+            send_timeout: seconds without progress (the peer accepts no data) after which a send
+                fails and the session closes. ``None``: wait for ever.
+            callback_timeout: seconds after which a running callback is ended, and its session
+                closes with FAILED. ``None``: never.
+            linger_timeout: seconds that a close waits, at most, for the peer to take the last
+                bytes.
             no_delay: TCP_NODELAY: small messages leave at once.
-            allow_half_open: the peer's FIN calls ``on_eof``, and sending goes on.
-            framing: what cuts the stream into messages (`psofa_gevent.framing`); ``None``:
+            allow_half_open: when the peer shuts its sending side (FIN), call ``on_eof`` and let
+                the session go on until it is closed.
+            framing: how the stream is split into messages (`psofa_gevent.framing`). ``None``:
                 ``on_message`` gets the bytes as they come.
-            frame_timeout: seconds that a message may take from its first byte to its last, after
-                which the session closes with FAILED; ``None``: any time.
-            high_water: bytes of `PsSession.post` that wait for the peer, at most; in memory less
-                than twice as many, whatever the sizes of messages.
-            overflow: what happens to a post beyond that.
-            send_buffer_size: SO_SNDBUF in bytes; Linux makes twice as many of it, for its own needs
+            frame_timeout: seconds that a message may take from its first byte to its last before
+                the session closes with FAILED. ``None``: any time.
+            high_water: bytes of posts (`PsSession.post`) that wait for a slow peer, at most, with
+                those that threads have posted and the hub has not come to. In memory they take
+                less than twice as many, whatever the sizes of the messages.
+            overflow: what happens to a post beyond `high_water`: close the session with FAILED, or
+                drop the newest message, or the oldest ones.
+            send_buffer_size: SO_SNDBUF in bytes: a hard bound for what the kernel keeps for a
+                peer, unsent and unacknowledged. Linux makes twice as much of it, for its own needs
                 too, up to net.core.wmem_max. ``None``: the kernel's own tuning, up to megabytes.
-            unsent_low_water: bytes that the kernel may keep unsent, beyond which posts and sends
-                wait here (TCP_NOTSENT_LOWAT). ``None``: on Linux four times `high_water`,
-                and 65,536 at least; elsewhere any number.
+            unsent_low_water: TCP_NOTSENT_LOWAT: bytes that the kernel may keep unsent for a slow
+                peer before posts and sends wait. ``None``: on Linux four times `high_water`, from
+                64 KiB to the kernel's own bound; elsewhere any number.
             keep_alive: seconds of silence after which the kernel probes whether the peer is there
-                (TCP keep-alive); one that does not answer closes with FAILED. ``None``: never.
-            user_timeout: seconds that what was sent may stay unacknowledged, after which the
-                session closes with FAILED (TCP_USER_TIMEOUT); ``None``: the kernel's own time.
-            heartbeat: milliseconds, and what a session sends when it has sent nothing for so long:
-                a message, or a function of the session (also ``async``) that returns one, or
-                ``None`` for none; or a `PsHeartbeat`, which can leave the framing out.
+                (TCP keep-alive); three probes without an answer close the session with FAILED.
+                ``None``: never.
+            user_timeout: TCP_USER_TIMEOUT in seconds: the session closes with FAILED when sent
+                data stays unacknowledged for this time, or a full peer accepts no data. ``None``:
+                the kernel's own time.
+            heartbeat: milliseconds, and what a session sends when it has sent nothing for this
+                time, such as ``(30_000, b"ping")``: a message, or a function of the session (also
+                ``async``) that returns one, or ``None`` to send nothing. A `PsHeartbeat` can also
+                send its message past the framing. ``None``: no heartbeat.
 
         Raises:
             PsCallbackError: the callback could never work.
@@ -295,7 +312,8 @@ class PsServer(SessionOwner[M]):
         self._bound_to: list[Endpoint] | None = None
         self._notifier: ServiceNotifier | None = None
         self._left_in: int | None = None
-        """In a child process: the one in which it ran at the fork, until it is started anew."""
+        """In a child process: the id of the process in which the server ran at the fork, until the
+        server is started or shut down here; else None."""
 
     def __repr__(self) -> str:
         state = "started" if self.started else "stopped"
@@ -305,16 +323,18 @@ class PsServer(SessionOwner[M]):
         return f"<PsServer {format_address(*self.address[:2])}{more} {state}>"
 
     def start(self) -> None:
-        """Listen and accept; returns when the server can be reached.
+        """Listen and accept; return when the server can be reached.
 
-        While another process listens at the address, it tries again for ten seconds, as nginx and
-        gunicorn do: one that is being replaced may have a last request to answer. (On Linux, and
-        in greenlets, which may wait.) In a child process of one in which it ran at the fork: at the
-        same addresses, when that has ended, for which it has the same time.
+        While another process listens at the address, `start` tries again for ten seconds, as nginx
+        and gunicorn do: a process that is being replaced may have a last request to answer. It does
+        so on Linux only, and only where the caller may wait.
+
+        In a child process that was forked while the server ran, it listens at the same addresses,
+        as soon as the parent process has ended. It tries for the same ten seconds.
 
         Raises:
-            PsServerError: it is started already, or was shut down while it started; or the address
-                is in use, not this machine's, not known, or not allowed.
+            PsServerError: the server is started already, or was shut down while it started; or the
+                address is in use, not this machine's, not known, or not allowed.
             Exception: what ``on_start`` raised; the server is not started then.
         """
         self._forget_if_hub_is_gone()
@@ -346,17 +366,20 @@ class PsServer(SessionOwner[M]):
     def wait_for(self, timeout: float | None = None) -> bool:
         """Wait until the server has shut down, its last callback included.
 
-        In a child process of one in which it ran at the fork it is started first (`start`).
+        In a child process that was forked while the server ran, it starts the server first
+        (`start`).
 
         Args:
             timeout: seconds; ``None``: as long as it takes.
 
         Returns:
-            True when it is shut down (or was never started), False when the time was over before.
+            True when the server has shut down (or was never started), False when `timeout` was over
+            first.
 
         Raises:
             PsServerError: called in another thread than the server's, in a callback (``on_start``
-                included), in a coroutine or in the hub; or as of `start`, in a child process.
+                included), in a coroutine or in the hub; or, in a child process, for the reasons of
+                `start`.
             TypeError, ValueError: `timeout` is not a number of seconds.
         """
         check_seconds("timeout", timeout)
@@ -379,24 +402,24 @@ class PsServer(SessionOwner[M]):
     def serve_forever(
         self, *, shutdown_timeout: float | None = SHUTDOWN_TIMEOUT, drain: float = 0.0
     ) -> None:
-        """Start, unless started, and serve until shut down.
+        """Start the server, unless it is started, and serve until it is shut down.
 
         In the main thread SIGINT (Ctrl-C) and SIGTERM shut the server down gracefully, and this
-        returns, so that the program can end with exit code 0. A second signal ends the process at
-        once, also as process 1 of a container. One of the two that is ignored stays ignored, and
-        other signals are left alone: SIGHUP ends the process, unless the program handles it. On
-        any other way out (an exception) the server is shut down too. Afterwards the program's own
-        signal handlers work again.
+        method returns, so that the program can end with exit code 0. A second signal ends the
+        process at once, even process 1 of a container. If one of these two signals is ignored, it
+        stays ignored. Other signals are left alone: SIGHUP ends the process, unless the program
+        handles it. An exception also shuts the server down. Afterwards the program's own signal
+        handlers work again.
 
-        Under systemd (NOTIFY_SOCKET is set) it tells when it listens and when it begins to stop,
-        and feeds the unit's watchdog: see `psofa_gevent.systemd`.
+        Under systemd (NOTIFY_SOCKET is set) it notifies systemd when it listens and when it begins
+        to shut down, and feeds the unit's watchdog: see `psofa_gevent.systemd`.
 
         Args:
-            shutdown_timeout: the ``timeout`` of that `shutdown`, in seconds.
-            drain: the ``drain`` of that `shutdown`, in seconds.
+            shutdown_timeout: the ``timeout`` of the `shutdown`, in seconds.
+            drain: the ``drain`` of the `shutdown`, in seconds.
 
         Raises:
-            PsServerError: as of `start`.
+            PsServerError: for the reasons of `start`.
             TypeError, ValueError: a time is not a number of seconds.
         """
         check_seconds("shutdown_timeout", shutdown_timeout)
@@ -418,7 +441,7 @@ class PsServer(SessionOwner[M]):
                 self._forget_if_hub_is_gone()
                 if self._manager is None:
                     self.start()
-                if not signals:  # one that came before there was a manager is for us too
+                if not signals:  # a signal that came before there was a manager counts, too
                     ready()
                     self.wait_for()
             except PsServerError:
@@ -429,7 +452,7 @@ class PsServer(SessionOwner[M]):
 
     @contextlib.contextmanager
     def _telling_the_service_manager(self) -> Iterator[Callable[[], None]]:
-        if self._notifier is not None:  # another greenlet is in `serve_forever`, and tells
+        if self._notifier is not None:  # another greenlet is in `serve_forever`, and notifies
             yield lambda: None
             return
         notifier = self._notifier = ServiceNotifier(gevent.get_hub().loop)
@@ -438,7 +461,7 @@ class PsServer(SessionOwner[M]):
             if self.started:
                 where = [format_address(*address[:2]) for address in self.addresses]
                 notifier.ready(", ".join(where))
-            if not self.started:  # any more: a signal handler has shut it down meanwhile
+            if not self.started:  # a signal handler has shut it down meanwhile
                 notifier.stopping()
 
         try:
@@ -450,14 +473,17 @@ class PsServer(SessionOwner[M]):
     def stop_accepting(self) -> None:
         """Let new connections wait in the backlog; the open sessions go on.
 
-        Returns at once. Without effect when the server is not started.
+        Returns at once. Has no effect when the server is not started.
         """
         listeners = self._listeners
         if listeners is not None:
             listeners.pause()
 
     def resume_accepting(self) -> None:
-        """Accept again, first those that waited. Without effect when not started."""
+        """Accept again; the connections that wait in the backlog come first.
+
+        Has no effect when the server is not started.
+        """
         listeners = self._listeners
         if listeners is not None:
             listeners.resume()
@@ -465,7 +491,8 @@ class PsServer(SessionOwner[M]):
     def reload_tls(self, ssl_context: ssl.SSLContext) -> None:
         """Use another context, with new certificates, for the connections that come from now on.
 
-        From any greenlet and any OS thread, started or not. Open sessions go on as they are.
+        From any greenlet and any OS thread, whether the server is started or not. Open sessions go
+        on as they are.
 
         Raises:
             TypeError, ValueError: as in the constructor.
@@ -479,19 +506,20 @@ class PsServer(SessionOwner[M]):
         self._ssl_context = ssl_context
 
     def shutdown(self, timeout: float | None = SHUTDOWN_TIMEOUT, *, drain: float = 0.0) -> None:
-        """Stop accepting, close every session, deliver every ``on_close``, and return.
+        """Stop accepting, close every session, call every ``on_close``, and return.
 
-        Returns at once, the work going on, when called in a callback, a coroutine or the hub. A
-        second call waits for the first, and may shorten either time. Without effect when not
-        started; afterwards `start` works again.
+        In a callback, a coroutine or the hub it returns at once, and the shutdown goes on. A second
+        call waits for the first shutdown, and may shorten either time. Has no effect when the
+        server is not started. Afterwards `start` works again.
 
-        In another OS thread it returns, too, when `drain` and `timeout` are over and the hub has
-        not run in the last second: its thread is blocked. The stop goes on when the hub runs again.
-        At once, when the hub was destroyed or its thread has ended: no callback is called then.
+        In another OS thread it also returns when `drain` and `timeout` are over and the hub has not
+        run in the last second: then the hub's thread is blocked, and the shutdown goes on when the
+        hub runs again. It returns at once when the hub was destroyed or its thread has ended; then
+        no callback is called.
 
         Args:
-            timeout: seconds that running callbacks have, after `drain`; then they are killed, and
-                have as long again, at least a second. ``None``: as long as they take.
+            timeout: seconds that running callbacks have, after `drain`. Then they are killed, and
+                have as long again to end, at least a second. ``None``: as long as they take.
             drain: seconds in which the sessions go on and may end by themselves, before they are
                 closed.
 
@@ -507,9 +535,9 @@ class PsServer(SessionOwner[M]):
     def settings(self) -> ServerSettings:
         """The settings in effect, all of them, as they are now; read-only.
 
-        With what was chosen where a setting left it open (``None``): the cap that `max_sessions`
-        is, the bound that `unsent_low_water` is; and with the context of the last `reload_tls`.
-        From any greenlet and any OS thread.
+        Where a setting left the choice to the library (``None``), the result has what it chose: the
+        cap for `max_sessions`, and the bound for `unsent_low_water`. The `ssl_context` is that of
+        the last `reload_tls`. From any greenlet and any OS thread.
         """
         manager = self._manager
         return in_effect(
@@ -521,23 +549,24 @@ class PsServer(SessionOwner[M]):
 
     @property
     def refused(self) -> dict[PsRefusal, int]:
-        """How many connections were refused since the server was made, for each reason."""
+        """The number of connections refused since the server was made, by reason."""
         return self._admission.refused
 
     @property
     def address(self) -> Endpoint:
         """What the server is bound to: (host, port), or (host, port, flow info, scope id).
 
-        A Unix socket is a host as it was given, and the port 0. Of several listeners the first.
+        For a Unix socket: the host as it was given, and the port 0. For several listeners: the
+        address of the first one.
 
-        While it is stopped: the host and port that were asked for. In a child process of one in
-        which it ran at the fork: what it was bound to there.
+        While the server is stopped: the host and port that were asked for. In a child process that
+        was forked while the server ran: what the server was bound to in the parent process.
         """
         return self.addresses[0]
 
     @property
     def addresses(self) -> list[Endpoint]:
-        """The same of all listeners, in the order in which they were given."""
+        """The `address` of each listener, in the order in which they were given."""
         return list(self._bound_to or [each.asked_for for each in self._binds])
 
     def __enter__(self) -> Self:
@@ -555,7 +584,10 @@ class PsServer(SessionOwner[M]):
         self.shutdown()
 
     def _open(self, manager: SessionManager) -> list[ListeningSocket]:
-        """Listen; in a child of a process that did, at the same addresses, when that has ended."""
+        """Listen on all binds. May switch.
+
+        In a child of a process that listened: at the same addresses, when the parent has ended.
+        """
         binds = self._binds
         if self._left_in is not None:
             bound = zip(binds, self.addresses, strict=True)
@@ -586,7 +618,10 @@ class PsServer(SessionOwner[M]):
         super()._let_go(hub)
 
     def _admit_by_rules(self, manager: SessionManager) -> Admission | None:
-        """Set what comes before ``on_open``. Returns the rules for the hub; ``None``: no rules."""
+        """Give the manager its preamble and the counter of peers, if the settings need them.
+
+        Returns the rules that the hub applies to accepted connections; ``None``: no rules.
+        """
         admission = self._admission
         if admission.has_rules:
             admission.begin()
@@ -604,7 +639,8 @@ class PsServer(SessionOwner[M]):
     def _stop_admitting(self) -> None:
         if self._notifier is not None:
             self._notifier.stopping()
-        # A flag for each, and no more: this may be in the middle of an accept, or of closing them.
+        # This sets one flag, and no more: a signal handler may call it in the middle of an accept,
+        # or while the listeners are being closed.
         self.stop_accepting()
 
     def _close_listeners_or_attempts(self) -> None:
@@ -616,12 +652,12 @@ class PsServer(SessionOwner[M]):
         manager = self._manager
         has_started = manager is not None and manager.has_started
         stopped = repr(self)
-        if self._left_in is None:  # else it may try again to take them over
+        if self._left_in is None:  # else a later start may try again to take the addresses over
             self._bound_to = None
         super()._stopped()
         listeners, self._listeners = self._listeners, None
-        if listeners is not None:  # ``on_start`` has outlived the stop, or the hub was destroyed
-            with contextlib.suppress(ValueError):  # of a watcher whose loop is gone
+        if listeners is not None:  # on_start has outlived the shutdown, or the hub was destroyed
+            with contextlib.suppress(ValueError):  # a watcher whose loop is gone raises it
                 listeners.close()
         self._admission.close()
         if has_started:

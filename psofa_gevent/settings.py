@@ -1,9 +1,9 @@
-"""The settings of sessions: one description of each, which the checks and the documents come from.
+"""The settings of sessions: one description of each, the source of checks and documents.
 
-A setting is a field of `SessionSettings`: name, type, default, check, what it is and what it
-trades stand there together. From these come the checks, the options of ``psofa serve`` with their
-help, and docs/settings.md. The constructors of the owners write them out once more, for editors and
-type checkers, as does `SessionKeywords`; a test compares them.
+A setting is a field of `SessionSettings`, which has its name, type, default, check, what it is and
+what it trades in one place. These fields are the source of the checks, of the options of ``psofa
+serve`` with their help, and of docs/settings.md. The constructors of the owners and
+`SessionKeywords` repeat the settings, for editors and type checkers; a test compares them.
 
 Nothing here touches a socket. A value of the wrong type raises `TypeError`, one out of range
 `ValueError`; both name the parameter, the value, and what would be right.
@@ -51,14 +51,14 @@ __all__ = [
 class PsHeartbeat(NamedTuple):
     """What a session sends when it has sent nothing for a while: the setting ``heartbeat``.
 
-    The tuple ``(milliseconds, message)`` is short for one that is not `raw`.
+    The tuple ``(milliseconds, message)`` is short for a heartbeat that is not `raw`.
 
     Attributes:
-        milliseconds: of sending nothing, 1 or more.
-        message: what is sent then, or a function of the session (also ``async``) that returns it,
-            or ``None`` for nothing.
-        raw: the session's framing leaves the message alone: bytes, or text as UTF-8. For protocols
-            whose sign of life is no message, such as a NUL between telegrams.
+        milliseconds: the time without a send after which the heartbeat is sent, 1 or more.
+        message: the message, or a function of the session (also ``async``) that returns it, or
+            ``None`` to send nothing.
+        raw: the message goes past the session's framing: bytes, or text as UTF-8. For protocols
+            whose sign of life is not a message, such as a NUL between telegrams.
     """
 
     milliseconds: int
@@ -67,7 +67,7 @@ class PsHeartbeat(NamedTuple):
 
 
 Heartbeat = PsHeartbeat | tuple[int, Any]
-"""What the setting may be."""
+"""The type of the setting ``heartbeat``."""
 
 LONGEST_KEEP_ALIVE = 32_767
 """Seconds (Linux, net/tcp.h: MAX_TCP_KEEPIDLE)."""
@@ -76,7 +76,7 @@ LONGEST_IDLE = 2_000_000
 
 
 class Default(enum.Enum):
-    """The type of `DEFAULT`, so that type checkers know it from a number and from ``None``."""
+    """The type of `DEFAULT`: type checkers can tell it from a number and from ``None``."""
 
     DEFAULT = enum.auto()
 
@@ -89,9 +89,10 @@ DEFAULT: Final[Literal[Default.DEFAULT]] = Default.DEFAULT
 
 
 class SessionKeywords(TypedDict, total=False):
-    """The parameters that all owners have, but for ``framing``: for overloads of the constructors.
+    """The parameters that all owners have, except ``framing``: for overloads of the constructors.
 
-    Without a framing messages are bytes, which no default can tell a type checker.
+    Each overload has its own ``framing``: without one, messages are bytes, which a default cannot
+    express to a type checker.
     """
 
     read_buffer_size: int
@@ -118,17 +119,18 @@ Check = Callable[[str, Any], object]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The description of one setting, from which all else that tells of it is made.
+    """The description of one setting, the source of its documentation and of its option.
 
-    Texts are for the documentation and for ``psofa serve --help``: names of settings, callbacks and
-    values stand in backticks.
+    The texts are for the documentation and for ``psofa serve --help``: names of settings, callbacks
+    and values stand in backticks.
 
     Attributes:
         name: the parameter of the constructors.
-        annotation: its type, as it stands in their signatures.
+        annotation: its type, as in the signatures of the constructors.
         default: its default; `dataclasses.MISSING`: it must be given.
-        check: what raises for a wrong value; ``None``: the part that takes it checks it, since the
-            check depends on other settings or makes something else of it (addresses, networks).
+        check: the function that raises for a wrong value. ``None``: the part that uses the value
+            checks it, since the check depends on other settings or converts the value (addresses,
+            networks).
         what: what it is, in one line.
         trades: what a larger or smaller value costs and gains.
         none: what ``None`` means.
@@ -144,12 +146,12 @@ class Setting:
 
 
 def about(*, check: Check | None, what: str, trades: str = "", none: str = "") -> dict[str, Any]:
-    """The metadata of a field that is a setting (`Setting`); the field itself has the rest."""
+    """Return the metadata of a field that is a setting; the field itself has the rest."""
     return {"check": check, "what": what, "trades": trades, "none": none}
 
 
 def described(settings: type[SessionSettings]) -> dict[str, Setting]:
-    """The descriptions of a class of settings, by name; those of its base come first."""
+    """Return the descriptions of a class of settings, by name; those of its base come first."""
     return {
         each.name: Setting(each.name, str(each.type), each.default, **each.metadata)
         for each in fields(settings)
@@ -157,12 +159,12 @@ def described(settings: type[SessionSettings]) -> dict[str, Setting]:
 
 
 def whole(least: int, most: int, *, optional: bool = False) -> Check:
-    """The check of a whole number."""
+    """Return the check of a whole number."""
     return partial(check_int, least=least, most=most, optional=optional)
 
 
 def seconds(**limits: Any) -> Check:
-    """The check of a time: `limits` are those of `check_seconds`."""
+    """Return the check of a time: `limits` are the keyword arguments of `check_seconds`."""
     return partial(check_seconds, **limits)
 
 
@@ -172,7 +174,7 @@ def check_idle(name: str, value: object) -> None:
 
 
 def check_framing(name: str, value: object) -> None:
-    """Raise `TypeError` for anything but ``None`` and a `Framing`."""
+    """Raise `TypeError` unless `value` is ``None`` or a `Framing`."""
     if isinstance(value, type) and issubclass(value, Framing):
         raise TypeError(f"{name} must be an instance of a Framing, not the class {value!r}")
     if value is not None and not isinstance(value, Framing):
@@ -180,7 +182,7 @@ def check_framing(name: str, value: object) -> None:
 
 
 def check_unsent_low_water(name: str, value: object) -> None:
-    """Raise unless `value` is ``None`` or a number of bytes, on a system that can bound them."""
+    """Raise unless `value` is ``None``, or a number of bytes and the system has the option."""
     check_int(name, value, 1, MAX_BUFFER, optional=True)
     if value is not None and UNSENT_LOW_WATER is None:
         raise ValueError(
@@ -189,18 +191,18 @@ def check_unsent_low_water(name: str, value: object) -> None:
 
 
 def check_user_timeout(name: str, value: object) -> None:
-    """Raise unless `value` is ``None`` or a number of seconds, on a system that can count them."""
+    """Raise unless `value` is ``None``, or a number of seconds and the system has the option."""
     check_seconds(name, value, more_than_zero=True, most=LONGEST_IDLE)
     if value is not None and USER_TIMEOUT is None:
         raise ValueError(f"{name} must be None, not {value!r}: this system has no TCP_USER_TIMEOUT")
 
 
 def check_heartbeat(name: str, value: object) -> None:
-    """Raise unless `value` is ``None``, or milliseconds and something.
+    """Raise unless `value` is ``None``, or a tuple of milliseconds and anything.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: the milliseconds are less than 1.
+        TypeError: `value` is something else.
+        ValueError: the milliseconds are less than 1, or more than 2**53.
     """
     if value is None:
         return
@@ -214,7 +216,7 @@ def check_heartbeat(name: str, value: object) -> None:
 
 
 def check_heartbeat_fits(value: Heartbeat | None, framing: Framing[Any] | None) -> None:
-    """Raise `TypeError` or `ValueError` for a message that can't be sent with that framing."""
+    """Raise `TypeError` or `ValueError` for a heartbeat that `framing` can't encode."""
     if value is None:
         return
     heartbeat = PsHeartbeat(*value)
@@ -243,10 +245,10 @@ def _heartbeat_error(name: str, value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
-    """What `PsServer`, `PsClient` and `PsMultiClient` give to each of their sessions.
+    """The settings that `PsServer`, `PsClient` and `PsMultiClient` give to each of their sessions.
 
     Each field is the one description of its setting. `psofa_gevent.listening.settings` and
-    `psofa_gevent.connecting.settings` add what one kind of owner has besides.
+    `psofa_gevent.connecting.settings` add the settings that only one kind of owner has.
     """
 
     read_buffer_size: int = field(
@@ -422,7 +424,7 @@ class SessionSettings:
             check: Check | None = each.metadata["check"]
             if check is not None:
                 check(each.name, value)
-            if isinstance(value, (list, set, dict)):  # the caller may change it later
+            if isinstance(value, (list, set, dict)):  # copied, as the caller may change it later
                 object.__setattr__(self, each.name, tuple(value))
         check_heartbeat_fits(self.heartbeat, self.framing)
 
@@ -431,11 +433,12 @@ S = TypeVar("S", bound=SessionSettings)
 
 
 def in_effect(settings: S, **chosen: object) -> S:
-    """A copy that tells what the library has chosen where a setting left it the choice.
+    """Return a copy in which the library's choices replace the settings that left it a choice.
 
     Args:
         settings: as they were given.
-        **chosen: what the owner has chosen; for its sessions that is known here.
+        **chosen: the owner's choices. This function adds the choice for the sessions
+            (``unsent_low_water``).
     """
     copied = copy(settings)
     chosen["unsent_low_water"] = unsent_low_water(settings) or None

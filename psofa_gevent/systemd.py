@@ -1,14 +1,15 @@
-"""What a program has to do with systemd: the sockets that it is given, and what it tells.
+"""A program's dealings with systemd: the sockets that it inherits, and the notifications it sends.
 
 Socket activation (sd_listen_fds(3)) and the notification protocol (sd_notify(3)), without systemd's
-library. Where a program was not started by systemd, there are no sockets, and nobody is told.
+library. If systemd did not start the program, there are no sockets, and nothing is sent.
 
-`PsServer.serve_forever` tells by itself that the server is ready, that it stops, and that its hub
-is alive; a program with a ``start`` and ``wait_for`` of its own calls `notify`.
+`PsServer.serve_forever` notifies systemd by itself that the server is ready, that it stops, and
+that its hub is alive; a program that calls ``start`` and ``wait_for`` instead calls `notify`.
 
-Nothing here waits, and nothing is remembered: the environment is read anew each time and left as it
-is. A child process inherits it, and what is not meant for it does no harm: the sockets have the
-process's id with them, and systemd heeds the main process only, unless the unit says otherwise.
+Nothing here waits, and nothing is remembered: each call reads the environment anew and leaves it as
+it is. A child process inherits the environment, which does no harm: the variables of the sockets
+name the process for which they are, and systemd heeds notifications of the main process only,
+unless the unit says otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["listen_sockets", "notify", "watchdog_timeout"]
 FIRST_DESCRIPTOR = 3
 """SD_LISTEN_FDS_START (sd-daemon.h)."""
 NAMELESS = "unknown"
-"""The name of all sockets where there are no names (sd_listen_fds_with_names(3))."""
+"""The name of all sockets if systemd gives no names (sd_listen_fds_with_names(3))."""
 LONGEST_NUMBER = 20
 """Digits of a uint64_t, the widest of systemd's numbers."""
 
@@ -34,21 +35,21 @@ LONGEST_NUMBER = 20
 def listen_sockets(name: str | None = None) -> list[socket.socket]:
     """The sockets that systemd has opened for this process, for ``PsServer(listener=...)``.
 
-    They are duplicates, yours to close, so a second call gives them again. systemd's own
-    descriptors (3 and the following) stay open, and are not passed on to programs that this one
-    runs. Call it in the process that systemd has started, before a fork.
+    They are duplicates, which you must close, so a second call returns new ones. systemd's own
+    descriptors (3 and the following) stay open, but programs that this one runs do not inherit
+    them. Call it in the process that systemd has started, before a fork.
 
     Args:
-        name: only those of that name: ``FileDescriptorName=`` in the socket unit, by default the
-            unit's own name (``echo.socket``). ``None``: all of them.
+        name: only the sockets of that name: ``FileDescriptorName=`` in the socket unit, by default
+            the unit's own name (``echo.socket``). ``None``: all sockets.
 
     Returns:
-        The sockets in their order; none where systemd gave none.
+        The sockets in systemd's order; an empty list if systemd gave none.
 
     Raises:
-        TypeError: `name` is no text.
-        ValueError: the environment's variables are none of systemd's, or something that was given
-            is no socket (a FIFO, a file).
+        TypeError: `name` is not a `str`.
+        ValueError: the LISTEN_* variables are malformed, or a descriptor of the wanted name is not
+            a socket (but a FIFO, or a file).
         OSError: a descriptor is not open.
     """
     if name is not None and not isinstance(name, str):
@@ -77,19 +78,20 @@ def listen_sockets(name: str | None = None) -> list[socket.socket]:
 
 
 def notify(state: str) -> bool:
-    r"""Tell systemd something: ``READY=1``, ``STOPPING=1``, ``WATCHDOG=1``, ``STATUS=...``.
+    r"""Send systemd a notification: ``READY=1``, ``STOPPING=1``, ``WATCHDOG=1``, ``STATUS=...``.
 
     From any greenlet and any OS thread; it does not wait.
 
     Args:
-        state: one or several of them, with line ends (``\n``) between.
+        state: one or several of these, with line ends (``\n``) between.
 
     Returns:
-        Whether it was told. False: the program was not started by systemd (no NOTIFY_SOCKET),
-        nobody is at that socket, or it takes no more at the moment; or no descriptor is left.
+        Whether the notification was sent. False: systemd did not start the program (there is no
+        NOTIFY_SOCKET), nothing listens on that socket, or the socket is full at the moment; or no
+        descriptor is left.
 
     Raises:
-        TypeError: `state` is no text.
+        TypeError: `state` is not a `str`.
     """
     if not isinstance(state, str):
         raise TypeError(f"state must be text, not {state!r}")
@@ -103,7 +105,7 @@ def notify(state: str) -> bool:
 
 
 def new_socket() -> _socket.socket:
-    """What `send` sends by.
+    """Open a socket for `send`.
 
     Raises:
         OSError: no descriptor is left.
@@ -114,10 +116,12 @@ def new_socket() -> _socket.socket:
 
 
 def send(state: str, sending: _socket.socket) -> bool:
-    """`notify` that tells apart whether it may help to try again. There must be a manager.
+    """Send a notification by an open socket; return whether it was sent.
+
+    Call it only if `has_manager` returns true.
 
     Raises:
-        BlockingIOError: it may.
+        BlockingIOError: the socket is full, so that another try may succeed.
     """
     name = os.fsencode(os.environ.get("NOTIFY_SOCKET", ""))
     if name.startswith(b"@"):  # in the abstract namespace
@@ -132,18 +136,18 @@ def send(state: str, sending: _socket.socket) -> bool:
 
 
 def has_manager() -> bool:
-    """Whether somebody is there to be told: a path, or a name in Linux's abstract namespace."""
+    """Whether NOTIFY_SOCKET has a path, or a name in Linux's abstract namespace."""
     return os.environ.get("NOTIFY_SOCKET", "").startswith(("/", "@"))
 
 
 def watchdog_timeout() -> float | None:
-    """Seconds within which systemd wants a ``WATCHDOG=1``, again and again; half of it is usual.
+    """Seconds within which systemd expects each ``WATCHDOG=1``; it is usual to send at half of it.
 
     Returns:
-        ``None`` where it wants none of this process (sd_watchdog_enabled(3)).
+        ``None`` if systemd expects none from this process (sd_watchdog_enabled(3)).
 
     Raises:
-        ValueError: the environment's variables are none of systemd's.
+        ValueError: the WATCHDOG_* variables are malformed.
     """
     microseconds = _number("WATCHDOG_USEC")
     process = _number("WATCHDOG_PID")

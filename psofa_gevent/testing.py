@@ -1,8 +1,8 @@
-"""Help for testing callbacks, servers and clients: for users of the library and for its own tests.
+"""Help for tests of callbacks, servers and clients: for users of the library and its own tests.
 
-What there is, from the outside in:
+From the outside in, there are:
 
-- the pytest fixtures `ps_server` and `ps_client`: servers on a free port and scripted clients of
+- the pytest fixtures `ps_server` and `ps_client`: servers on a free port and scripted clients for
   them, shut down and closed when the test ends. Import them in your ``conftest.py``::
 
       from psofa_gevent.testing import ps_client, ps_server
@@ -10,12 +10,13 @@ What there is, from the outside in:
   and write ``server = ps_server(MyCallback())`` and ``client = ps_client(server)`` in a test;
 - `serving` and `ScriptedClient`: the same without pytest, as context managers;
 - `connected_session`: a callback at work on a socket pair, without any port;
-- `RecordingCallback` and `eventually`: what was called, and waiting until something is so.
+- `RecordingCallback`, which records the calls of a callback, and `eventually`, which waits for a
+  condition.
 
-All waiting goes through gevent's hub, in a monkey-patched process and in one that is not, so a test
-and the server under test share one thread; everything here belongs to that thread. Each wait ends:
+All waits go through gevent's hub, whether the process is monkey-patched or not. So a test and the
+server under test share one thread, and everything here belongs to that thread. Each wait ends:
 after `timeout` seconds it raises an error that says what was expected and what came instead.
-pytest itself is imported when one of the two fixtures is, and not before.
+pytest itself is imported only when one of the two fixtures is.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ __all__ = [
 ]
 
 POLL_SECONDS = 0.005
+"""Seconds between two calls of the condition of `eventually`."""
 READ_SIZE = 65_536
 SHOWN_BYTES = 200
+"""The most bytes that an error shows."""
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""A server bound to every address is reached at its loopback one."""
+"""The loopback address by which a client reaches a server that is bound to every address."""
 
 T = TypeVar("T")
 
@@ -81,12 +84,13 @@ def eventually(
 ) -> T:
     """Wait until `condition` returns something true, and return that.
 
-    It is called every few milliseconds, in the calling greenlet; other greenlets run meanwhile.
+    `condition` is called every few milliseconds, in the calling greenlet; other greenlets run
+    meanwhile.
 
     Args:
-        condition: called without arguments; must not block. What it raises is passed on.
+        condition: called without arguments; must not block. Its exceptions are passed on.
         timeout: seconds.
-        message: what the error says.
+        message: the text of the error.
 
     Raises:
         AssertionError: `condition` returned nothing true for `timeout` seconds.
@@ -100,14 +104,14 @@ def eventually(
 
 
 class ScriptedClient:
-    """One end of a connection that does what a test's script says, step by step.
+    """One end of a connection, which a test scripts step by step.
 
-    Data is `bytes`, or `str`, which stands for its UTF-8. Where the peer does something else than
-    the script expects, `AssertionError` says what; where it does nothing for `timeout` seconds,
-    `TimeoutError` does. As a context manager it closes itself at the end.
+    Data is `bytes`, or `str`, which is sent and compared as UTF-8. If the peer does something other
+    than the script expects, an `AssertionError` says what; if the peer does nothing for `timeout`
+    seconds, a `TimeoutError` says so. As a context manager it is closed at the end.
 
     Attributes:
-        socket: the gevent socket below, for whatever is missing here.
+        socket: the gevent socket below, for anything that this class lacks.
         timeout: seconds that each step may take.
         local_endpoint: this end's address, which is the session's `remote_endpoint`; `None` for a
             Unix socket. Still known after `close`.
@@ -123,22 +127,23 @@ class ScriptedClient:
         """Connect to `address`.
 
         Args:
-            address: host and port, and what else an IPv6 address has. A host with a colon in it is
-                taken as IPv6, any other as IPv4; a wildcard address as the loopback one. A Unix
-                socket is ``unix:`` and its path, with any port: as `PsServer.address` has it.
+            address: host and port, and for IPv6 optionally flow info and scope id, as
+                `PsServer.address` has them. A host with a colon in it is taken as IPv6, any other
+                as IPv4, and a wildcard address as the loopback address. A Unix socket is ``unix:``
+                and its path, with any port.
             timeout: seconds that each step may take, this one included.
-            receive_buffer_size: SO_RCVBUF in bytes. A small one makes a peer's sends wait soon.
+            receive_buffer_size: SO_RCVBUF in bytes. A small one makes the peer's sends wait soon.
 
         Raises:
             TimeoutError: not connected within `timeout`.
             OSError: the connection was refused, or could not be made for another reason. A peer
-                that accepts and resets at once is no error here: `expect_reset` sees it.
+                that accepts and resets at once does not raise here: `expect_reset` sees it.
         """
         family, name = _socket_address(address)
         sock = gevent.socket.socket(family, gevent.socket.SOCK_STREAM)
         try:
             if receive_buffer_size is not None:
-                # Before the connect: the window's scale is agreed on in the handshake.
+                # Before the connect: both ends fix the window scale in the handshake.
                 sock.setsockopt(
                     gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, receive_buffer_size
                 )
@@ -152,7 +157,7 @@ class ScriptedClient:
 
     @classmethod
     def from_socket(cls, sock: gevent.socket.socket, *, timeout: float = 5.0) -> Self:
-        """A script for a connected gevent socket: an accepted one, say, to play the server."""
+        """Script a connected gevent socket: an accepted one, say, to play the server."""
         client = cls.__new__(cls)
         client._take_over(sock, timeout)  # noqa: SLF001 - of this class
         return client
@@ -162,7 +167,7 @@ class ScriptedClient:
         self.timeout = timeout
         name = sock.getsockname()
         self.local_endpoint: tuple[Any, ...] | None = name if isinstance(name, tuple) else None
-        # A call that fails takes the reset off the socket, and the next read says EOF.
+        # A call that fails with the reset takes it off the socket, and the next read returns EOF.
         self._reset_seen = False
 
     def __enter__(self) -> Self:
@@ -178,7 +183,7 @@ class ScriptedClient:
         """Send all of `data`.
 
         Raises:
-            TimeoutError: the peer's buffers did not take it within `timeout`.
+            TimeoutError: the peer did not take all of it within `timeout`.
             ConnectionError: the peer has reset the connection, or `eof` was called before.
         """
         message = _to_bytes(data)
@@ -194,7 +199,7 @@ class ScriptedClient:
             raise
 
     def eof(self) -> None:
-        """Half-close: send FIN. What the peer sends can still be received."""
+        """Half-close: send FIN. Data from the peer can still be received."""
         self.socket.shutdown(gevent.socket.SHUT_WR)
 
     def reset(self) -> None:
@@ -210,11 +215,11 @@ class ScriptedClient:
         reset(self.socket)
 
     def close(self) -> None:
-        """Close the socket. As ever, the kernel sends RST where bytes are left unread, else FIN."""
+        """Close the socket. The kernel sends RST if bytes are left unread, else FIN, as always."""
         self.socket.close()
 
     def expect(self, data: str | bytes) -> None:
-        """Read exactly `data`, in as many reads as it takes, and not a byte beyond it."""
+        """Read exactly `data`, in as many reads as it takes, and not a byte more."""
         expected = _to_bytes(data)
         self._read(len(expected), f"expected {_shown(expected)}", expected)
 
@@ -223,7 +228,7 @@ class ScriptedClient:
         return self._read(count, f"expected {count} bytes", None)
 
     def receive_until_eof(self) -> bytes:
-        """Read all that comes up to the peer's FIN."""
+        """Read all bytes up to the peer's FIN."""
         received = bytearray()
         deadline = self._deadline()
         while chunk := self._next(READ_SIZE, deadline, "expected EOF in the end", received):
@@ -231,12 +236,12 @@ class ScriptedClient:
         return bytes(received)
 
     def expect_eof(self) -> None:
-        """Wait for the peer's FIN; any byte before it is one too many."""
+        """Wait for the peer's FIN; any byte before it fails the step."""
         if chunk := self._next(READ_SIZE, self._deadline(), "expected EOF", b""):
             raise AssertionError(f"expected EOF, got {_shown(chunk)}")
 
     def expect_reset(self) -> None:
-        """Wait for the peer's RST. Bytes before it are skipped: it may or may not overtake them."""
+        """Wait for the peer's RST. Bytes before it are skipped, as the RST may overtake them."""
         wanted = "expected a reset"
         received = bytearray()
         deadline = self._deadline()
@@ -250,7 +255,7 @@ class ScriptedClient:
             received += chunk
 
     def expect_nothing(self, seconds: float = 0.1) -> None:
-        """Watch that nothing comes for `seconds`: no byte, no EOF, no reset."""
+        """Check that nothing comes for `seconds`: no byte, no EOF, no reset."""
         wanted = f"expected nothing for {seconds} s"
         self.socket.settimeout(seconds)
         try:
@@ -272,7 +277,7 @@ class ScriptedClient:
             chunk = self._next(count - len(received), deadline, wanted, received)
             if not chunk:
                 raise AssertionError(f"{wanted}, got {_shown(received)} and then EOF")
-            # Compared piece by piece, so that a wrong byte fails at once and not by a timeout.
+            # Compared piece by piece, so that a wrong byte fails at once, and not at the timeout.
             differs = expected is not None and not expected.startswith(chunk, len(received))
             received += chunk
             if differs:
@@ -291,7 +296,8 @@ class ScriptedClient:
     def _receive_some(
         self, limit: int, deadline: float, wanted: str, received: bytes | bytearray
     ) -> bytes:
-        # Never 0, which would mean "non-blocking": past the deadline too, what is there counts.
+        # Never 0, which would mean "non-blocking": even past the deadline, bytes that have come
+        # count.
         self.socket.settimeout(max(deadline - time.monotonic(), SHORTEST_TIMER))
         try:
             chunk: bytes = self.socket.recv(limit)
@@ -303,20 +309,20 @@ class ScriptedClient:
 
 
 def _connect(sock: gevent.socket.socket, name: Any) -> bool:
-    """Connect, and whether the peer has reset the connection since.
+    """Connect, and return whether the peer has reset the connection since.
 
-    One that accepts and resets at once may do both before connect(2) has returned, which tells of
-    the reset then. A connection that nobody accepts is refused: ECONNREFUSED.
+    A peer that accepts and resets at once may do both before connect(2) has returned; then
+    connect(2) fails with the reset. A connection that no listener takes fails with ECONNREFUSED.
     """
     try:
         sock.connect(name)
-    except (ConnectionResetError, BrokenPipeError):  # the latter after a FIN
+    except (ConnectionResetError, BrokenPipeError):  # BrokenPipeError comes after a FIN
         return True
     return False
 
 
 def _socket_address(address: tuple[Any, ...]) -> tuple[int, Any]:
-    """The family of a socket, and what it connects to. Switches while a name is looked up."""
+    """The family of a socket, and the address it connects to. Switches while it resolves a name."""
     host, port, *rest = address
     host = WILDCARDS.get(host, host)
     is_ipv6 = ":" in str(host)
@@ -343,16 +349,17 @@ def _shown(data: bytes | bytearray) -> str:
 def serving(
     callback: PsCallback, *, host: str | None = None, port: int = 0, **settings: Any
 ) -> Iterator[PsServer]:
-    """A started server, shut down at the end of the ``with`` block.
+    """Start a server, and shut it down at the end of the ``with`` block.
 
     Args:
-        callback: what it serves.
+        callback: the server's callback.
         host: by default the loopback address of the socket address family.
-        port: 0 asks for a free one: see ``server.address``. With a ``listener`` neither is given.
+        port: 0 asks for a free port: see ``server.address``. With a ``listener``, host and port are
+            ignored.
         **settings: the other settings of `PsServer`.
 
     Raises:
-        AssertionError: at the end: the server still counts sessions after its shutdown.
+        AssertionError: at the end, if the server still counts sessions after its shutdown.
     """
     if host is None:
         ipv6 = settings.get("socket_address_family") is PsSocketAddressFamily.IPV6
@@ -368,7 +375,7 @@ def serving(
 
 @dataclasses.dataclass(frozen=True)
 class ConnectedSession:
-    """What `connected_session` yields.
+    """The two ends of a connection: what `connected_session` yields.
 
     Attributes:
         session: the library's end of the connection.
@@ -383,14 +390,14 @@ class ConnectedSession:
 def connected_session(
     callback: PsCallback, *, timeout: float = 5.0, **session_settings: Any
 ) -> Iterator[ConnectedSession]:
-    """A callback at work on one end of a connected socket pair: no port, no network.
+    """Run a callback on one end of a connected socket pair: no port, no network.
 
-    The session's owner is a `PsMultiClient`, its endpoints are `None` where a socket pair is a Unix
-    one. At the end of the ``with`` block a session still open closes with
+    The session's owner is a `PsMultiClient`. The session's endpoints are `None` where socket pairs
+    are Unix sockets. At the end of the ``with`` block a session that is still open closes with
     `PsCloseReason.SELF_CLOSE`; its ``on_close`` has run when the block is left.
 
     Args:
-        callback: what handles the session.
+        callback: the callback of the session.
         timeout: seconds that each step of the peer may take.
         **session_settings: settings of `PsMultiClient`.
     """
@@ -400,11 +407,12 @@ def connected_session(
         contextlib.closing(near),
         PsMultiClient(callback, **session_settings) as bundle,
     ):
-        session = bundle._adopt(near)  # noqa: SLF001 - no socket of a stranger is for everyone
+        session = bundle._adopt(near)  # noqa: SLF001 - to adopt a socket is not public
         try:
             yield ConnectedSession(session, peer)
         finally:
-            # Ours is the first reason, and with the peer gone there is nothing to linger for.
+            # The session first, so that SELF_CLOSE is the reason. Then the peer, so that the
+            # session does not linger.
             session.close()
             peer.close()
 
@@ -415,7 +423,7 @@ class RecordedEvent(NamedTuple):
     Attributes:
         name: the method, without ``_async``: ``"on_message"``.
         session: `None` for ``on_start`` and ``on_stop``.
-        value: the message, the close reason or the owner; `None` for ``on_open`` and ``on_eof``.
+        value: the message, the close reason, or the owner; `None` for ``on_open`` and ``on_eof``.
     """
 
     name: str
@@ -424,7 +432,7 @@ class RecordedEvent(NamedTuple):
 
 
 class RecordingCallback(PsCallback):
-    """Records what is called, with what, in which order; answers messages if told how.
+    """Records the calls of its methods, with their arguments, in order; may answer messages.
 
     Attributes:
         events: all calls so far, in order, of all sessions.
@@ -439,9 +447,9 @@ class RecordingCallback(PsCallback):
         """Start with an empty record.
 
         Args:
-            reply: makes the answer to a message, which is then sent: ``lambda message: message``
-                is an echo.
-            use_async_callback: be an async callback; the record looks the same.
+            reply: a function that returns the answer to a message, which is then sent:
+                ``lambda message: message`` is an echo.
+            use_async_callback: be an async callback; the record is the same.
         """
         self.use_async_callback = use_async_callback
         self.events: list[RecordedEvent] = []
@@ -459,7 +467,7 @@ class RecordingCallback(PsCallback):
             session: count the calls for this one only.
 
         Raises:
-            AssertionError: too few calls within `timeout`; it lists what was called.
+            AssertionError: too few calls within `timeout`; the error lists the calls.
         """
         try:
             eventually(lambda: len(self.named(name, session)) >= count, timeout)
@@ -528,14 +536,14 @@ class RecordingCallback(PsCallback):
 
 
 class ServerFactory(Protocol):
-    """What the fixture `ps_server` is."""
+    """The type of the fixture `ps_server`."""
 
     def __call__(self, callback: PsCallback[Any], **settings: Any) -> PsServer:
         """Start a server as `serving` does."""
 
 
 class ClientFactory(Protocol):
-    """What the fixture `ps_client` is."""
+    """The type of the fixture `ps_client`."""
 
     def __call__(
         self,
@@ -580,10 +588,10 @@ _FIXTURES: dict[str, Callable[[], Iterator[Any]]] = {
     "ps_client": _connect_clients,
 }
 
-if not TYPE_CHECKING:  # for a type checker a module with a __getattr__ has every name there is
+if not TYPE_CHECKING:  # for a type checker, a module with a __getattr__ has every name
 
     def __getattr__(name: str) -> object:
-        """Make a fixture when it is imported for the first time: only then is pytest needed."""
+        """Make a fixture when it is imported for the first time, as only then pytest is needed."""
         if name not in _FIXTURES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:

@@ -1,4 +1,4 @@
-"""Types of the whole package, for type checkers: the only file whose imports look up."""
+"""The owners as types, for type checkers: the only file that imports from packages above it."""
 
 from __future__ import annotations
 

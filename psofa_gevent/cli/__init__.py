@@ -1,1 +1,1 @@
-"""The command line `psofa`."""
+"""The command line ``psofa``."""

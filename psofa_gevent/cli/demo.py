@@ -1,14 +1,14 @@
-"""The demo of the command line: a server and five clients in one process, and what they do.
+"""The demo of the command line: a server and five clients in one process, and their calls.
 
-It runs the callback of the README, the counter, at both ends of five real TCP connections on the
-loopback interface, and tells each call in a line. It ends by itself, in less than a second. The
-callbacks only put what happened into a queue; the greenlet that called `run` prints it, so nothing
-that happens to the output (a closed pipe) can happen to a session.
+It runs the counter, which is the callback of the README, at both ends of five real TCP connections
+on the loopback interface, and prints each call in a line. It ends by itself, in less than a second.
+The callbacks only put their calls into a queue, which the greenlet that called `run` prints. So an
+error of the output (a closed pipe) never reaches a session.
 
-How it ends does not depend on timing. An end that counts past `LIMIT` closes, and it has sent one
-message more than it has received by then; at most two of these can arrive glued together, so the
-other end counts past `LIMIT` too: both report SELF_CLOSE. Only the last client hangs up early, and
-so the server's session with it reports PEER_CLOSE.
+The end does not depend on timing. An end of a connection that counts past `LIMIT` closes. By then
+it has sent one message more than it has received. At most two of its messages can arrive in one
+chunk, so the other end counts past `LIMIT`, too: both report SELF_CLOSE. Only the last client hangs
+up early, so the server's session with it reports PEER_CLOSE.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ KEY = "inc"
 LIMIT = 3
 CLIENTS = 5
 PAUSE = 0.05
-"""Seconds of thought before each answer, so that the lines of the two ends alternate."""
+"""Seconds before each answer, so that the lines of the two ends alternate."""
 SPACING = 0.1
 """Seconds from one client to the next: two or three are connected at any time."""
 PATIENCE = 10.0
-"""Seconds without any news, after which the demo gives up."""
+"""Seconds without a call after which the demo gives up."""
 
 INTRODUCTION = f"""\
 A server and {CLIENTS} clients in one process, talking over real TCP connections.
@@ -57,7 +57,7 @@ MEANINGS = {
     PsCloseReason.SELF_CLOSE: "this end closed",
     PsCloseReason.PEER_CLOSE: "the other end closed",
 }
-"""The reasons that are to be expected here. Any other one is a failure of the demo."""
+"""The close reasons that are expected here. Any other one is a failure of the demo."""
 
 WHAT_NEXT = (
     ("{program} serve", "an echo server; talk to it with: nc 127.0.0.1 8710"),
@@ -81,7 +81,7 @@ class Call:
 
 
 class Story:
-    """What has happened since the demo began; told by the callbacks, read by `run`."""
+    """The calls since the demo began: the callbacks add them, `run` reads them."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -95,13 +95,13 @@ class Story:
         what: str,
         close_reason: PsCloseReason | None = None,
     ) -> None:
-        """Note a call. Never waits, never switches."""
+        """Add a call. Never waits, never switches."""
         seconds = time.monotonic() - self._began
         identity = str(session.connection_id)[:8] if session else "-"
         self._calls.put(Call(seconds, who, identity, callback, what, close_reason))
 
     def next(self, timeout: float) -> Call | None:
-        """The next call, waiting for it up to `timeout` seconds; ``None`` when there is none."""
+        """Wait up to `timeout` seconds for the next call and return it; ``None`` if none came."""
         try:
             call: Call = self._calls.get(timeout=timeout)
         except Empty:
@@ -110,7 +110,7 @@ class Story:
 
 
 class CounterCallback(PsCallback):
-    """The README's counter, for the server as well as for the clients."""
+    """The README's counter, for both the server and the clients."""
 
     def __init__(self, who: str, story: Story) -> None:
         self.who = who
@@ -149,14 +149,14 @@ class CounterCallback(PsCallback):
 
 
 class ImpatientCallback(CounterCallback):
-    """Counts too, but hangs up at the second message."""
+    """A counter that hangs up at the second message."""
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         inc = session.get_value(KEY) + 1
         if inc == 1:
             super().on_message(session, message)
             return
-        # The server answers within one PAUSE: it shall not send to a client that has gone.
+        # The server answers within one PAUSE, and must not send to a client that has gone.
         gevent.sleep(2 * PAUSE)
         session.set_value(KEY, inc)
         self.story.tell(self.who, session, "on_message", f'got "{message.decode()}", hangs up')
@@ -164,7 +164,7 @@ class ImpatientCallback(CounterCallback):
 
 
 def client_port(session: PsSession) -> object:
-    """The port that the client's end of the connection has: it tells which sessions are a pair."""
+    """The port of the client's end of the connection, which shows which sessions are a pair."""
     endpoint = (
         session.remote_endpoint if isinstance(session.owner, PsServer) else session.local_endpoint
     )
@@ -172,13 +172,16 @@ def client_port(session: PsSession) -> object:
 
 
 def run(program: str, out: TextIO) -> int:
-    """Run the demo and print it to `out`. The exit code: 0, or 1 when it did not go as it should.
+    """Run the demo and print it to `out`. Waits, in gevent's way.
 
-    Waits, in gevent's way. Releases all that it started, however it ends.
+    Releases everything that it started, however it ends.
 
     Args:
-        program: how the user calls the command line, for the hints at the end.
+        program: the command that the user types, for the hints at the end.
         out: where to print; with colours if it is a terminal and ``NO_COLOR`` is not set.
+
+    Returns:
+        The exit code: 0, or 1 if the demo did not go as expected.
     """
     printer = Printer(out)
     printer.line(INTRODUCTION)
@@ -215,7 +218,7 @@ def run(program: str, out: TextIO) -> int:
 
 
 def client_callbacks(story: Story) -> list[PsCallback]:
-    """A callback for each client: the last one is impatient."""
+    """Make a callback for each client; the last one is impatient."""
     patient = [CounterCallback(f"client {number}", story) for number in range(1, CLIENTS)]
     return [*patient, ImpatientCallback(f"client {CLIENTS}", story)]
 
@@ -228,7 +231,7 @@ class Printer:
         self._colours = wants_colours(out)
 
     def line(self, text: str = "") -> None:
-        """Print `text` at once, also into a pipe."""
+        """Print `text` at once, even into a pipe."""
         print(text, file=self._out, flush=True)
 
     def heading(self) -> None:
@@ -244,7 +247,7 @@ class Printer:
         self.line(f"{seconds}  {who}  {session}  {call.callback:10}  {call.what}")
 
     def summary(self, calls: list[Call]) -> None:
-        """Print what it came to."""
+        """Print the numbers of sessions, messages and close reasons."""
         named = Counter(call.callback for call in calls)
         reasons = Counter(call.close_reason for call in calls if call.close_reason)
         self.line(f"\n{named['on_open']} sessions, {named['on_message']} messages. They ended with")
@@ -252,7 +255,7 @@ class Printer:
             self.line(f"  {reason.name}  {count}  {MEANINGS.get(reason, '')}".rstrip())
 
     def what_next(self, program: str) -> None:
-        """Print what a newcomer may try now."""
+        """Print what a newcomer may try next."""
         rows = [(command.format(program=program), purpose) for command, purpose in WHAT_NEXT]
         width = max(len(command) for command, _ in rows)
         self.line("\nWhat next")
@@ -264,7 +267,7 @@ class Printer:
 
 
 def wants_colours(out: TextIO) -> bool:
-    """Whether `out` is a terminal, and the user has not asked for no colours (no-color.org)."""
+    """Whether `out` is a terminal with colours, and ``NO_COLOR`` is not set (no-color.org)."""
     return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a command line, or with the application that it names."""
+"""The errors in a command line, or in the application that it names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ __all__ = ["ModuleFailedError", "UsageError"]
 
 
 class UsageError(Exception):
-    """The command line asks for what is not there; its text is the one line that the user sees."""
+    """The command line is wrong. The text of this error is the one line that the user sees."""
 
 
 class ModuleFailedError(Exception):
-    """The served module raised, imported or called; ``__cause__`` is what it raised."""
+    """The served module raised when it was imported or called; ``__cause__`` is its exception."""

@@ -1,8 +1,8 @@
-"""Load the callback that ``serve module:attribute`` names.
+"""Loads the callback that ``serve module:attribute`` names.
 
-What is wrong with the name is the user's command line: `UsageError`, one line. What goes wrong
-inside the module is the module's: `ModuleFailedError` has it, and the module's own traceback. All
-of it runs in the main greenlet, before there is a server.
+A wrong name is an error in the command line: `UsageError`, one line. An error inside the module is
+the module's: `ModuleFailedError` has its exception, with the module's own traceback. All of it runs
+in the main greenlet, before there is a server.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["load_callback"]
 
 
 def load_callback(target: str) -> PsCallback:
-    """The callback that `target`, a ``module:attribute``, names.
+    """Load the callback that `target`, a ``module:attribute``, names.
 
-    The attribute may be a subclass of `PsCallback` (made without arguments), an instance of one, or
-    a function that returns one. The current directory is looked in first, as by ``python -m``.
+    The attribute may be a subclass of `PsCallback` (called without arguments), an instance of one,
+    or a function that returns one. The current directory is searched first, as by ``python -m``.
 
     Raises:
         UsageError: there is no such module or attribute, or it is not a callback.
@@ -60,8 +60,8 @@ def _import_module(name: str) -> object:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
-        # The module itself, or a package around it. Anything else is what the module wants to
-        # import: its traceback tells the user where.
+        # The module itself, or a package around it, is missing. Any other name is one that the
+        # module wants to import: its traceback tells the user where.
         if exc.name is not None and f"{name}.".startswith(f"{exc.name}."):
             raise UsageError(
                 f"no module named {exc.name!r}, neither installed nor in {os.getcwd()}"
@@ -84,7 +84,7 @@ def _as_callback(found: object, target: str) -> PsCallback:
     try:
         inspect.signature(found).bind()
     except ValueError:
-        pass  # written in C, and does not tell
+        pass  # it is written in C, and has no signature
     except TypeError as exc:
         raise UsageError(
             f"{target} cannot be called without arguments ({exc}); serve a function that gives them"
@@ -104,9 +104,9 @@ def _describe(value: object) -> str:
 
 
 def _of_the_module(trace: TracebackType | None) -> TracebackType | None:
-    """The traceback without the frames through which we came to the user's code.
+    """The traceback without the frames before the user's code.
 
-    ``None`` where nothing is left, for a syntax error: that tells its place itself.
+    ``None`` if no frame is left, as for a syntax error: that error has its place itself.
     """
     before_it = (os.path.dirname(__file__), os.path.dirname(importlib.__file__), "<frozen")
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(before_it):

@@ -1,12 +1,12 @@
 """The command line: ``demo`` shows the library, ``serve`` runs a callback on a port.
 
-Everything here runs in the main greenlet. What scripts may rely on: the first line of ``serve`` on
-the standard output is ``Listening on HOST:PORT``, and comes when the port is open; everything else
-is for people. Logs go to the standard error.
+Everything here but `interrupt` runs in the main greenlet. Scripts may rely on the first line of
+``serve`` on the standard output: it is ``Listening on HOST:PORT``, and comes when the port is open.
+All other output is for people. Logs go to the standard error.
 
-Exit codes: 0, it did what it should (``serve``: until Ctrl-C or SIGTERM); 1, it could not, or the
-served module is at fault (then with its traceback); 2, the command line is at fault. An error of
-ours is one line on the standard error.
+Exit codes: 0, success (``serve``: after Ctrl-C or SIGTERM); 1, failure, or an error in the served
+module (then with its traceback); 2, an error in the command line; 130, Ctrl-C outside of serving.
+Errors of the command line program itself are one line on the standard error.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from ``--help``, ``--version`` (0) and errors in the arguments (2).
         Exception: what the served callback's ``on_start`` raises.
     """
-    # Ctrl-C ends a program that waits. gevent would print a line for it, as for an error.
+    # Ctrl-C ends a program that waits. gevent would print a line for it, as it does for an error.
     hub = gevent.get_hub()
     hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
     program = program_name()
     parser = build_parser(program)
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        # Not by parse_args, which would refer to the help that doesn't list a command's options.
+        # Not by parse_args, whose error refers to a help that doesn't list a command's options.
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command is None:
         parser.print_help(sys.stderr)
@@ -125,20 +125,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_demo(program: str) -> int:
     """Run the demo; Ctrl-C ends it wherever it is.
 
-    Python would raise KeyboardInterrupt in whatever runs at the moment: in the hub's own code it
-    would end the hub. What a greenlet raises, gevent hands on to the main one, which waits.
+    Python would raise KeyboardInterrupt in whatever code runs at the moment: in the hub's own code
+    it would end the hub. gevent's handler runs in a greenlet, and gevent passes its exception on to
+    the main greenlet, which waits.
     """
     gevent.signal_handler(signal.SIGINT, interrupt)
     return demo.run(program, sys.stdout)
 
 
 def interrupt() -> None:
-    """What Ctrl-C does."""
+    """Handle Ctrl-C: raise `KeyboardInterrupt`."""
     raise KeyboardInterrupt
 
 
 def program_name() -> str:
-    """How the user called us, for texts that they can copy."""
+    """The command by which the user called the program, for texts that users can copy."""
     name = os.path.basename(sys.argv[0])
     if name == "__main__.py":
         return "python -m psofa_gevent"
@@ -146,13 +147,13 @@ def program_name() -> str:
 
 
 def version() -> str:
-    """The version of the package, and of what it runs on."""
+    """The versions of the package, of gevent and of Python."""
     python = f"{platform.python_implementation()} {platform.python_version()}"
     return f"psofa_gevent {__version__}, gevent {gevent.__version__}, {python}"
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
-    """The parser of the whole command line; `program` is how the user calls it."""
+    """Make the parser of the whole command line; `program` is the command that users type."""
     parser = Parser(
         prog=program,
         usage="%(prog)s {demo,serve} ...",
@@ -186,7 +187,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
 
 
 def add_serve_parser(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` what ``serve`` serves, and the options: one for every setting of `PsServer`."""
+    """Give `parser` the argument and the options of ``serve``: one per setting of `PsServer`."""
     parser.epilog = SERVE_EXAMPLES.format(program=parser.prog)
     parser.set_defaults(parser=parser)
     parser.add_argument(

@@ -1,10 +1,10 @@
-"""The options of ``serve``: one table, from which come the parser, its help and the settings.
+"""The options of ``serve``: one table, the source of the parser, its help and the settings.
 
-An option that is a setting of `PsServer` has its default and its help from the setting's
-description (`psofa_gevent.settings`); the table says how it is written. Where its text here differs
-from a value in Python, it is the table's.
+An option for a setting of `PsServer` takes its default and its help from the setting's description
+(`psofa_gevent.settings`), unless the table has its own. The table says how the option is written.
 
-Nothing here opens anything but the files of a certificate, and nothing switches.
+Nothing here opens anything but the files of a certificate and the sockets of systemd, and nothing
+switches.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SETTINGS = described(ServerSettings)
 
 
 def seconds(text: str) -> float:
-    """A time on the command line."""
+    """Convert a time on the command line."""
     value = float(text)
     if not 0 <= value <= LONGEST_TIME:
         raise ValueError(text)
@@ -52,12 +52,12 @@ def seconds(text: str) -> float:
 
 
 def permissions(text: str) -> int:
-    """A file's mode on the command line, in octal digits."""
+    """Convert a file's mode on the command line, in octal digits."""
     return int(text, 8)
 
 
 def word_or(number: Callable[[str], N], word: str) -> Callable[[str], N | None]:
-    """A converter for a setting that is a number, or `word`, which stands for ``None``."""
+    """Make a converter for a setting that is a number, or `word`, which stands for ``None``."""
 
     def convert(text: str) -> N | None:
         return None if text.lower() == word else number(text)
@@ -68,26 +68,26 @@ def word_or(number: Callable[[str], N], word: str) -> Callable[[str], N | None]:
 
 
 def heartbeat(text: str) -> tuple[int, bytes]:
-    """A heartbeat on the command line.
+    """Convert a heartbeat on the command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: `text` is not a heartbeat.
     """
     milliseconds, comma, message = text.partition(",")
     if not comma or not milliseconds.isdecimal():
         raise argparse.ArgumentTypeError(
             f"must be MILLISECONDS,TEXT, such as 30000,ping, not {text!r}"
         )
-    # Escapes only: "unicode_escape" takes anything else for Latin-1.
+    # First to ASCII with escapes: "unicode_escape" would take other bytes for Latin-1.
     escaped = message.encode("ascii", "backslashreplace").decode("unicode_escape")
     return int(milliseconds), escaped.encode()
 
 
 def raw_heartbeat(text: str) -> PsHeartbeat:
-    """One that no framing touches, on the command line.
+    """Convert a heartbeat that goes past the framing, on the command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: `text` is not a heartbeat.
     """
     milliseconds, _, digits = text.partition(",")
     try:
@@ -108,9 +108,9 @@ FRAMINGS: dict[str, Framing[bytes] | None] = {
     "length": LengthPrefix(),
     "varint": Varint(),
 }
-"""What ``--framing`` may be. Others, and their settings, are for programs."""
+"""The values of ``--framing``. Other framings, and settings of framings, are for programs."""
 OVERFLOWS = {each.name.lower().replace("_", "-"): each for each in PsOverflow}
-"""What ``--overflow`` may be."""
+"""The values of ``--overflow``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,11 @@ class Kind:
     """How an option is written.
 
     Attributes:
-        arguments: what `argparse.ArgumentParser.add_argument` takes for it.
-        word: what stands for ``None``.
-        values: what its words mean, where it has words only.
-        is_list: it may be given several times.
-        is_switch: it has no value.
+        arguments: the arguments of `argparse.ArgumentParser.add_argument` for it.
+        word: the word that stands for ``None``.
+        values: the settings that its words stand for, if the option only takes words.
+        is_list: whether it may be given several times.
+        is_switch: whether it has no value.
     """
 
     arguments: Mapping[str, Any]
@@ -133,23 +133,23 @@ class Kind:
 
 
 def number(convert: Callable[[str], Any], unit: str, word: str = "") -> Kind:
-    """A number, or a word in place of ``None``."""
+    """The kind of a number, or a word that stands for ``None``."""
     kind = word_or(convert, word) if word else convert
     return Kind({"type": kind, "metavar": unit} if unit else {"type": kind}, word)
 
 
 def text(name: str, convert: Callable[[str], Any] = str) -> Kind:
-    """A text, which `name` stands for in the help."""
+    """The kind of a text, for which the help has `name`."""
     return Kind({"type": convert, "metavar": name})
 
 
 def several(name: str) -> Kind:
-    """Texts, each with the option before it."""
+    """The kind of several texts, each with the option before it."""
     return Kind({"action": "append", "metavar": name}, is_list=True)
 
 
 def words(values: Mapping[str, Any]) -> Kind:
-    """One of a few words."""
+    """The kind of one of a few words."""
     return Kind({"choices": tuple(values)}, values=values)
 
 
@@ -161,14 +161,14 @@ IPV6 = Kind({"action": "store_const", "const": PsSocketAddressFamily.IPV6}, is_s
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option. Two with the same name in a group exclude each other.
+    """One option. Two options of the same name in a group exclude each other.
 
     Attributes:
-        name: the setting of `PsServer` that it is, or else what ``serve`` calls it.
+        name: the name of its setting of `PsServer`, or else its name in ``serve``.
         kind: how it is written.
-        flag: by default ``--`` and the name.
+        flag: its flag; by default ``--`` and the name.
         says: its help; by default that of the setting.
-        default: by default that of the setting. One that is given stands in `says`, too.
+        default: its default; by default that of the setting. If it is given, `says` must name it.
     """
 
     name: str
@@ -179,7 +179,7 @@ class Option:
 
     @property
     def option(self) -> str:
-        """As it is typed."""
+        """The option as users type it."""
         return self.flag or f"--{self.name.replace('_', '-')}"
 
 
@@ -307,7 +307,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
 }
 OPTIONS = [option for group in GROUPS.values() for option in group]
 FLAGS = {option.name: option.option for option in reversed(OPTIONS)}
-"""The options by the names of settings; of two that exclude each other the first."""
+"""The options by the names of settings; of two that exclude each other, the first one."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -332,17 +332,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(option: Option) -> Any:
-    """What the parser gives for an option that is not given: text, where that is converted."""
+    """The parser's default for an option: a word if the kind has a word for it."""
     default = SETTINGS[option.name].default if option.default is ... else option.default
     if option.kind.is_list:
-        return None  # argparse would add to it
+        return None  # argparse would append to a default
     if option.kind.values:
         return next(word for word, value in option.kind.values.items() if value == default)
     return option.kind.word or None if default is None else default
 
 
 def _help(option: Option) -> str:
-    """The help of an option, with its default. One that says a default of its own tells it."""
+    """The help of an option, with its default, unless the option has its own default in `says`."""
     if option.default is not ...:
         return option.says
     setting, kind = SETTINGS[option.name], option.kind
@@ -360,12 +360,12 @@ def _help(option: Option) -> str:
 
 
 def _with_options(match: re.Match[str]) -> str:
-    """A name of a description: that of the option, if there is one."""
+    """Replace a setting's name in a description by its option, if there is one."""
     return FLAGS.get(match[1], match[1])
 
 
 def as_typed(message: str) -> str:
-    """The message of a setting's error, which begins with its name, with the option's instead."""
+    """A setting's error message with the option in place of the setting's name, its first word."""
     name, _, rest = message.partition(" ")
     return f"{FLAGS[name]} {rest}" if name in FLAGS else message
 
@@ -374,10 +374,10 @@ def as_typed(message: str) -> str:
 
 
 def server_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What `PsServer` takes, of the command line.
+    """The settings of `PsServer` on the command line.
 
     Raises:
-        UsageError: options contradict each other, or ask for what is not there.
+        UsageError: options contradict each other, or their files or sockets can't be used.
     """
     if args.trusted_proxies is not None and not args.proxy_protocol:
         raise UsageError("--trusted-proxy needs --proxy-protocol")
@@ -386,7 +386,7 @@ def server_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _value(option: Option, args: argparse.Namespace) -> Any:
-    """The setting for what the parser has read."""
+    """The setting for the value that the parser has read."""
     value = getattr(args, option.name)
     if option.kind.values:
         return option.kind.values[value]
@@ -396,7 +396,7 @@ def _value(option: Option, args: argparse.Namespace) -> Any:
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
-    """Where to listen: what --host, --port, --listener and --ipv6 say together."""
+    """The settings of where to listen, from --host, --port, --listener and --ipv6 together."""
     if args.listener is not None:
         if args.host is not None:
             raise UsageError(f"--listener must not be given besides a --host ({args.host})")
@@ -411,7 +411,7 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def listeners(texts: Sequence[str]) -> list[Given]:
-    """What the command line's addresses stand for.
+    """Convert the addresses of --listener.
 
     Raises:
         UsageError: one of them is not an address, or systemd gave no socket.
@@ -436,10 +436,10 @@ def listeners(texts: Sequence[str]) -> list[Given]:
 
 
 def from_systemd() -> list[Given]:
-    """The sockets of the socket unit.
+    """The sockets of the systemd socket unit.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no sockets, or they can't be used.
     """
     try:
         sockets = systemd.listen_sockets()
@@ -461,7 +461,7 @@ def _host(host: str, address: str) -> str:
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
-    """The context that serves TLS with these files; ``None`` without them.
+    """Make the context that serves TLS with these files; ``None`` without them.
 
     Raises:
         UsageError: the files cannot be used.

@@ -1,6 +1,6 @@
-"""What ``serve`` prints: where the server can be reached, and how to try it.
+"""The text that ``serve`` prints: where the server can be reached, and how to try it.
 
-Its first line, ``Listening on HOST:PORT``, is for scripts too.
+Its first line, ``Listening on HOST:PORT``, is for scripts, too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from psofa_gevent.net.unix import unix_path
 __all__ = ["where_to_reach"]
 
 HEADER_BY_HAND = r"(printf 'PROXY UNKNOWN\r\n'; cat) | "
-"""What a load balancer would send before all else."""
+"""A shell command that sends first what a load balancer would send: a PROXY header."""
 
 
 def where_to_reach(
     *addresses: tuple[object, ...], serving: str, has_tls: bool = False, has_header: bool = False
 ) -> str:
-    """What ``serve`` prints when it listens there; its first line is for scripts too."""
+    """Return the text for these addresses; its first line is for scripts, too."""
     header = HEADER_BY_HAND if has_header else ""
     address, *others = addresses
     lines = [f"Listening on {_where(address)}"]
@@ -53,7 +53,7 @@ def _where(address: tuple[object, ...]) -> str:
 
 
 def _reached_at(wildcard: str, port: object) -> list[str]:
-    """The machine's addresses, if the extra that tells them is installed."""
+    """Rows with the machine's addresses, or with a hint if the extra ``network`` is missing."""
     try:
         addresses = local_addresses(PsSocketAddressFamily.IPV4)
         if ":" in wildcard:  # dual-stack: both
@@ -72,7 +72,7 @@ def _row(label: str, text: str) -> str:
 
 
 def _host_with_zone(address: tuple[object, ...]) -> str:
-    """The host of a socket's name; a link-local one with its zone, which the tuple has apart."""
+    """The host of a socket address; a link-local one with its zone, which the tuple has apart."""
     host = str(address[0])
     scope_id = address[3] if len(address) > 3 else 0
     if not isinstance(scope_id, int) or scope_id == 0:

@@ -1,8 +1,8 @@
-"""The command ``serve``: find the callback, make room, listen, and say where to reach it.
+"""The command ``serve``: loads the callback, raises the limit of open files, listens and serves.
 
-All of it runs in the main greenlet of the command line program, before the server accepts its first
-connection. What a user can get wrong raises `UsageError`, whose text is one line; what goes wrong
-inside the user's module is the user's: `ModuleFailedError`.
+It runs in the main greenlet of the command line program; `announce` and `reload_tls` run in other
+greenlets. Errors in the command line raise `UsageError`, whose text is one line; errors inside the
+user's module raise `ModuleFailedError`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ __all__ = ["discard_output", "run"]
 logger = logging.getLogger("psofa_gevent")
 
 OPEN_MAX = 10_240
-"""What macOS grants where its hard limit says "unlimited", which it refuses (setrlimit(2))."""
+"""Open files that macOS grants. Its hard limit may be "unlimited", which it refuses to set
+(setrlimit(2))."""
 
 
 class EchoCallback(PsCallback):
-    """Sends back what it gets: what ``serve`` serves when it is told nothing else."""
+    """Sends each message back: the default callback of ``serve``."""
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         session.send(message)
 
 
 def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
-    """The server that the command line describes.
+    """Make the server that the command line describes.
 
     Raises:
-        UsageError: it describes none: an option, or the callback, is not what it should be.
+        UsageError: an option or the callback is wrong.
     """
     try:
         return PsServer(callback, **server_settings(args))
@@ -56,10 +57,10 @@ def make_server(callback: PsCallback, args: argparse.Namespace) -> PsServer:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; waits until the server has been shut down. The exit code is 0.
+    """Run the command until the server has been shut down, and return the exit code 0.
 
     Raises:
-        UsageError: the command line asks for what is not there, or cannot be.
+        UsageError: the command line is wrong.
         PsServerError: the server could not start.
         ModuleFailedError: the served module raised when it was loaded.
         Exception: what the callback's ``on_start`` raises.
@@ -77,15 +78,15 @@ def run(args: argparse.Namespace) -> int:
             has_tls=args.certificate is not None,
             has_header=args.proxy_protocol,
         )
-        # A greenlet of its own runs when this one waits, and by then the signal handlers are set: a
-        # script may send a signal as soon as it has read the first line.
+        # In another greenlet, which runs when this one waits. By then the signal handlers are set:
+        # a script may send a signal as soon as it has read the first line.
         gevent.spawn(announce, text)
         server.serve_forever(shutdown_timeout=args.shutdown_timeout, drain=args.drain)
     return 0
 
 
 class UntilSetUp(logging.StreamHandler[TextIO]):
-    """Prints records as long as there is no other handler for them."""
+    """A log handler that prints records as long as there is no other handler for them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not (logging.getLogger().handlers or has_handlers_of_the_program()):
@@ -94,10 +95,10 @@ class UntilSetUp(logging.StreamHandler[TextIO]):
 
 @contextlib.contextmanager
 def showing_records_until_set_up() -> Iterator[None]:
-    """The time in which the application is imported, and may set up logging, or not yet.
+    """Show warnings and errors while the application is imported, until it sets up logging.
 
-    Python itself shows warnings and errors of loggers that have no handler; ours has one, which
-    shows nothing.
+    Python itself shows warnings and errors of loggers that have no handler; the library's logger
+    has a handler, which shows nothing.
     """
     handler = UntilSetUp()
     handler.setLevel(logging.WARNING)
@@ -109,15 +110,16 @@ def showing_records_until_set_up() -> Iterator[None]:
 
 
 def has_handlers_of_the_program() -> bool:
-    """Whether somebody else has given our logger a handler."""
+    """Whether the program has given the library's logger a handler."""
     return any(not isinstance(each, (logging.NullHandler, UntilSetUp)) for each in logger.handlers)
 
 
 def set_up_logging(level: str | None) -> None:
     """Log to the standard error, unless the application has set up logging.
 
-    Then its handlers, levels and formats stay as they are: `level`, if it was asked for, is that of
-    our own logger. So does a level that it has given to the root logger, and no handler.
+    If it has, its handlers, levels and formats stay as they are, and `level`, unless ``None``, is
+    set on the library's logger only. If the application has only set a level of the root logger,
+    and `level` is ``None``, that level stays, too.
     """
     root = logging.getLogger()
     if not (root.handlers or has_handlers_of_the_program()):
@@ -134,9 +136,9 @@ def set_up_logging(level: str | None) -> None:
 def reloading_on_sighup(
     server: PsServer, certificate: str | None, key: str | None
 ) -> Iterator[None]:
-    """Read the certificate again whenever SIGHUP comes, also where that was ignored (nohup).
+    """Read the certificate again whenever SIGHUP comes, even if SIGHUP was ignored (nohup).
 
-    Where the application has set a handler for SIGHUP, that stays.
+    If the application has set a handler for SIGHUP, that handler stays.
     """
     if signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN):
         yield
@@ -149,7 +151,7 @@ def reloading_on_sighup(
 
 
 def reload_tls(server: PsServer, certificate: str | None, key: str | None) -> None:
-    """Serve new connections with what the files have now. What is wrong with them is logged."""
+    """Serve new connections with the certificate now in the files. Errors in them are logged."""
     try:
         context = tls_context(certificate, key)
     except UsageError as exc:
@@ -163,7 +165,7 @@ def reload_tls(server: PsServer, certificate: str | None, key: str | None) -> No
 
 
 def announce(text: str) -> None:
-    """Print `text` at once, also into a pipe. Who doesn't read it shall be served all the same."""
+    """Print `text` at once, even into a pipe. If the pipe is closed, the server goes on."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -171,9 +173,9 @@ def announce(text: str) -> None:
 
 
 def discard_output() -> None:
-    """Let the standard output go nowhere: whoever read it (``| head``) has gone.
+    """Discard the standard output, whose reader (``| head``) has gone.
 
-    What is still in its buffer would raise `BrokenPipeError` once more when the interpreter ends.
+    Otherwise the rest of its buffer would raise `BrokenPipeError` again at the interpreter's end.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -182,7 +184,7 @@ def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one, as far as the system allows.
 
     Each session takes a descriptor, and the soft limit is often 256 or 1,024 for the sake of old
-    programs that use `select.select`. A refusal is logged, and no error.
+    programs that use `select.select`. A refusal is only logged.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY

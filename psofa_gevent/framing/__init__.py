@@ -1,14 +1,14 @@
 """Messages instead of chunks: TCP is a stream of bytes, and a framing cuts it into messages.
 
-Give one to ``PsServer(…, framing=Line())``, `PsClient` or `PsMultiClient`: then ``on_message`` gets
-whole messages, one call each, and ``send`` takes whole messages.
+Pass a framing to `PsServer` (``PsServer(…, framing=Line())``), `PsClient` or `PsMultiClient`: then
+each call of ``on_message`` gets one whole message, and ``send`` takes whole messages.
 
-All of it is sans-I/O: bytes in, messages out. Nothing here knows of sockets, greenlets or time. A
-`Framing` holds settings and serves any number of connections; what is kept of one connection is in
-its `Decoder`. A framing of your own is a small class: see `Framing`.
+All of it is sans-I/O: bytes in, messages out. Nothing here knows of sockets or greenlets. A
+`Framing` holds settings and serves any number of connections; a `Decoder` keeps the bytes of one
+connection. A framing of your own is a small class: see `Framing`.
 
-To add one to the library: a class in a file of this package, its name here and in ``__all__``, and
-in `psofa_gevent.cli.options` for the command line.
+To add a framing to the library: write its class in a file of this package, add its name here and to
+``__all__``, and add it to `psofa_gevent.cli.options` for the command line.
 """
 
 from psofa_gevent.errors import PsFramingError

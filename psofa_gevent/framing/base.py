@@ -1,19 +1,19 @@
-"""What a framing is, and what a decoder promises.
+"""The base classes of framings and decoders, and what a decoder promises.
 
-A decoder is fed with bytes as they come and gives out messages. It keeps the bytes of the one
-message that is not whole yet, never more than ``max_size`` and what frames it. The decoders of this
-package look at each byte once, however the stream was cut, so a message that comes byte by byte
-costs no more than that.
+A decoder gets bytes as they come and returns messages. It keeps the bytes of the one message that
+is not whole yet: never more than ``max_size`` and the bytes that frame the message. The decoders of
+this package look at each byte once, wherever the stream was cut. So a message that comes byte by
+byte costs no more than one that comes at once.
 
-A framing of one's own that only has `Framing.decode` is asked with each piece that comes, so that
-no message is late; `Need` spares it the questions that it can't answer yet. The bytes that are kept
-for it are never copied for that: they grow in an `io.BytesIO`, which gives them out as ``bytes``
-without a copy, and goes on in the same memory when nobody holds those any more. 20 MiB in reads of
-64 KiB take 10 ms, of which a join for each read would make 1.5 s.
+For an application's framing that only has `Framing.decode`, the library calls ``decode`` with each
+chunk that comes, so that no message is late; with `Need` the framing avoids calls that come too
+early. These calls never copy the kept bytes: they grow in an `io.BytesIO`, which returns them as
+``bytes`` without a copy, and goes on in the same memory when no one holds these ``bytes`` any more.
+20 MiB in reads of 64 KiB take 10 ms; with a join for each read they would take 1.5 s.
 
-Line ends in front of a message are what many peers keep a connection alive with (STOMP's
-heart-beats, the CRLF of RFC 5626 for SIP). As long as nothing else has come, no message has begun
-for a decoder that has to look for its end.
+Many peers keep a connection alive with line ends in front of a message (STOMP's heart-beats, the
+CRLF of RFC 5626 for SIP). For a decoder that looks for the end of a message, no message has begun
+as long as only line ends have come.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 DEFAULT_MAX_SIZE = 1_048_576
-"""Bytes of a message. A peer can make a session keep so much: give no more than is needed."""
+"""Bytes of a message. A peer can make a session keep this much: allow no more than is needed."""
 LARGEST_SIZE = 2**31 - 1
+"""Bytes: the largest size that a setting may have."""
 _line_ends = re.compile(rb"[\r\n]*").match
 MOST_LINE_ENDS = 65_536
-"""How many of them, in front of a message, do not count for ``max_size``: as many as a read has."""
+"""Bytes: this many line ends in front of a message do not count for ``max_size``. One read has as
+many."""
 
 
 class Skip(enum.Enum):
@@ -60,16 +62,16 @@ class Skip(enum.Enum):
 
 
 SKIP: Final = Skip.SKIP
-"""What `Framing.decode` returns instead of a message: there is none in the bytes up to the end."""
+"""What `Framing.decode` returns instead of a message: the bytes up to the index are not one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What `Framing.decode` returns to be asked again when more has come, and not earlier.
+    """What `Framing.decode` returns to be called again only when enough bytes have come.
 
     Attributes:
-        n: bytes that must be there, counted from `start`: more than there are, and at most
-            ``max_size``.
+        n: the number of bytes from `start` on that must be there: more than there are now, and at
+            most ``max_size``.
     """
 
     n: int
@@ -82,13 +84,13 @@ class Need:
 
 
 Decoded: TypeAlias = tuple[T | Skip, int] | Need | None
-"""What `Framing.decode` may return; ``Decoded[bytes]`` where the messages are bytes."""
+"""What `Framing.decode` may return; ``Decoded[bytes]`` if the messages are bytes."""
 
 
 class Framing(Generic[T]):
-    """How messages of type `T` are cut out of a stream of bytes, and put into one.
+    """Cuts a stream of bytes into messages of type `T`, and makes bytes of messages.
 
-    For a framing of your own override `decode` and `encode`. This one is that of
+    For a framing of your own override `decode` and `encode`. This example is the framing of
     https://cr.yp.to/proto/netstrings.txt::
 
         class Netstring(Framing[bytes]):
@@ -117,8 +119,8 @@ class Framing(Generic[T]):
                 return netstring
 
     Attributes:
-        max_size: the most bytes that are kept of a message that is not whole. Line ends (CR, LF) in
-            front of it do not count, up to 65,536 of them.
+        max_size: the most bytes that a decoder keeps of a message that is not whole. Line ends (CR,
+            LF) in front of it do not count, up to 65,536 bytes of them.
     """
 
     max_size: int = DEFAULT_MAX_SIZE
@@ -126,49 +128,49 @@ class Framing(Generic[T]):
     def decode(self, data: bytes, start: int) -> Decoded[T]:
         """Find the first message.
 
-        It is asked whenever more has come, so it should look only at as much as it must: a message
-        of which each question looks at all bytes costs the square of its size. `Need` saves most
-        of the questions where a length comes first.
+        It is called whenever more bytes have come, so it should look at as few bytes as possible:
+        if each call looks at all bytes, a message costs the square of its size. If a length comes
+        first, `Need` avoids most of the calls.
 
         Args:
-            data: bytes that have come. (It may be kept, or a part of it as a ``memoryview``; but
+            data: bytes that have come. (You may keep it, or a part of it as a ``memoryview``, but
                 then the next bytes cost a copy of it.)
-            start: the index in `data` of the first byte that belongs to no earlier message; there
-                is at least this one.
+            start: the index in `data` of the first byte that belongs to no earlier message; this
+                byte is always there.
 
         Returns:
-            The message, and the index behind it: more than `start`. `SKIP`, and the index behind
-            what is no message: keep-alive bytes, padding, noise. It is gone then, and counts
-            neither for ``frame_timeout`` nor for `max_size`; skip all that can be skipped in one
-            go. ``None``: no message is whole yet; ask again when more has come. ``Need(n)``: ask
-            again when there are n bytes from `start` on.
+            The message, and the index behind it, which is more than `start`. Or `SKIP`, and the
+            index behind bytes that are not a message: keep-alive bytes, padding, noise. They are
+            dropped, and count neither for ``frame_timeout`` nor for `max_size`; skip as many as
+            possible in one call. Or ``None``: no message is whole yet; call again when more has
+            come. Or ``Need(n)``: call again when there are n bytes from `start` on.
 
         Raises:
             PsFramingError: these bytes can't be the beginning of a message. Any other exception
-                counts as that, too, and so does an index or a `Need` that can't be.
+                has the same effect, and so has an impossible index or `Need`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no decode")
 
     def encode(self, message: T) -> bytes:
-        """The bytes that stand for `message` in the stream.
+        """Return the bytes that stand for `message` in the stream.
 
         Raises:
             PsFramingError: this framing can't carry such a message.
-            TypeError: it is of the wrong type.
+            TypeError: `message` is of the wrong type.
         """
         raise NotImplementedError(f"{type(self).__name__} has no encode")
 
     def decoder(self) -> Decoder[T]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _DecodeAgain(self)
 
     def typed(self, decode: Callable[[T], U], encode: Callable[[U], T | str]) -> Framing[U]:
-        """The same framing with messages of another type.
+        """Return the same framing with messages of another type.
 
         Args:
-            decode: makes of each message what ``on_message`` gets; whatever it raises is a
-                malformed message.
-            encode: makes of what is sent a message of this framing.
+            decode: converts each message to the object that ``on_message`` gets; if it raises, the
+                message is malformed.
+            encode: converts each object that is sent to a message of this framing.
 
         ::
 
@@ -181,11 +183,12 @@ class Decoder(Generic[T]):
     """Cuts the bytes of one connection into messages.
 
     Attributes:
-        spent: it takes no more; what comes is another framing's (`Raw` with a size).
-        skips: how often it has skipped bytes that a message seemed to begin with: what it keeps
-            begins after those, and after the last message that it gave out.
-        left_off: the iterator has ended early, since its turn was over: feed it with no bytes to
-            go on.
+        spent: the decoder takes no more bytes; further bytes are for another framing (`Raw` with a
+            size).
+        skips: how often it has skipped bytes that seemed to begin a message. The bytes that it
+            keeps begin after those, and after the last message that it returned.
+        left_off: the iterator has ended early, since its turn was over: call `feed` with no bytes
+            to go on.
     """
 
     spent = False
@@ -193,28 +196,30 @@ class Decoder(Generic[T]):
     left_off = False
 
     def take_turns(self, seconds: float) -> None:
-        """Leave off when bytes without a message have taken so long.
+        """Leave off when skipping bytes without a message has taken `seconds`.
 
-        Only one that asks others for each thing that it skips needs it; the rest skip at once.
+        Only a decoder that calls foreign code for each skip needs it; the others skip in one step.
         """
 
     def feed(self, data: bytes) -> Iterator[T]:
-        """The messages that are whole with `data`, which has just come.
+        """Iterate over the messages that are whole with `data`, which has just come.
 
-        The iterator may be left after any message, for good: then `unread` has what is left.
+        The caller may leave the iterator after any message, for good: then `unread` returns the
+        rest of the bytes.
 
         Raises:
-            PsFramingError: raised by the iterator, after the messages before it.
+            PsFramingError: the iterator raises it for malformed bytes, after the messages before
+                them.
         """
         raise NotImplementedError
 
     def unread(self) -> bytes:
-        """What belongs to no message that was given out. The decoder is not used any more."""
+        """The bytes that belong to no message that was returned. Ends the use of the decoder."""
         raise NotImplementedError
 
     @property
     def kept(self) -> int:
-        """Bytes kept of a message that is not whole."""
+        """The number of bytes kept of a message that is not whole."""
         raise NotImplementedError
 
     @property
@@ -224,7 +229,7 @@ class Decoder(Generic[T]):
 
 
 class LineEnds:
-    """Counts the line ends in front of what a decoder keeps, looking at each byte once."""
+    """Counts the line ends in front of the bytes that a decoder keeps. Looks at each byte once."""
 
     __slots__ = ("_looked_at", "count")
 
@@ -233,38 +238,38 @@ class LineEnds:
         self._looked_at = 0
 
     def look(self, data: bytes | bytearray, at: int) -> int:
-        """How many there are in `data` from `at` on, where more has come since the last look."""
+        """Count the line ends in `data` from `at` on, also those since the last look."""
         if self.count == self._looked_at:
             found = _line_ends(data, at + self.count)
-            assert found is not None  # it may be of none
+            assert found is not None  # it may be empty
             self.count = found.end() - at
         self._looked_at = len(data) - at
         return self.count
 
     def restart(self) -> None:
-        """Something else is kept now."""
+        """Count anew: the decoder keeps other bytes now."""
         self.count = self._looked_at = 0
 
 
 class _DecodeAgain(Decoder[T]):
-    """Asks `Framing.decode` again whenever more has come."""
+    """Calls `Framing.decode` again whenever more bytes have come."""
 
     def __init__(self, framing: Framing[T]) -> None:
         self._framing = framing
         self._buffer: io.BytesIO | None = None
-        """All that has come of what is not whole, and maybe something before that."""
+        """All bytes of the message that is not whole, and possibly bytes before it."""
         self._data = b""
-        """What is being decoded: whoever holds that makes the buffer copy it at the next write."""
+        """The bytes being decoded. While anything holds them, the next write copies the buffer."""
         self._at = 0
-        """Where in either of them the bytes begin that belong to no message given out."""
+        """The index in `_buffer` or `_data` of the first byte of no message that was returned."""
         self._kept_from = 0
-        """The same, when it was fed for the last time."""
+        """The value of `_at` at the end of the last `feed`."""
         self._need = 0
-        """Bytes that there must be from there on, to ask again."""
+        """Bytes from `_at` on that must be there before the next call of ``decode``."""
         self._turn = 0.0
-        """Seconds after which it leaves off; 0: it does not."""
+        """Seconds of skipping after which it leaves off; 0: never."""
         self._turn_until = 0.0
-        """When that is; 0: nothing was skipped since it was fed."""
+        """When the turn ends (monotonic clock); 0: nothing was skipped in this `feed`."""
         self._line_ends = LineEnds()
 
     def take_turns(self, seconds: float) -> None:
@@ -305,7 +310,7 @@ class _DecodeAgain(Decoder[T]):
         self._keep(data, at)
 
     def _leaves_off(self, left: int) -> bool:
-        """Whether the turn is over, after one more skip, with so many bytes left to look at."""
+        """Note one more skip; return whether the turn is over while `left` bytes are left."""
         self.skips += 1
         if not self._turn:
             return False
@@ -332,7 +337,7 @@ class _DecodeAgain(Decoder[T]):
         )
 
     def _check_need(self, need: object, there: int) -> int:
-        """The bytes that there must be; 0: any number of them."""
+        """Return the number of bytes that must be there for the next call; 0: any number."""
         if need is None:
             return 0
         if not isinstance(need, Need):
@@ -346,7 +351,7 @@ class _DecodeAgain(Decoder[T]):
         return need.n
 
     def _keep(self, data: bytes, at: int) -> None:
-        """Keep what is in `data` from `at` on: of no message, or of one that is not whole."""
+        """Keep the bytes of `data` from `at` on, which are not a whole message."""
         self._data = b""
         kept = len(data) - at
         if at > self._kept_from:
@@ -380,7 +385,7 @@ class _DecodeAgain(Decoder[T]):
 
 
 class _Typed(Framing[U]):
-    """Another framing's messages, made into another type."""
+    """A framing whose messages are those of another framing, converted to another type."""
 
     def __init__(
         self, framing: Framing[Any], decode: Callable[[Any], U], encode: Callable[[U], Any]
@@ -436,12 +441,12 @@ def _name(function: object) -> str:
 
 
 def _malformed(framing: Framing[Any], exc: Exception) -> PsFramingError:
-    # Not its repr: that of a UnicodeDecodeError has the whole message, escaped.
+    # Not the repr of the exception: that of a UnicodeDecodeError has the whole message, escaped.
     return PsFramingError(f"{framing!r}: malformed: {type(exc).__name__}: {exc}")
 
 
 def too_large(framing: object, size: int | str) -> PsFramingError:
-    """The error for a message of `size` bytes, or what is known of it."""
+    """Make the error for a message of `size` bytes; a text if the exact size is not known."""
     return PsFramingError(f"{framing!r}: a message of {size} bytes is larger than max_size")
 
 
@@ -449,8 +454,8 @@ def check_size(name: str, value: object, least: int = 1, most: int = LARGEST_SIZ
     """Return `value`, a number of bytes.
 
     Raises:
-        TypeError: it is no whole number.
-        ValueError: it is less than `least` or more than `most`.
+        TypeError: `value` is not a whole number.
+        ValueError: `value` is less than `least` or more than `most`.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number of bytes, not {value!r}")

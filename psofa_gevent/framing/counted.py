@@ -1,4 +1,4 @@
-"""Framings in which a message's size is known before it comes, by a length or by agreement."""
+"""Framings in which the size of a message is known before it comes, by a length or by agreement."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from psofa_gevent.messages import Message, as_bytes
 __all__ = ["FixedSize", "LengthPrefix", "Raw", "Varint"]
 
 STRUCT_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
-"""Sizes that the machine has numbers of."""
+"""The `struct` code for each size, in bytes, that `struct` has."""
 LONGEST_VARINT = 5
-"""Bytes: protobuf's own readers take lengths of up to 32 bits."""
+"""Bytes of a length: protobuf's own readers take lengths of up to 32 bits."""
 
 
 class LengthPrefix(Framing[bytes]):
     """Each message comes after its length, a number of `size` bytes.
 
-    ``on_message`` gets the message without the length, and ``send`` adds it. What protocols do
-    besides is said in the terms of Netty's ``LengthFieldBasedFrameDecoder``: a header before the
-    length field (`offset`), which belongs to the message, and a length that counts more or less
-    than what follows it (`adjustment`, `includes_prefix`).
+    ``on_message`` gets the message without the length, and ``send`` adds it. Further settings, in
+    the terms of Netty's ``LengthFieldBasedFrameDecoder``, are for protocols that have a header
+    before the length field, which belongs to the message (`offset`), or a length that counts more
+    or fewer bytes than follow it (`adjustment`, `includes_prefix`).
 
     =========================================  =====================================
     on the wire                                settings
@@ -61,11 +61,12 @@ class LengthPrefix(Framing[bytes]):
 
         Args:
             size: bytes of the length field, 1 to 8.
-            byteorder: which of its bytes is the first: "big" is network byte order.
+            byteorder: the order of its bytes, "big" or "little"; "big" is network byte order.
             offset: bytes of the message before the length field.
-            adjustment: what is added to the length to get the number of bytes after the field.
-            includes_prefix: whether the length counts the field itself and what is before it.
-            max_size: bytes of a message, without its length field.
+            adjustment: the number to add to the length to get the number of bytes after the field.
+            includes_prefix: whether the length also counts the field itself and the bytes before
+                it.
+            max_size: the most bytes of a message, without its length field.
 
         Raises:
             TypeError: a setting is of the wrong type.
@@ -84,7 +85,7 @@ class LengthPrefix(Framing[bytes]):
         if offset > max_size:
             raise ValueError(f"offset must be at most max_size={max_size}, not {offset}")
         self._added = adjustment - (offset + size if includes_prefix else 0)
-        """To the length, for the bytes after the field."""
+        """The number to add to the length to get the number of bytes after the field."""
         self._struct = None
         if size in STRUCT_CODES:
             self._struct = struct.Struct((">" if byteorder == "big" else "<") + STRUCT_CODES[size])
@@ -97,7 +98,7 @@ class LengthPrefix(Framing[bytes]):
         )
 
     def encode(self, message: Message) -> bytes:
-        """`message` with its length."""
+        """Return `message` with its length."""
         data = message if type(message) is bytes else as_bytes(message)
         if len(data) > self.max_size:
             raise too_large(self, len(data))
@@ -119,11 +120,11 @@ class LengthPrefix(Framing[bytes]):
             raise PsFramingError(f"{self!r}: the length {length} does not fit") from None
 
     def decoder(self) -> Decoder[bytes]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _LengthDecoder(self, self._length_reader())
 
     def _length_reader(self) -> Callable[[bytes, int], tuple[int, ...]]:
-        """What reads the length field of a message that begins at an index of some bytes."""
+        """Return a function of bytes and an index: it reads the length of the message there."""
         offset, size, byteorder = self.offset, self.size, self.byteorder
         if self._struct is None:
             return lambda data, at: (
@@ -136,15 +137,15 @@ class LengthPrefix(Framing[bytes]):
 class Varint(Framing[bytes]):
     """Each message comes after its length as a base-128 varint, as in protobuf's delimited streams.
 
-    That is what ``writeDelimitedTo`` (Java), ``google.protobuf.proto.serialize_length_prefixed``
-    (Python) and ``SerializeDelimitedToOstream`` (C++) write.
+    ``writeDelimitedTo`` (Java), ``google.protobuf.proto.serialize_length_prefixed`` (Python) and
+    ``SerializeDelimitedToOstream`` (C++) write this format.
     """
 
     def __init__(self, *, max_size: int = DEFAULT_MAX_SIZE) -> None:
         """Check the settings.
 
         Args:
-            max_size: bytes of a message, without its length.
+            max_size: the most bytes of a message, without its length.
 
         Raises:
             TypeError: a setting is of the wrong type.
@@ -156,7 +157,7 @@ class Varint(Framing[bytes]):
         return f"Varint(max_size={self.max_size})"
 
     def encode(self, message: Message) -> bytes:
-        """`message` with its length."""
+        """Return `message` with its length."""
         data = message if type(message) is bytes else as_bytes(message)
         length = len(data)
         if length > self.max_size:
@@ -169,7 +170,7 @@ class Varint(Framing[bytes]):
         return bytes(prefix) + data
 
     def decoder(self) -> Decoder[bytes]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _VarintDecoder(self)
 
 
@@ -192,29 +193,29 @@ class FixedSize(Framing[bytes]):
         return f"FixedSize({self.size})"
 
     def encode(self, message: Message) -> bytes:
-        """`message` as it is."""
+        """Return `message` as it is."""
         data = as_bytes(message)
         if len(data) != self.size:
             raise PsFramingError(f"{self!r}: a message of {len(data)} bytes is of the wrong size")
         return data
 
     def decoder(self) -> Decoder[bytes]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _FixedSizeDecoder(self)
 
 
 class Raw(Framing[bytes]):
-    """No messages: the bytes as they come, all of them or so many.
+    """No messages: the bytes as they come, all of them or a given number.
 
-    After the last of `size` bytes the session goes on with the framing that it had before: for a
-    header that says how many bytes come after it, of which not all shall be kept in memory.
+    After the last of `size` bytes the session goes on with the framing that it had before. This is
+    for a header that says how many bytes follow, if not all of them should be kept in memory.
     """
 
     def __init__(self, size: int | None = None) -> None:
         """Check the settings.
 
         Args:
-            size: bytes until the framing ends, 1 or more; ``None``: it does not.
+            size: bytes until the framing ends, 1 or more; ``None``: it does not end.
 
         Raises:
             TypeError: `size` is of the wrong type.
@@ -226,25 +227,25 @@ class Raw(Framing[bytes]):
         return f"Raw({self.size})"
 
     def encode(self, message: Message) -> bytes:
-        """`message` as it is."""
+        """Return `message` as it is."""
         return as_bytes(message)
 
     def decoder(self) -> Decoder[bytes]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _RawDecoder(self.size)
 
 
 class _CountedDecoder(Decoder[bytes]):
-    """Keeps what has come of a message that is not whole, and knows how many bytes are missing."""
+    """Keeps the bytes of a message that is not whole, and knows how many bytes are missing."""
 
     def __init__(self, framing: Framing[bytes]) -> None:
         self._framing = framing
         self._max_size = framing.max_size
         self._tail = bytearray()
         self._header = 1
-        """Bytes that there must be, to look for the length again."""
+        """Bytes that must be there before the decoder looks for the length again."""
         self._need = 0
-        """Bytes of the whole message with its length; 0: that has not come."""
+        """Bytes of the whole message with its length; 0: the length has not come."""
         self._data = b""
         self._at = 0
 
@@ -274,11 +275,11 @@ class _CountedDecoder(Decoder[bytes]):
         yield from self._cut(data, missing)
 
     def _cut(self, data: bytes, at: int) -> Iterator[bytes]:
-        """The messages that are whole in `data` from the index `at` on."""
+        """Iterate over the messages that are whole in `data` from the index `at` on."""
         raise NotImplementedError
 
     def _strip(self, framed: bytearray) -> bytes:
-        """The message in `framed`, which is whole."""
+        """Return the message in `framed`, which is whole, without its length."""
         raise NotImplementedError
 
     def _keep(self, data: bytes, at: int) -> None:
@@ -304,7 +305,7 @@ class _LengthDecoder(_CountedDecoder):
         self._added = framing._added  # noqa: SLF001 - the two are one framing
 
     def _cut(self, data: bytes, at: int) -> Iterator[bytes]:
-        # Each attribute would be felt: a read may have thousands of messages.
+        # Local names, as a read may have thousands of messages: attributes would cost time.
         read, offset, header, added = self._read, self._offset, self._header, self._added
         largest = self._max_size - offset
         self._data = data
@@ -360,7 +361,7 @@ class _VarintDecoder(_CountedDecoder):
 
 
 def _read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
-    """The number at an index, and the index behind it; (0, -1): not all of it is there."""
+    """Return the number at an index, and the index behind it; (0, -1): it is not whole."""
     number = shift = 0
     for index in range(at, min(at + LONGEST_VARINT, len(data))):
         byte = data[index]

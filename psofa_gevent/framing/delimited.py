@@ -1,4 +1,4 @@
-"""Framings in which certain bytes end a message: `Delimiter`, `Line`, `Between`."""
+"""Framings in which certain bytes end each message: `Delimiter`, `Line`, `Between`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CARRIAGE_RETURN = 13
 class Delimiter(Framing[bytes]):
     r"""Each message ends with the same bytes, which it does not contain.
 
-    ``on_message`` gets it without them, and ``send`` adds them. STOMP, with its heart-beats, is
-    ``Delimiter(b"\0", ignore=b"\r\n")``.
+    ``on_message`` gets the message without the delimiter, and ``send`` adds it. STOMP, with its
+    heart-beats, is ``Delimiter(b"\0", ignore=b"\r\n")``.
     """
 
     _drops_carriage_return = False
@@ -37,13 +37,13 @@ class Delimiter(Framing[bytes]):
         r"""Check the settings.
 
         Args:
-            delimiter: what ends a message: one byte or more.
-            ignore: bytes that are dropped in front of a message, however many come: what a peer
-                keeps the connection alive with. They count neither for ``frame_timeout`` nor for
-                `max_size`. If `delimiter` begins with one of them there are no empty messages.
-                Without it line ends in front of a message are its first bytes; they don't count for
-                ``frame_timeout`` as long as nothing else has come.
-            max_size: bytes of a message, without its delimiter.
+            delimiter: the bytes that end a message: one byte or more.
+            ignore: bytes that are dropped in front of a message, in any number, for peers that keep
+                the connection alive with them. They count neither for ``frame_timeout`` nor for
+                `max_size`. If `delimiter` begins with one of them, there are no empty messages.
+                Without `ignore`, line ends in front of a message are its first bytes, but do not
+                count for ``frame_timeout`` as long as nothing else has come.
+            max_size: the most bytes of a message, without its delimiter.
 
         Raises:
             TypeError: a setting is of the wrong type.
@@ -61,12 +61,12 @@ class Delimiter(Framing[bytes]):
         return f"{type(self).__name__}({self.delimiter!r}, {ignore}max_size={self.max_size})"
 
     def encode(self, message: Message) -> bytes:
-        """`message` and the delimiter."""
+        """Return `message` and the delimiter."""
         data = message if type(message) is bytes else as_bytes(message)
         if len(data) > self.max_size:
             raise too_large(self, len(data))
         framed = data + self.delimiter
-        # A delimiter of several bytes may begin in the message.
+        # The message's last bytes and the delimiter's first ones may form a delimiter.
         if framed.find(self.delimiter) != len(data):
             raise PsFramingError(f"{self!r}: the message contains the delimiter")
         if self.ignore and framed[0] in self.ignore:
@@ -74,7 +74,7 @@ class Delimiter(Framing[bytes]):
         return framed
 
     def decoder(self) -> Decoder[bytes]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _DelimiterDecoder(
             self, self.delimiter, ignore=self.ignore, drops_cr=self._drops_carriage_return
         )
@@ -83,7 +83,7 @@ class Delimiter(Framing[bytes]):
 class Line(Delimiter):
     r"""Each message is a line: it ends with LF, or with CR LF.
 
-    ``on_message`` gets it without its end, and ``send`` adds one.
+    ``on_message`` gets the line without its end, and ``send`` adds an end.
     """
 
     _drops_carriage_return = True
@@ -92,8 +92,9 @@ class Line(Delimiter):
         r"""Check the settings.
 
         Args:
-            newline: what `encode` ends lines with: ``b"\n"`` or ``b"\r\n"``. Both are understood.
-            max_size: bytes of a line, without its end.
+            newline: the end of the lines that `encode` makes: ``b"\n"`` or ``b"\r\n"``. The decoder
+                understands both.
+            max_size: the most bytes of a line, without its end.
 
         Raises:
             TypeError: a setting is of the wrong type.
@@ -109,10 +110,11 @@ class Line(Delimiter):
         return f"Line(newline={self.newline!r}, max_size={self.max_size})"
 
     def encode(self, message: Message) -> bytes:
-        """`message` and a newline."""
+        """Return `message` and a newline."""
         data = message if type(message) is bytes else as_bytes(message)
         line = data + self.newline
-        # The end of its line, the first one, and of what is a line's end the longest.
+        # The only LF must be the last byte, and the decoder must not take a CR before it as a part
+        # of the line's end.
         if line.find(b"\n") != len(line) - 1 or line[-2:] == self._mistaken:
             raise PsFramingError(f"{self!r}: the line contains a newline, or ends with CR")
         if len(data) > self.max_size:
@@ -123,12 +125,12 @@ class Line(Delimiter):
 class Between(Framing[bytes]):
     r"""Each message stands between two markers, as in ``b"\x02…\x03"`` (STX, ETX) or in MLLP.
 
-    ``on_message`` gets it without them, and ``send`` adds them.
+    ``on_message`` gets the message without the markers, and ``send`` adds them.
 
-    Both may be the same, a flag: ``b"~"`` in HDLC, PPP (RFC 1662, section 3.1) and JT/T 808. One
-    flag may end a message and begin the next; nothing between two flags is no message, so flags may
-    fill the time. (The bytes between them come as they are: flags in them are escaped by rules of
-    those protocols.)
+    Both markers may be the same, a flag: ``b"~"`` in HDLC, PPP (RFC 1662, section 3.1) and
+    JT/T 808. One flag may end a message and begin the next. There are no empty messages then, so
+    peers may send flags to fill the time. (This framing does not unescape the bytes between flags:
+    those protocols have their own rules for escaping.)
     """
 
     def __init__(
@@ -142,13 +144,14 @@ class Between(Framing[bytes]):
         r"""Check the settings.
 
         Args:
-            start: what a message begins with. MLLP: ``b"\x0b"``.
-            end: what it ends with, and does not contain. MLLP: ``b"\x1c\r"``.
-            resynchronise: whether bytes between messages are skipped, as are those of a message
-                that has not ended when the next one starts; a message can't contain `start` then.
-                Otherwise anything but `start` after a message is an error. Where both markers are
-                the same, what comes before the first one is skipped, or is an error.
-            max_size: bytes of a message, without its markers.
+            start: the bytes before a message. MLLP: ``b"\x0b"``.
+            end: the bytes after a message, which the message does not contain. MLLP:
+                ``b"\x1c\r"``.
+            resynchronise: True: bytes between messages are skipped, and so are the bytes of a
+                message that has not ended when the next one starts; then a message can't contain
+                `start`. False: anything but `start` after a message is an error. If both markers
+                are the same, this is only about the bytes before the first one.
+            max_size: the most bytes of a message, without its markers.
 
         Raises:
             TypeError: a setting is of the wrong type.
@@ -168,7 +171,7 @@ class Between(Framing[bytes]):
         )
 
     def encode(self, message: Message) -> bytes:
-        """`message` between its markers."""
+        """Return `message` between its markers."""
         data = as_bytes(message)
         if len(data) > self.max_size:
             raise too_large(self, len(data))
@@ -184,22 +187,23 @@ class Between(Framing[bytes]):
         return framed
 
     def decoder(self) -> Decoder[bytes]:
-        """A decoder for one connection."""
+        """Make a decoder for one connection."""
         return _FlagDecoder(self) if self.start == self.end else _BetweenDecoder(self)
 
 
 class _SearchingDecoder(Decoder[bytes]):
-    """Keeps what has come of a message whose end has not."""
+    """Keeps the bytes of a message whose end has not come."""
 
     def __init__(self, framing: Framing[bytes], end: bytes, *, offset: int, most: int) -> None:
         self._framing = framing
         self._max_size = framing.max_size
         self._most = most
-        """Bytes that are kept at most, of which the last may be the first of the end."""
+        """The most bytes that are kept; the last of them may be the first bytes of the end."""
         self._end = end
         self._offset = offset
-        """Bytes before the message in which its end is not looked for."""
+        """Bytes before the message, where the decoder does not look for the end."""
         self._tail = bytearray()
+        """The bytes that are kept."""
         self._data = b""
         self._at = 0
 
@@ -211,14 +215,14 @@ class _SearchingDecoder(Decoder[bytes]):
         return len(self._tail)
 
     def _join(self, data: bytes) -> int:
-        """Put `data` to what was kept: the index of the end in both, or -1."""
+        """Add `data` to the kept bytes; return the index of the end in them, or -1."""
         tail = self._tail
         searched = max(len(tail) - len(self._end) + 1, self._offset)
         tail += data
         return tail.find(self._end, searched)
 
     def _keep(self, data: bytes, at: int) -> None:
-        """Keep what has no end yet."""
+        """Keep the bytes of `data` from `at` on: the end of their message has not come."""
         self._tail += memoryview(data)[at:]
         self._data, self._at = b"", 0
 
@@ -235,12 +239,12 @@ class _DelimiterDecoder(_SearchingDecoder):
         super().__init__(framing, end, offset=0, most=most)
         self._drops_cr = drops_cr
         self._ignored = re.compile(b"[%b]*" % re.escape(ignore)).match if ignore else None
-        """Finds those in front of a message."""
+        """Finds the ignored bytes in front of a message."""
         self._line_ends = LineEnds()
-        """Of the tail."""
+        """The line ends at the beginning of the tail."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        # Each attribute would be felt: a read may have thousands of messages.
+        # Local names, as a read may have thousands of messages: attributes would cost time.
         end, drops_cr, max_size = self._end, self._drops_cr, self._max_size
         ignored = self._ignored
         size = len(end)
@@ -285,7 +289,7 @@ class _DelimiterDecoder(_SearchingDecoder):
 
 
 class _FlagDecoder(_SearchingDecoder):
-    """Of a framing whose messages begin and end with the same flag."""
+    """The decoder of a `Between` whose two markers are the same, a flag."""
 
     def __init__(self, framing: Between) -> None:
         most = framing.max_size + len(framing.end) - 1
@@ -293,9 +297,9 @@ class _FlagDecoder(_SearchingDecoder):
         self._resynchronise = framing.resynchronise
         self._flags = re.compile(b"(?:%b)*" % re.escape(framing.end)).match
         self._is_inside = False
-        """Whether a flag has come: what comes up to the next one is a message."""
+        """Whether a flag has come: the bytes up to the next flag are a message."""
         self._start = b""
-        """That flag, unless it was the end of a message that was given out."""
+        """That flag, unless it was the end of a message that was returned."""
 
     def unread(self) -> bytes:
         return self._start + super().unread()
@@ -330,7 +334,7 @@ class _FlagDecoder(_SearchingDecoder):
             if self._is_message(message):
                 self._at = at
                 yield message
-            elif data.startswith(flag, at):  # there may be a whole read of them
+            elif data.startswith(flag, at):  # a whole read may consist of flags
                 at = _end_of(self._flags(data, at))
         self._keep(data, at)
         self._check_tail()
@@ -356,7 +360,7 @@ class _FlagDecoder(_SearchingDecoder):
             if not self._end.startswith(self._tail):
                 raise self._noise(self._tail)
         else:
-            # Noise, but for what may be the beginning of the first flag.
+            # All of it is noise, except bytes that may begin the first flag.
             noise = len(self._tail) - _size_of_cut(self._end, self._tail)
             if noise:
                 del self._tail[:noise]
@@ -382,7 +386,7 @@ class _BetweenDecoder(_SearchingDecoder):
         if self._tail:
             before = len(self._tail)
             if before < len(start):
-                # The start itself was cut: begin again with it.
+                # The start marker itself was cut: begin again with its first bytes.
                 data = bytes(self._tail) + data
                 self._tail.clear()
             else:
@@ -410,7 +414,7 @@ class _BetweenDecoder(_SearchingDecoder):
         self._check_tail()
 
     def _between(self, framed: bytes) -> bytes:
-        """The message in `framed`, which begins with the start and goes up to the end."""
+        """The message in `framed`, which begins with the start marker and has no end marker."""
         begin = len(self._start)
         if self._resynchronise:
             begin += framed.rfind(self._start)
@@ -419,13 +423,13 @@ class _BetweenDecoder(_SearchingDecoder):
         return framed[begin:]
 
     def _find_start(self, data: bytes, at: int) -> int:
-        """Where the next message starts, from `at` on; the first index at which it may, if cut."""
+        """The index from `at` on where the next message starts, or may start if it is cut."""
         start = self._start
         if data.startswith(start, at):
             return at
         if not self._resynchronise:
             if start.startswith(data[at : at + len(start)]):
-                return at  # not all of it has come
+                return at  # the rest of the start marker has not come
             raise PsFramingError(
                 f"{self._framing!r}: a message starts with {data[at : at + len(start)]!r}"
             )
@@ -437,9 +441,10 @@ class _BetweenDecoder(_SearchingDecoder):
         return found
 
     def _trim_tail(self, searched: int) -> None:
-        """Forget what a later start makes noise of. So many bytes were looked at before.
+        """Drop the bytes before the last start marker in the tail, as they are noise.
 
-        Not of one that may belong to the end, of which the rest has yet to come.
+        `searched` bytes were looked at before. A start marker that may be part of an end marker,
+        whose rest has not come, does not count.
         """
         if self._resynchronise:
             tail, start, end = self._tail, self._start, self._end
@@ -451,7 +456,7 @@ class _BetweenDecoder(_SearchingDecoder):
 
 
 def _size_of_cut(marker: bytes, data: bytes | bytearray) -> int:
-    """How many bytes at the end of `data`, which has no `marker`, may be the first ones of it."""
+    """The number of bytes at the end of `data`, which has no `marker`, that may begin one."""
     for size in range(min(len(marker) - 1, len(data)), 0, -1):
         if data.endswith(marker[:size]):
             return size
@@ -459,7 +464,7 @@ def _size_of_cut(marker: bytes, data: bytes | bytearray) -> int:
 
 
 def _end_of(match: re.Match[bytes] | None) -> int:
-    assert match is not None  # of any number of bytes, none included
+    assert match is not None  # it may be empty
     return match.end()
 
 

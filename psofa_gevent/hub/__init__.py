@@ -1,1 +1,1 @@
-"""The hub: gevent's event loop and its thread, and everything of the library that is tied to it."""
+"""The hub: gevent's event loop and its thread, and the parts of the library that depend on them."""

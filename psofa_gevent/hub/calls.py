@@ -1,32 +1,35 @@
-"""What other OS threads ask of a hub: a list of calls, and one watcher that wakes the hub for it.
+"""Calls from other OS threads into a hub: a list of calls, and one watcher that wakes the hub.
 
-Nothing else of a hub's loop is touched in a thread that is not the hub's. gevent's own
+In a thread that is not the hub's, the library touches nothing else of the hub's loop. gevent's own
 ``run_callback_threadsafe`` does more there than libev and libuv allow:
 
-- On libev it counts a reference of the loop up, under the GIL, while the loop counts others down
-  without it: that of each timer that fires, for one. After some 300,000 calls beside gevent's
+- On libev it increments the loop's reference count, under the GIL, while the loop decrements it
+  without the GIL, for each timer that fires, for example. After some 300,000 calls beside gevent's
   timers the count is wrong, and the hub ends under a running server, or never.
-- On libuv it starts a check watcher. Two threads that do so at once tie a knot into the loop's list
-  of them, and the process crashes or hangs.
+- On libuv it starts a check watcher. Two threads that do so at once corrupt the loop's list of
+  check watchers, and the process crashes or hangs.
 
-To send to an ``async_`` watcher is what both loops let other threads do (``ev_async_send``,
-``uv_async_send``). This one does not keep the hub alive (``ref=False``): nothing is to be counted.
+Both loops let other threads send to an ``async_`` watcher (``ev_async_send``, ``uv_async_send``).
+This watcher does not keep the hub alive (``ref=False``), so no reference is counted.
 
-When calls are run, and when not:
+When the hub runs calls, and when not:
 
-- In the hub, in the order in which they were added, and at once: sending wakes it. Before all else
-  that it has found to do by then, on libuv in their order among its callbacks. A hub with sessions
-  looks for them at the end of each round, too (`psofa_gevent.hub.ready`): what its own thread
-  begins after a call of another thread has returned is not run before that.
-- Those that are there when the hub comes to them, in one go. What is added meanwhile waits for the
-  hub's next round: neither calls that add calls nor threads that never stop starve anything. What a
-  call raises is handled like what a callback of gevent's hub raises, and the next one is run.
-- Also where nothing else keeps the hub alive, if they are there before it begins to wait: what they
-  lead to decides whether that is a `LoopExit`. The hub does not wait for calls that may come later:
-  whoever waits for one keeps the hub alive by a timer or a watcher. (On libev, a call that is added
-  while the very last thing that kept the hub alive is just ending counts as one that comes later.)
-- Never, when the hub was destroyed or its thread has ended. Nor in a child process, if they were
-  added before the fork.
+- It runs them in the order in which they were added, and at once: sending wakes the hub. They come
+  before everything else that the hub has found to do by then; on libuv they keep their place among
+  its callbacks. A hub with sessions also looks for calls at the end of each round
+  (`psofa_gevent.hub.ready`): so if another thread has added a call, work that the hub's thread
+  begins afterwards does not run before the call.
+- It runs the calls that are there when it comes to them, in one go. Calls that are added meanwhile
+  wait for the hub's next round: so neither calls that add calls nor threads that never stop starve
+  other work. An exception of a call is handled like that of a callback of gevent's hub, and the
+  next call is run.
+- It runs them even if nothing else keeps the hub alive, provided they are there before the hub
+  begins to wait: the results of the calls decide whether there is a `LoopExit`. The hub does not
+  wait for calls that may come later: a waiter for such a call keeps the hub alive by a timer or a
+  watcher. (On libev, a call that is added while the very last thing that kept the hub alive is just
+  ending counts as a later one.)
+- It never runs them when it was destroyed or its thread has ended. A child process never runs calls
+  that were added before the fork.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class HubCalls:
         self._is_closed = False
         self._uv_callbacks = _uv_callbacks(self._loop)
         self.waiting: deque[Call] = deque()
-        """Those that have not been run: while there are any, `run` has something to do."""
+        """The calls that have not been run: while there are any, `run` has work."""
         self._begin()
         track(self)
 
@@ -68,7 +71,7 @@ class HubCalls:
         self._is_due = False
         """Whether `run` is among the callbacks of the loop."""
         self._lock = new_lock()
-        """Held for sending, and for closing: libuv does not check what it is given."""
+        """Held to send to the watcher, and to close it: libuv does not check whether it is open."""
         self._watcher = self._loop.async_(ref=False, priority=self._loop.MAXPRI)
         self._watcher.start(self.run)
 
@@ -82,8 +85,8 @@ class HubCalls:
                 self._wake_hub()
 
     def is_over(self) -> bool:
-        """Whether nothing will be run any more: the hub was destroyed, or its thread has ended."""
-        # A destroyed loop points nowhere; one that outlives its hub serves the next one.
+        """Whether no call will be run any more: the hub was destroyed, or its thread has ended."""
+        # A destroyed loop points nowhere; a loop that outlives its hub serves the next hub.
         return self._is_closed or self.hub.loop is None or not self._loop.ptr
 
     def _wake_hub(self) -> None:
@@ -97,46 +100,47 @@ class HubCalls:
         try:
             self._watcher.send()
         except Exception:
-            # The hub has just been destroyed, or must start the watcher first (see `run`), which
-            # it does within 0.3 s: so often gevent wakes libuv, to look for signals.
+            # The hub has just been destroyed, or must start the watcher first (see `run`). It does
+            # so within 0.3 s, as gevent wakes libuv at this interval to look for signals.
             if self._uv_callbacks is None and not self.is_over():
                 raise
 
     def run(self) -> None:
-        """Run what is there. In the hub; a call may switch to a greenlet, and go on afterwards."""
-        self._is_due = False  # before the look: what comes later is due again
+        """Run the waiting calls. In the hub; a call may switch to a greenlet that switches back."""
+        self._is_due = False  # before the look: a call that comes later makes it due again
         if self.is_over():
             return
         if self._watcher.callback is None:
-            # gevent on libuv stops a watcher out of whose callback something is raised: a signal's
-            # handler may do so at any line, in gevent's own code around it, too.
+            # gevent on libuv stops a watcher if an exception leaves its callback: a signal handler
+            # may raise one at any line, even in gevent's own code around the callback.
             self._watcher.start(self.run)
         waiting = self.waiting
         try:
-            # No signal can come in between the taking of a call and the call: it would be lost.
+            # Written so that no signal handler can run between taking a call and calling it: the
+            # call would be lost.
             for function, args, kwargs in islice(iter(waiting.popleft, None), len(waiting)):
                 try:
                     function(*args, **kwargs)
                 except BaseException:
-                    # Raises, if the hub was destroyed by it.
+                    # Raises if the call has destroyed the hub.
                     self.hub.handle_error(function, *sys.exc_info())
         except IndexError:
-            pass  # dropped meanwhile: a fork, or the end
+            pass  # the calls were dropped meanwhile, by a fork or by `close`
         finally:
             if waiting and not self.is_over():
                 self._wake_hub()
 
     def close(self) -> None:
-        """Release the watcher: in its thread, when that ends or has another hub."""
+        """Release the watcher. Called in its thread, when that ends or has another hub."""
         with self._lock:
             self._is_closed = True
             self.waiting.clear()
             close_watcher(self._watcher)
 
     def _let_go(self, hub: object) -> None:
-        """Begin anew in the child, where no other thread is, nor what those were about to do.
+        """Begin anew in a child process, which has no other threads, and needs none of their calls.
 
-        The watcher stays as it is, started: on libuv it may be in the middle of a send for ever.
+        The old watcher stays started: on libuv it may be in the middle of a send for ever.
         """
         self.waiting.clear()
         if hub is self.hub and not self.is_over():
@@ -147,21 +151,21 @@ class HubCalls:
 
 
 def _uv_callbacks(loop: Any) -> deque[Any] | None:
-    """What libuv's loop looks at where nothing keeps it alive, other than at watchers."""
+    """The callbacks of a libuv loop, which runs them even if no watcher keeps it alive."""
     return loop._callbacks if "libuv" in type(loop).__module__ else None  # noqa: SLF001 - see `HubCalls`
 
 
 def close_watcher(watcher: Any) -> None:
-    """Close a watcher in its thread, also one whose loop was destroyed."""
+    """Close a watcher in its thread, even if its loop was destroyed."""
     if watcher.loop.ptr or "libuv" in type(watcher.loop).__module__:
         watcher.close()
     else:
-        # libev can't stop what keeps it alive any more: let it keep nothing else.
+        # libev can't stop the watcher any more: let it keep nothing else alive.
         watcher.callback = watcher.loop = None
 
 
 def hub_calls() -> HubCalls:
-    """The calls for this thread's hub."""
+    """Return the calls for this thread's hub."""
     calls: HubCalls | None = getattr(_of_thread, "calls", None)
     if calls is None or calls.hub is not get_hub():
         calls = _of_thread.calls = HubCalls()

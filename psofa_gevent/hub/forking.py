@@ -1,36 +1,36 @@
-"""Forks: a child process lets go of all that its parent's servers and clients have.
+"""Forks: a child process lets go of everything that belongs to its parent's servers and clients.
 
 Only the process that accepted or made a connection serves it. A child has copies of everything:
 descriptors, watchers, greenlets, coroutines. If it waited in gevent's way, its hub would accept the
-parent's connections and take messages out of the parent's sessions. So at the fork, in the child,
-before ``os.fork`` returns there (`os.register_at_fork`; for ``os.fork``, ``gevent.os.fork`` and
-``multiprocessing``):
+parent's connections and take messages out of the parent's sessions. So the following happens at the
+fork, in the child, before ``os.fork`` returns there (`os.register_at_fork`; for ``os.fork``,
+``gevent.os.fork`` and ``multiprocessing``):
 
 - Watchers and timers are stopped, and duplicates of descriptors closed. Nothing is shut down, so no
-  peer notices, and nobody's file is removed.
-- No callback is called, and none that waits goes on: greenlets of the library never run again in
-  the child. They are kept for ever, as what is collected has `GreenletExit` thrown into it, which
-  runs a callback's ``finally``. So are coroutines.
+  peer notices, and no file is removed.
+- No callback is called, and no callback that waits goes on: greenlets of the library never run
+  again in the child. They are kept for ever, because Python throws `GreenletExit` into a greenlet
+  that is collected, which would run a callback's ``finally``. Coroutines are kept for ever, too.
 - Owners look stopped, and sessions closed. `PsServer.start`, every ``connect`` and async callbacks
   work, as in any process.
-- The hub goes on, with what else it has, as gevent promises. It is set up for the child here (as by
-  `gevent.reinit`), whoever forked: with an event queue (epoll) and resolver threads of its own.
+- The hub goes on, with everything else that it has, as gevent promises. This part sets it up for
+  the child (as `gevent.reinit` does), whichever function forked: with its own event queue (epoll)
+  and its own resolver threads.
 
-The greenlet in which the fork was called goes on. If that is a session's, in a callback, the
-callback goes on in the child to its end, on a session that is closed, and nothing comes after it. A
-coroutine goes on up to its next ``await``. (Since Python 3.14 asyncio, whose current loop and task
-a fork resets, reports a `RuntimeError` at the end of that step, also without this library.)
+The greenlet that called the fork goes on. If it is a session's, in a callback, the callback goes on
+to its end in the child, on a closed session, and no other callback follows. A coroutine goes on up
+to its next ``await``. (Since Python 3.14 asyncio, whose current loop and task a fork resets,
+reports a `RuntimeError` at the end of that step, even without this library.)
 
-What other greenlets of the program waited in does not return in the child: a ``wait_for``, or the
-child would go on to what the parent does when it has served; a send, a request, a ``connect``, but
-for those that have a time limit of gevent's, which runs out.
+Calls in which other greenlets of the program waited do not return in the child. A ``wait_for`` does
+not, or the child would go on with the parent's work after serving. A send, a request or a
+``connect`` does not, unless it has a time limit of gevent, which runs out.
 
-Other threads are not there in a child. Of their hubs nothing is touched but the descriptors: they
+Other threads do not exist in a child. Only the descriptors of their hubs are touched: these threads
 may have been in the middle of anything.
 
-How it is told: each part that has such things has a method ``_let_go``, and says so to `track`, or
-makes its watchers with `watch`. All of it runs in the only thread of the child, and must not
-switch.
+Each part that must let go has a method ``_let_go``, and registers with `track`, or makes its
+watchers with `watch`. All of it runs in the only thread of the child, and must not switch.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class Forked(Protocol):
-    """Something that a child has a copy of, and lets go of."""
+    """An object of which a child has a copy, and lets go."""
 
     def _let_go(self, hub: Hub | None) -> None:
-        """Let go, in a child, at the fork. Does not switch. It may have been done before.
+        """Let go, in a child, at the fork. Does not switch. May be called more than once.
 
         Args:
-            hub: that of the thread that the child has; ``None``: it has none. Nothing of another
-                hub may be touched.
+            hub: the hub of the child's only thread; ``None``: that thread has no hub. Do not touch
+                anything of another hub.
         """
 
 
@@ -85,29 +85,29 @@ _functions: list[Callable[[], object]] = []
 _tracked: WeakSet[Any] = WeakSet()
 _kept: list[object] = []
 left_behind: set[object] = set()
-"""The greenlets that were the parent's, and never run again. Empty in who was not forked."""
+"""The greenlets that were the parent's, and never run again. Empty in the first process."""
 _woken: set[object] = set()
-"""Those that something has tried to wake."""
+"""The greenlets among them that something has tried to wake."""
 
 
-# The original: in a patched process threading.local is about greenlets.
+# The original: in a patched process threading.local works on greenlets.
 _of_thread: Any = monkey.get_original("threading", "local")()
-"""Its ``watchers``, a set, are those of one OS thread, and go with it."""
+"""Its attribute ``watchers`` is the set of one OS thread's watchers, and ends with the thread."""
 
 
 def track(thing: Forked) -> None:
-    """Have its ``_let_go`` called in each child, as long as it is there."""
+    """Have the ``_let_go`` of `thing` called in each child. Holds only a weak reference to it."""
     _tracked.add(thing)
 
 
 def in_child(function: F) -> F:
-    """Call a module's function in each child, before any ``_let_go``."""
+    """Have a module's function called in each child, before any ``_let_go``. A decorator."""
     _functions.append(function)
     return function
 
 
 def watch(watcher: Any) -> Any:
-    """Stop that watcher, or timer, in a child; to be ended by `unwatch`, in the same thread."""
+    """Have a watcher or timer stopped in each child. End it by `unwatch`, in the same thread."""
     try:
         _of_thread.watchers.add(watcher)
     except AttributeError:
@@ -116,9 +116,10 @@ def watch(watcher: Any) -> Any:
 
 
 def unwatch(watcher: Any) -> None:
-    """Stop and close a watcher, if there is one.
+    """Stop and close a watcher, if it is not ``None``.
 
-    Without effect in a child for one of the parent's, of which a frame from before the fork ends.
+    Has no effect in a child on a watcher of the parent's: a frame from before the fork, which ends
+    in the child, may call this.
     """
     watchers: set[Any] = getattr(_of_thread, "watchers", set())
     if watcher is not None and watcher in watchers:
@@ -131,7 +132,8 @@ def release(watcher: Any) -> None:
     """Stop and close a watcher of the child's hub, in a ``_let_go``."""
     current: Any = getcurrent()
     if isinstance(current, Hub):
-        # A signal's handler has forked there: it may be in the middle of telling of this very one.
+        # A signal handler has forked in the hub, which may be in the middle of this very watcher's
+        # callback.
         current.loop.run_callback(_release, watcher)
     else:
         _release(watcher)
@@ -143,12 +145,12 @@ def _release(watcher: Any) -> None:
 
 
 def keep(*things: object) -> None:
-    """Never collect these, not at the end of the process either."""
+    """Never collect these objects, not even at the end of the process."""
     _kept.extend(things)
 
 
 def leave_behind(greenlet: Any) -> None:
-    """Let a greenlet of the parent never run again, unless it, or one below it, runs just now."""
+    """Never run a greenlet of the parent again, unless it, or a child of it, is running now."""
     running: Any = getcurrent()
     while running:  # the main greenlet has no parent
         if running is greenlet:
@@ -158,14 +160,14 @@ def leave_behind(greenlet: Any) -> None:
 
 
 def not_woken(greenlet: Any) -> None:
-    """Something wakes a greenlet that was left behind: what does so again and again is stopped.
+    """Note that something wakes a greenlet that was left behind; stop what does so repeatedly.
 
-    That is the watcher of a socket of the program's own, on which a callback waited. It would have
-    been stopped where the greenlet goes on. Until then the hub would spin, from the end of the
-    socket's peer on.
+    That is a watcher of one of the program's sockets, on which a callback waited. The greenlet
+    would stop it after the wait, but never does. So once the peer of that socket has ended, the hub
+    would spin.
     """
     if greenlet not in _woken:
-        _woken.add(greenlet)  # only timers do so once; to look for a watcher takes some time
+        _woken.add(greenlet)  # a timer wakes only once, and the search for a watcher takes time
         return
     waiters = [found for found in gc.get_referrers(greenlet) if isinstance(found, Waiter)]
     arguments = [found for found in gc.get_referrers(*waiters) if type(found) is tuple]
@@ -180,29 +182,30 @@ def _let_go() -> None:
     if hub is not None and hub.loop is None:
         hub = None  # it was destroyed
     if hub is not None:
-        # First: on libuv what is stopped now would be taken out of the parent's epoll.
+        # First of all: on libuv, stopping a watcher before this would take it out of the parent's
+        # epoll.
         hub.loop.reinit()
     steps: list[Callable[[], object]] = [partial(_let_go_of_watchers, hub), *_functions]
     steps += [partial(thing._let_go, hub) for thing in list(_tracked)]  # noqa: SLF001 - `Forked`
     steps.append(_never_collect)
     if hub is not None:
-        # Its resolver's threads are not there: it would wait for them for ever.
+        # The threads of its resolver do not exist here: it would wait for them for ever.
         steps.append(partial(gevent.reinit, hub))
     errors: list[BaseException] = []
     for step in steps:
         try:
             step()
-        except BaseException as exc:  # also by a signal: it must not keep the others from it
+        except BaseException as exc:  # a signal handler's, too: the other steps must still run
             errors.append(exc)
     if errors:
-        # Python tells of it on stderr. The log may be in the middle of a record just now.
+        # Python reports it on stderr. The log may be in the middle of a record now.
         raise BaseExceptionGroup("psofa_gevent failed to let go after a fork", errors)
 
 
 def _let_go_of_watchers(hub: Hub | None) -> None:
     watchers: set[Any] = getattr(_of_thread, "watchers", set())
     for watcher in watchers:
-        # Not that of a hub that was destroyed. On libuv those of descriptors do not tell.
+        # Not the watcher of a hub that was destroyed. On libuv io watchers have no loop attribute.
         if hub is not None and getattr(watcher, "loop", hub.loop) is hub.loop:
             release(watcher)
     keep(*watchers)
@@ -211,7 +214,7 @@ def _let_go_of_watchers(hub: Hub | None) -> None:
 
 def _never_collect() -> None:
     keep(*left_behind)
-    if HAS_CTYPES:  # else they are collected at the end of the process
+    if HAS_CTYPES:  # without it they are collected at the end of the process
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
 
 

@@ -1,8 +1,9 @@
-"""The greenlets of the library, and the question whether a caller may wait.
+"""The greenlets of the library, and whether a caller may wait.
 
-`LibraryGreenlet` marks them: users' callbacks run in some, and a shutdown cannot finish until all
-of them can run. A call that waits for the shutdown must not wait in one of them, nor in the hub:
-`may_wait_for_callbacks` tells. (A signal handler runs in whichever greenlet runs just then.)
+`LibraryGreenlet` marks them. Users' callbacks run in some of them, and a shutdown cannot finish
+until all of them can run. So a call that waits for the shutdown must not wait in one of them, nor
+in the hub: `may_wait_for_callbacks` checks this. (A signal handler runs in whichever greenlet runs
+at that moment.)
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ else:
 
 
 class LibraryGreenlet(_Greenlet):
-    """A greenlet of the library's own."""
+    """A greenlet of the library."""
 
     # Without a dictionary it is smaller, and its methods are found faster.
     __slots__ = ()
 
-    # gevent notes for each greenlet where it was made, ten frames deep: here always the same place.
+    # gevent records for each greenlet where it was made, ten frames deep. Here that is always the
+    # same place.
     spawning_stack_limit = 0
 
     def __init__(self, *run: Callable[[], None]) -> None:
@@ -56,70 +58,71 @@ class LibraryGreenlet(_Greenlet):
         """Never run again, in a child process (`psofa_gevent.hub.forking`)."""
         leave_behind(self)
 
-    # gevent calls these two, whatever the greenlet waited for.
+    # gevent calls one of these two methods, whatever the greenlet waited for.
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, or go on; not in a child process."""
+        """Run, or go on; without effect on a greenlet that was left behind by a fork."""
         if left_behind and self in left_behind:
             not_woken(self)
             return None
         return _switch(self, *args, **kwargs)
 
     def throw(self, *args: Any) -> Any:
-        """Raise something where it waits; not in a child process."""
+        """Raise an exception where it waits; without effect if it was left behind by a fork."""
         if left_behind and self in left_behind:
             return None
         return super().throw(*args)
 
 
 class SessionTask(LibraryGreenlet):
-    """One that a session has beside its own: no callback that a shutdown would let finish."""
+    """A session task: not a callback, so a shutdown does not let it finish."""
 
     __slots__ = ()
 
 
 class StepGreenlet(greenlet):
-    """One that runs steps of coroutines: a wait in gevent's way holds all of them."""
+    """A greenlet that runs steps of coroutines: a wait in gevent's way holds up all of them."""
 
     __slots__ = ()
 
 
 def in_coroutine() -> bool:
-    """Whether the caller runs inside a step (or callback) of the loop of this thread's hub.
+    """Whether the caller runs inside a step (or callback) of the asyncio loop of this thread's hub.
 
-    In a greenlet that such a step runs and waits for by itself, as SQLAlchemy does, too.
+    Also true in a greenlet that such a step runs and waits for by itself, as SQLAlchemy does.
     """
     current: greenlet | None = getcurrent()
     while current is not None:
         if isinstance(current, StepGreenlet):
             return True
-        if isinstance(current, LogGreenlet):  # whose handler may wait, whoever logs
+        if isinstance(current, LogGreenlet):  # its handlers may wait, whichever greenlet logs
             return False
         current = current.parent
     return False
 
 
 def sends_to_the_end() -> bool:
-    """Whether the caller is a callback, whose sends SHUTDOWN lets go on."""
+    """Whether the caller is a callback: SHUTDOWN lets the sends of callbacks go on."""
     current = getcurrent()
     is_callback = isinstance(current, LibraryGreenlet) and not isinstance(current, SessionTask)
     return is_callback or in_coroutine()
 
 
 def in_callback() -> bool:
-    """Whether the caller is a callback (or was called by one, in the same greenlet)."""
+    """Whether the caller runs in a greenlet of the library, as callbacks do, or in a coroutine."""
     return isinstance(getcurrent(), LibraryGreenlet) or in_coroutine()
 
 
 def may_wait() -> bool:
-    """Whether the caller may switch to the hub: it is neither the hub nor a coroutine."""
+    """Whether the caller may switch to the hub: it is neither the hub nor in a coroutine."""
     return getcurrent() is not get_hub_if_exists() and not in_coroutine()
 
 
 def may_wait_for_callbacks() -> bool:
-    """Whether the caller may wait until callbacks have ended: it is none, and may wait at all.
+    """Whether the caller may wait until callbacks have ended.
 
-    No log handler, as the end of a shutdown waits for those.
+    That is not so in a callback, in the hub and in a coroutine, nor in a log handler, as the end of
+    a shutdown waits for the handlers.
     """
     current = getcurrent()
     is_hub = current is get_hub_if_exists()
@@ -129,9 +132,9 @@ def may_wait_for_callbacks() -> bool:
 class ServiceGreenlet:
     """One greenlet with one endless job, started when first needed.
 
-    A stranger may kill it (``gevent.killall`` of all there is): it is started again at once while
-    there is work, else with the next `ensure`. Without work it is not held by anything but its
-    owner, so an owner that is dropped goes, greenlet and all.
+    Other code may kill it (``gevent.killall`` of all greenlets): then it is started again at once
+    while there is work, otherwise by the next `ensure`. Without work only its owner holds it, so an
+    owner that is dropped is freed together with the greenlet.
     """
 
     def __init__(
@@ -140,12 +143,12 @@ class ServiceGreenlet:
         has_work: Callable[[], bool],
         context: Context | None = None,
     ) -> None:
-        """Say what to do, in its first line and again where it was killed.
+        """Take the job; `ensure` starts it.
 
         Args:
-            job: it never returns.
-            has_work: whether it has to go on.
-            context: that of the job; by default one of its own, which is empty.
+            job: a function that never returns. After a kill it is called anew.
+            has_work: returns whether the job has to go on.
+            context: the context variables of the job; by default a new context, which is empty.
         """
         self._job = job
         self._has_work = has_work
@@ -169,17 +172,17 @@ class ServiceGreenlet:
                 self.ensure()
 
     def let_go(self) -> None:
-        """Have no greenlet, and never start one again: it was the parent process's."""
+        """Forget the greenlet, which was the parent process's, and never start one again."""
         self._stopped = True
         self.greenlet = None
 
     def replace(self) -> None:
-        """Leave the greenlet behind, still running, and start another in its place."""
+        """Give the greenlet up, though it still runs, and start another one in its place."""
         self.greenlet = None
         self.ensure()
 
     def is_current(self) -> bool:
-        """Whether the caller is the greenlet: not one that was given up."""
+        """Whether the caller is the greenlet, and not one that was given up."""
         return getcurrent() is self.greenlet
 
     def stop(self) -> None:

@@ -1,6 +1,6 @@
 """The event masks of gevent's io watchers: the same on libev and on libuv.
 
-`psofa_gevent.hub.forking` starts and ends the watchers themselves (`watch`, `unwatch`).
+`watch` and `unwatch` of `psofa_gevent.hub.forking` register and end the watchers themselves.
 """
 
 __all__ = ["READ", "WRITE"]

@@ -1,25 +1,27 @@
-"""The log of the library: where each of its records is made, and handed to the handlers.
+"""The log of the library: makes its records, and hands them to the handlers.
 
 `log` may be called anywhere, in the middle of anything: in the hub, in a coroutine, in the greenlet
-of a session. It lets nobody else run, waits for nothing, and raises nothing of a handler's. What
-holds for every record:
+of a session. It lets no other greenlet of the library or the program run, does not wait, and raises
+no exception of a handler. For every record:
 
 - It is made at the call: it has the caller's time, thread and place in the source (``funcName``,
-  ``lineno``), and its message says what was so at that moment.
-- It is at once handed to the handlers, in a greenlet of the log's own (`LogGreenlet`). When one of
-  them waits (for a patched socket, a lock), whoever logged goes on, and what is logged meanwhile
-  lines up and comes in the same order afterwards. From then on a record has its message as text,
-  without what that tells of (`_settle`). So no kill, and no time limit of a callback, hits
-  a handler in its middle, and no handler that waits holds up, or wakes, a session.
-- Handlers and filters see context variables: those of the caller, or those that it gives.
+  ``lineno``), and its message describes the state at that moment.
+- It is handed to the handlers at once, in a greenlet of the log (`LogGreenlet`). When a handler
+  waits (for a patched socket, a lock), the caller goes on, and later records wait and follow in the
+  same order. From then on a record has its message as text, and no longer holds the objects in it
+  (`_settle`). So no kill and no time limit of a callback interrupts a handler, and a handler that
+  waits neither holds up a session nor wakes it.
+- Handlers and filters see the context variables of the caller, or those that the caller gives.
 - Its message has at most `LONGEST` characters, in one line, whatever a peer has sent and an
-  exception says. So has the text of each exception in a traceback; the frames are not counted.
+  exception says. The same holds for the text of each exception in a traceback, not counting the
+  frames.
 
-What waits is bounded (`MOST_WAITING`), and what is beyond is counted. A shutdown, and the end of
-the process, wait a moment (`LAST_MOMENT`) for it. A thread without a hub calls the handlers itself.
+The number of waiting records is bounded (`MOST_WAITING`); further records are only counted. A
+shutdown, and the end of the process, wait at most `LAST_MOMENT` for the waiting records. A thread
+without a hub calls the handlers itself.
 
-What a peer does, over and over if it likes, is a warning once a minute for each kind of thing
-(`PeerLog`), with the number of those like it.
+A peer may repeat what it does as often as it likes. So the log warns about each kind of such events
+once a minute (`PeerLog`), with their number.
 """
 
 from __future__ import annotations
@@ -48,19 +50,20 @@ __all__ = ["LogGreenlet", "PeerLog", "flush", "log"]
 logger = logging.getLogger("psofa_gevent")
 
 LONGEST = 1_000
-"""Characters of a message, and of what an exception says in a traceback."""
+"""The most characters of a message, and of the text of an exception in a traceback."""
 LONGEST_TAIL = 200
-"""Characters of them that are the end of what was longer."""
+"""Characters of a shortened text that come from its end."""
 MOST_FRAMES = 100
-"""Frames of a traceback that is shortened: the last ones."""
+"""A traceback with more frames is shortened: this many parts, which are frames and texts of
+exceptions, are kept at its beginning, and as many at its end."""
 MOST_WAITING = 10_000
-"""Records that wait for a handler that waits. Each takes about 1 kB, more with a traceback."""
+"""The most records that wait for a slow handler. Each takes about 1 kB, more with a traceback."""
 LAST_MOMENT = 1.0
-"""Seconds that handlers have for what waits, at the end of a shutdown and of the process."""
+"""Seconds that handlers have for waiting records, at the end of a shutdown and of the process."""
 WARNING_PERIOD = 60.0
 """Seconds from one warning about peers to the next of the same kind."""
 
-# Past ``Hub.switch`` and the overrides of `LogGreenlet`.
+# Skips ``Hub.switch`` and the overrides of `LogGreenlet`.
 _switch = greenlet.switch
 
 
@@ -72,28 +75,28 @@ def log(
     context: Context | None = None,
     stacklevel: int = 1,
 ) -> None:
-    """Log, from any greenlet and any OS thread. Lets no other greenlet of the thread run.
+    """Log, from any greenlet and any OS thread. Lets only the log's own greenlet run.
 
     Args:
-        level: the level; without effect, and as good as without cost, where that is off.
+        level: the level; if it is off, the call has no effect and almost no cost.
         message: the message, a %-format of `args`.
-        *args: what goes into it.
-        exc_info: an exception whose traceback is to be told.
-        context: the context in which handlers and filters run (a copy of it, so it may be entered
-            at the same time); by default the caller's.
-        stacklevel: which caller the record is about: 1 for who calls this, 2 for who calls that.
+        *args: the arguments of the format.
+        exc_info: an exception whose traceback the record gets.
+        context: the context in which handlers and filters run (in a copy, so that the context may
+            be entered at the same time); by default the caller's.
+        stacklevel: whose line the record has: 1 for the caller of this function, 2 for its caller.
     """
     if not logger.isEnabledFor(level):
         return
-    # Whatever a handler, a filter or a logger class of the program's does: the library goes on.
-    # logging itself keeps quiet about a handler's errors unless asked (`logging.raiseExceptions`).
+    # Whatever a handler, a filter or a logger class of the program does: the library goes on.
+    # logging itself reports a handler's errors only if `logging.raiseExceptions` is set.
     with contextlib.suppress(Exception):
         path, line, function, _stack = logger.findCaller(stacklevel=stacklevel + 1)
         text, rest = _bounded(message, args)
         info = None if exc_info is None else (type(exc_info), exc_info, exc_info.__traceback__)
         record = logger.makeRecord(logger.name, level, path, line, text, rest, info, function)
         if exc_info is not None and _says_too_much(exc_info):
-            # Where formatters look first, and put what they make of it.
+            # Formatters look here first, and store here the text that they make of a traceback.
             record.exc_text = _bounded_traceback(exc_info)
         copied = copy_context() if context is None else context.copy()
         hub: Any = get_hub_if_exists()
@@ -104,7 +107,7 @@ def log(
 
 
 def flush(timeout: float = LAST_MOMENT) -> None:
-    """Wait until what was logged in this thread has been handed over; at most so many seconds.
+    """Wait until the records of this thread are handed over, for at most `timeout` seconds.
 
     Returns at once in the hub, and in a handler.
     """
@@ -122,19 +125,19 @@ class _Entry(NamedTuple):
 
 
 def _settle(record: logging.LogRecord) -> None:
-    """Let the message stay as it is: what it tells of may be otherwise when somebody looks again.
+    """Turn the message of a record into text now, as the objects in it may change later.
 
-    And is not kept by it: it may well be a session.
+    So the record does not keep these objects alive, which may be sessions.
     """
     if record.args:
         record.msg, record.args = record.getMessage(), ()
 
 
 class _HubLog:
-    """What was logged in the thread of one hub, and has not been handed over."""
+    """The records of the thread of one hub that have not been handed over."""
 
-    # A signal handler may log, or shut a server down, between any two lines. So whoever logs first
-    # puts the record where any other will find it, and only then looks who hands it over.
+    # A signal handler may log, or shut a server down, between any two lines. So a caller first puts
+    # its record where every other caller finds it, and only then looks who hands it over.
 
     __slots__ = ("empty", "entries", "greenlet", "handled", "hub", "lost")
 
@@ -142,18 +145,19 @@ class _HubLog:
         self.hub = hub
         self.entries: deque[_Entry] = deque()
         self.greenlet: LogGreenlet | None = None
-        """What hands them over just now; a handler of it may wait."""
+        """The greenlet that hands them over now; one of its handlers may be waiting."""
         self.handled: logging.LogRecord | None = None
-        """What the handlers have just now, while none of them has waited."""
+        """The record that the handlers have now, as long as none of them has waited."""
         self.empty: Event | None = None
-        """Set when nothing is left, for who waits for that."""
+        """Set when no records are left; None: no `flush` waits."""
         self.lost = 0
+        """The number of records beyond `MOST_WAITING`."""
 
     def add(self, entry: _Entry) -> None:
         if len(self.entries) >= MOST_WAITING:
             self.lost += 1
             return
-        if self.greenlet is not None:  # whose handler waits, or has called this
+        if self.greenlet is not None:  # its handler waits, or has called this
             _settle(entry.record)
         self.entries.append(entry)
         if self.greenlet is None:
@@ -167,14 +171,14 @@ class _HubLog:
             self.empty.wait(timeout)
 
     def hand_over(self) -> None:
-        """Hand over all that is there. In a `LogGreenlet`, and where the handlers may wait."""
+        """Hand over all records, in a `LogGreenlet`. The handlers may wait."""
         while self.entries:
             entry = self.entries.popleft()
             try:
                 self.handled = entry.record
                 entry.context.run(logger.handle, entry.record)
                 self.handled = None
-                if self.entries:  # in the time in which a handler has waited: let others run
+                if self.entries:  # logged while a handler waited: let other greenlets run
                     gevent.sleep(0)
             except (KeyboardInterrupt, SystemExit):
                 raise
@@ -187,10 +191,10 @@ class _HubLog:
 
 
 class LogGreenlet(greenlet):
-    """Hands records over, and lets whoever logged go on as soon as a handler waits.
+    """Hands records over, and lets the caller of `log` go on as soon as a handler waits.
 
-    It is a child of that greenlet, so that it ends there. When it has to wait it becomes a child of
-    the hub, as those that wait in gevent's way should be.
+    It is a child of the caller's greenlet, so that it returns there at its end. When a handler
+    waits, it becomes a child of the hub, as greenlets that wait in gevent's way should be.
     """
 
     __slots__ = ("_is_on_its_way", "_log")
@@ -199,10 +203,10 @@ class LogGreenlet(greenlet):
         super().__init__()
         self._log = hub_log
         self._is_on_its_way = False
-        """Whether it was going to wait, and let the caller go on before it came to the hub."""
+        """Whether it was about to wait, and let the caller go on before it switched to the hub."""
 
     def run(self) -> None:
-        """Hand over all that is there, and what comes meanwhile."""
+        """Hand over all records, also those that come meanwhile."""
         hub_log = self._log
         while hub_log.entries and hub_log.greenlet is None:
             hub_log.greenlet = self
@@ -218,7 +222,7 @@ class LogGreenlet(greenlet):
         """Called by gevent when a handler is about to wait: the caller goes on."""
         record, self._log.handled = self._log.handled, None
         if record is not None:
-            with contextlib.suppress(Exception):  # of a repr
+            with contextlib.suppress(Exception):  # a repr may raise
                 _settle(record)
         caller: Any = self.parent
         self.parent = self._log.hub
@@ -227,7 +231,7 @@ class LogGreenlet(greenlet):
             _switch(caller)
 
     def switch(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by gevent, in the hub, when what the handler waits for has come."""
+        """Called by gevent, in the hub, when the handler's wait is over."""
         self._come_to_the_hub()
         return super().switch(*args, **kwargs)
 
@@ -239,7 +243,7 @@ class LogGreenlet(greenlet):
     def _come_to_the_hub(self) -> None:
         if self._is_on_its_way:
             self._is_on_its_way = False
-            _switch(self)  # it switches to the hub, which is here
+            _switch(self)  # it goes on in `switch_out`, and switches to the hub, which is here
 
 
 def _log_of(hub: Any) -> _HubLog:
@@ -251,26 +255,26 @@ def _log_of(hub: Any) -> _HubLog:
 
 @in_child
 def _forget() -> None:
-    """In a forked child: what waits is the parent's to hand over, and so is what is under way."""
+    """Drop the records in a child process, also the one in work: the parent hands them over."""
     found: _HubLog | None = getattr(_of_thread, "log", None)
     if found is not None:
         found.entries.clear()
         _of_thread.log = None
 
 
-# The original: in a patched process threading.local is about greenlets.
+# The original: in a patched process threading.local works on greenlets.
 _of_thread: Any = monkey.get_original("threading", "local")()
-atexit.register(flush)  # before logging's own, which was registered earlier, closes the handlers
+atexit.register(flush)  # runs before that of logging, registered earlier, closes the handlers
 
 
-# What is too long
+# Shortening of texts that are too long
 
 
 def _bounded(message: str, args: tuple[object, ...]) -> tuple[str, tuple[object, ...]]:
-    """A message and what goes into it, which together are no longer than `LONGEST`, in one line."""
+    """Return a message and its arguments, which make at most `LONGEST` characters in one line."""
     try:
         text = message % args if args else message
-    except Exception:  # the repr of a user's object
+    except Exception:  # from the repr of a user's object
         args = tuple(map(_showable, args))
         text = message % args
     if len(text) <= LONGEST and text.isprintable():
@@ -286,7 +290,7 @@ def _showable(value: object) -> object:
 
 
 def _shortened(text: str) -> str:
-    """The beginning of a text, and its end; control characters escaped (CWE-117)."""
+    """Shorten a text to its beginning and its end; control characters are escaped (CWE-117)."""
     if len(text) > LONGEST:
         text = _without_middle(text)
     if text.isprintable():
@@ -303,11 +307,11 @@ def _without_middle(text: str) -> str:
 
 
 def _says_too_much(exc: BaseException) -> bool:
-    """Whether the traceback of an exception, and of those behind it, would be too long."""
+    """Whether the traceback of an exception and of those behind it would be too long."""
     frames = 0
     for each in _with_causes(exc):
         notes = getattr(each, "__notes__", ())
-        text = each.text if isinstance(each, SyntaxError) else ""  # the line, which is shown
+        text = each.text if isinstance(each, SyntaxError) else ""  # a traceback shows this line
         said = (_showable(each), text, *(notes if isinstance(notes, (list, tuple)) else ()))
         if sum(len(str(_showable(part))) for part in said) > LONGEST:
             return True
@@ -330,20 +334,20 @@ def _with_causes(exc: BaseException) -> Iterator[BaseException]:
 
 
 def _bounded_traceback(exc: BaseException) -> str:
-    """The traceback with all that exceptions say shortened, and without the outermost frames."""
+    """Make a traceback with the texts of exceptions shortened, and without its middle if long."""
     told = traceback.TracebackException.from_exception(exc)
     _shorten_notes(told)
     parts = list(told.format())
     left_out = len(parts) - 2 * MOST_FRAMES
     if left_out > 0:
         parts[MOST_FRAMES:-MOST_FRAMES] = [f"  … {left_out} more\n"]
-    # A frame is a part of a few lines; one that is longer is something that an exception says.
+    # A frame is a part of a few lines; a longer part is the text of an exception.
     texts = (part if len(part) <= LONGEST else _without_middle(part) for part in parts)
     return "".join(texts).rstrip("\n")
 
 
 def _shorten_notes(told: traceback.TracebackException | None) -> None:
-    """Let the notes of an exception, and of those behind it, be one of `LONGEST` characters."""
+    """Shorten the notes of an exception, and of those behind it, to one of `LONGEST` characters."""
     while told is not None:
         notes: object = getattr(told, "__notes__", None)
         if isinstance(notes, (list, tuple)):
@@ -355,48 +359,48 @@ def _shorten_notes(told: traceback.TracebackException | None) -> None:
         told = told.__cause__ or told.__context__
 
 
-# What peers do
+# Events that peers cause
 
 
 class _Window:
-    """The time after a warning in which others of its kind are only counted."""
+    """The time after a warning in which further events of its kind are only counted."""
 
     __slots__ = ("_hub", "_timer", "began", "count", "first", "name")
 
     def __init__(self) -> None:
         self.began = monotonic()
         self.count = 0
-        """Of those that were no warning."""
+        """The number of events without a warning."""
         self.name = self.first = ""
-        """Whose peers these are, and what the first of them did: texts, which keep nothing."""
+        """The owner and the first event, as texts, which keep no objects alive."""
         self._hub: Any = None
         self._timer: Any = None
 
     def is_over(self) -> bool:
-        """Whether the next one is a warning. Not while others are to be told of, by the timer."""
+        """Whether the next event is a warning. Not while the timer has yet to report others."""
         return self._timer is None and monotonic() - self.began >= WARNING_PERIOD
 
     def start_timer(self, function: Callable[[str], None], kind: str) -> None:
-        """Have `function` called with `kind` at the end of the time."""
+        """Have `function` called with `kind` at the end of the window."""
         self._hub = get_hub()
         left = self.began + WARNING_PERIOD - monotonic()
         self._timer = watch(self._hub.loop.timer(max(left, SHORTEST_TIMER), ref=False))
         self._timer.start(function, kind)
 
     def stop_timer(self) -> None:
-        """Without effect when there is none."""
-        if self._timer is not None and self._hub.loop is not None:  # else it went with the hub
+        """Stop the timer. Has no effect when there is none."""
+        if self._timer is not None and self._hub.loop is not None:  # else it ended with the hub
             unwatch(self._timer)
         self._timer = self._hub = None
 
 
 class PeerLog:
-    """What the peers of one owner do: a warning for each kind of thing, once a minute at most.
+    """Logs what the peers of one owner do: one warning a minute, at most, for each kind of event.
 
-    The first of a kind is a WARNING. For a minute others are DEBUG, and counted; when it is over,
-    another WARNING says how many there were, and the next minute begins. A shutdown tells
-    how many there were at once, at INFO. All of it belongs to the hub's thread, and may be called
-    in the hub.
+    The first event of a kind is a WARNING. For a minute further ones are DEBUG, and counted. When
+    the minute is over, another WARNING has their number, and the next minute begins. A shutdown
+    logs their number at once, at INFO. All of it belongs to the hub's thread, and may be called in
+    the hub.
     """
 
     def __init__(self) -> None:
@@ -414,12 +418,12 @@ class PeerLog:
         """Log what a peer did.
 
         Args:
-            owner: whose peer it is.
-            kind: what others have in common with it, in a few words. There are only a few kinds.
-            message: as of `log`.
-            *args: as of `log`.
-            context: as of `log`.
-            stacklevel: as of `log`.
+            owner: the server or client whose peer it is.
+            kind: the kind of event, in a few words. There are only a few kinds.
+            message: as for `log`.
+            *args: as for `log`.
+            context: as for `log`.
+            stacklevel: as for `log`.
         """
         if not logger.isEnabledFor(logging.WARNING):
             return
@@ -443,7 +447,7 @@ class PeerLog:
         self._tell_count(logging.WARNING, window, kind)
 
     def close(self) -> None:
-        """Tell of those that were counted, and stop the timers: the owner has stopped."""
+        """Log the numbers of the counted events, and stop the timers: the owner has stopped."""
         for kind, window in self._windows.items():
             if window.count:
                 self._tell_count(logging.INFO, window, kind)

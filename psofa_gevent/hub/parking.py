@@ -1,8 +1,8 @@
 """How a greenlet waits, and how an asyncio task waits, behind one interface.
 
 An algorithm that may wait in either is one coroutine, which awaits a `Parking`. `GreenletParking`
-switches to the hub and never suspends the coroutine, `TaskParking` awaits a future. Whoever wakes a
-parking does it in the hub's thread, and that does not switch.
+switches to the hub and never suspends the coroutine, `TaskParking` awaits a future. `wake` belongs
+to the hub's thread, and does not switch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ __all__ = ["GreenletParking", "Parking", "TaskParking", "run_in_greenlet"]
 
 
 class Parking(Protocol):
-    """A place to wait: awaited by one sender, woken by anyone in the hub's thread.
+    """A place where one greenlet or task waits until code in the hub's thread wakes it.
 
-    A wake-up when nobody waits is lost, and one may come without a cause: look, then wait again.
+    A wake-up is lost if nothing waits, and one may come without a cause. So the waiter must look at
+    its condition after each wait, and wait again if necessary.
     """
 
     def __await__(self) -> Generator[Any, None, None]: ...
 
     def wake(self) -> bool:
-        """Let the sender go on, soon; false when it never can any more. Does not switch."""
+        """Let the waiter go on soon; false if it never can. Does not switch."""
 
 
 class GreenletParking:
@@ -38,9 +39,9 @@ class GreenletParking:
     def __init__(self) -> None:
         self._hub = get_hub()
         self.greenlet: Any = None
-        """The one that waits; None: none does."""
+        """The greenlet that waits; None: none waits."""
         self._is_woken = False
-        """Whether a switch is on its way: another one would end the next wait."""
+        """Whether a switch is already due: a second one would end the next wait."""
 
     def __await__(self) -> Generator[Any, None, None]:
         self.greenlet = getcurrent()
@@ -51,7 +52,7 @@ class GreenletParking:
         yield from ()
 
     def wake(self) -> bool:
-        """Switch back, soon."""
+        """Switch back to the greenlet soon."""
         if self.greenlet is not None and not self._is_woken:
             self._is_woken = True
             self._hub.loop.run_callback(self._switch)
@@ -59,7 +60,7 @@ class GreenletParking:
 
     def _switch(self) -> None:
         self._is_woken = False
-        # Since the wake-up the greenlet may have gone on, and wait for something else now.
+        # Since the wake-up the greenlet may have gone on.
         if self.greenlet is not None:
             self.greenlet.switch()
 
@@ -72,7 +73,7 @@ class TaskParking:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.task: asyncio.Task[Any] | None = None
-        """The one that waits; None: none does."""
+        """The task that waits; None: none waits."""
         self._future: asyncio.Future[None] | None = None
 
     def __await__(self) -> Generator[Any, None, None]:
@@ -82,14 +83,15 @@ class TaskParking:
             yield from self._future
         finally:
             self._future = None
-            # The task keeps an error whose traceback leads back to here: nothing would be freed.
+            # The task keeps an error whose traceback leads back to this object: the two would keep
+            # each other alive.
             self.task = None
 
     def wake(self) -> bool:
-        """Resolve the future, soon; false when its loop was closed."""
+        """Resolve the future soon; false if its loop was closed."""
         if self._future is not None:
             try:
-                # The loop may be another one than the hub's: then only this call wakes it.
+                # The loop may be another loop than the hub's: then only this call wakes it.
                 self._loop.call_soon_threadsafe(resolve, self._future, None)
             except RuntimeError:
                 return False
@@ -97,7 +99,7 @@ class TaskParking:
 
 
 def run_in_greenlet(coroutine: Coroutine[Any, None, None]) -> None:
-    """Run a coroutine that waits in a `GreenletParking` only, in the calling greenlet."""
+    """Run a coroutine in the calling greenlet. It must wait in a `GreenletParking` only."""
     try:
         coroutine.send(None)
     except StopIteration:

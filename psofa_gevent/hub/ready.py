@@ -3,15 +3,17 @@
 A greenlet whose awaited coroutine has ended goes through this queue, too (`psofa_gevent.aio.run`).
 
 The watcher of a waiting session puts the session into the queue of its hub. When the hub has
-dispatched all events of a round it switches to the first of them; each that waits again switches
-straight to the next, and the last one back to the hub. So a message costs one greenlet switch and
-not two.
+dispatched all events of a round, it switches to the first session in the queue. Each session that
+waits again switches straight to the next one, and the last session back to the hub. So a message
+costs one greenlet switch and not two.
 
-One that has much to do without waiting gives up its turn (`ReadySessions.resume_later`): it goes on
-behind the others of the next round, for which the hub has looked at all sockets and timers.
+A session that has much to do without waiting gives up its turn (`ReadySessions.resume_later`): it
+goes on behind the ready sessions of the next round, after the hub has looked at all sockets and
+timers.
 
-An entry may be stale: its session was woken for another reason since, is in a callback, or is gone.
-Whoever takes one out looks whether that session waits. All of it belongs to the hub's thread.
+An entry may be stale: its session was woken for another reason meanwhile, is in a callback, or has
+ended. So the code that takes an entry out checks whether its session waits. All of it belongs to
+the hub's thread.
 """
 
 from __future__ import annotations
@@ -30,28 +32,29 @@ from psofa_gevent.hub.native import AtThreadEnd, new_local
 __all__ = ["ReadySessions", "ready_sessions", "switch"]
 
 switch = greenlet.switch
-"""From one session to the next, and to the hub: past what gevent does in ``Hub.switch``."""
+"""Switches from one session to the next, and to the hub, without the work of ``Hub.switch``."""
 
 
 class Ready(Protocol):
-    """One that may be ready: a session, or another greenlet that waits."""
+    """An entry of the run queue: a session, or another greenlet that waits."""
 
     @property
     def greenlet(self) -> Any:
-        """What to switch to."""
+        """The greenlet to switch to."""
 
     @property
     def waiting_since(self) -> float:
         """Not 0 while it waits for its turn, and may be switched to."""
 
     def stop_watching(self) -> None:
-        """Called when it has come to its turn, and does not wait."""
+        """Called when its turn has come, and it does not wait."""
 
 
 class ReadySessions:
-    """The readable sessions of one hub. It looks at them as long as any session is `registered`.
+    """The ready sessions of one hub.
 
-    (On libuv from the first one on.)
+    The hub looks at them in each round as long as a session is registered; on libuv, from the first
+    registration on.
     """
 
     def __init__(self) -> None:
@@ -60,26 +63,26 @@ class ReadySessions:
         self._calls = hub_calls()
         self._waiting_calls = self._calls.waiting
         self.sessions: list[Ready] = []
-        """The next one last: libev tells the events of a round in reverse order."""
+        """The run queue, the next one last: libev reports the events of a round in reverse."""
         self._is_reversed = self.stays_armed = "libev" in type(self._loop).__module__
-        """Whether a watcher may run on when its socket was read. Not on libuv, which stops it by
-        itself at a reset, with the bytes before that still unread, and tells nobody."""
+        """Whether a watcher may stay started after its socket was read. Not on libuv, which stops
+        it at a reset without notice, while the bytes before the reset are still unread."""
         self.now = 0.0
-        """When those that are ready began to go on (`time.time`): asked once for all of them, as a
-        clock for each message would be felt."""
+        """When the ready sessions of this round began to go on (`time.time`): one look at the clock
+        for all of them, as one for each message would cost noticeable time."""
         self._rounds = 0
-        """How many the hub has made on libuv, which does not tell."""
+        """The number of rounds of the hub on libuv, which does not count them."""
         self._registered = 0
         self._check: Any = None
         self._soon: Any = None
         self._gave_up_turn: list[Ready] = []
         self._keep_turning: Any = None
-        """While somebody is in there: a round must not wait for an event."""
+        """Runs while `_gave_up_turn` has sessions, so that a round does not wait for an event."""
         track(self)
 
     @property
     def rounds(self) -> int:
-        """How often the hub has looked at all sockets and timers."""
+        """The number of rounds in which the hub has looked at all sockets and timers."""
         return int(self._loop.iteration) if self._is_reversed else self._rounds
 
     def register(self) -> None:
@@ -99,12 +102,12 @@ class ReadySessions:
         """One session less."""
         self._registered -= 1
         # libuv keeps the check watchers that it has yet to call in a round in a list on its stack.
-        # To stop one of them from a greenlet, which has its own stack in that place, destroys both.
+        # A greenlet has its own stack in that place: stopping a watcher from it destroys both.
         if self._registered == 0 and self._is_reversed:
             self.close_check()
 
     def close_check(self) -> None:
-        """Look at the hub's rounds no more. In its thread, when that ends or has another hub."""
+        """Stop looking at the hub's rounds. In its thread, when that ends or has another hub."""
         if self._check is not None:
             close_watcher(self._check)
             self._check = None
@@ -127,24 +130,24 @@ class ReadySessions:
             _of_thread.ready = None
 
     def add(self, several: Sequence[Ready]) -> None:
-        """Some are ready: after those that are there, in this order.
+        """Append ready sessions to the run queue, in this order.
 
-        Outside of the hub's round the caller must `switch_on`, or `run_soon`.
+        Outside of the hub's round the caller must call `switch_on` or `run_soon` afterwards.
         """
         self.sessions[:0] = reversed(several)
 
     def run_soon(self) -> None:
-        """Let those that are ready go on, in this round of the hub."""
+        """Let the ready sessions go on, in this round of the hub."""
         loop: Any = self.hub.loop
-        # A destroyed hub has none.
+        # A destroyed hub has no loop.
         if loop is not None and (self._soon is None or not self._soon.pending):
             self._soon = loop.run_callback(self._run)
 
     def resume_later(self, session: Ready) -> None:
-        """Let `session`, which is registered and about to wait, go on at the end of a round.
+        """Let `session`, which is registered and about to wait, go on at the end of the next round.
 
-        That is the one whose events the hub has yet to ask for: ``run_callback`` would call it
-        before that, dozens of times.
+        So the hub asks for events first. With ``run_callback`` it would resume the session before
+        that, dozens of times.
         """
         if self._keep_turning is None:
             self._keep_turning = self._loop.idle()
@@ -154,8 +157,8 @@ class ReadySessions:
         self._gave_up_turn.append(session)
 
     def switch_on(self) -> None:
-        """Switch to the next one that is ready, or to the hub. The caller is one that waits."""
-        sessions: list[Any] = self.sessions  # whoever waits has a greenlet
+        """Switch to the next ready session, or to the hub. The caller must be one that waits."""
+        sessions: list[Any] = self.sessions  # Any, as a session that waits has a greenlet
         while sessions:
             other = sessions.pop()
             if other.waiting_since:
@@ -185,8 +188,8 @@ class ReadySessions:
         self._run()
 
     def _run(self) -> None:
-        # In the hub. Each switch comes back when nobody is left, or when a callback waits on
-        # something else: then the rest is still here.
+        # In the hub. Each switch comes back when no session is left, or when a callback waits for
+        # something else: then the other sessions are still in the queue.
         if self._waiting_calls:
             self._calls.run()
         sessions = self.sessions
@@ -205,7 +208,7 @@ def _do_nothing() -> None:
 
 
 def ready_sessions() -> ReadySessions:
-    """The list of this thread's hub."""
+    """Return the run queue of this thread's hub."""
     hub = get_hub()
     ready: ReadySessions | None = getattr(_of_thread, "ready", None)
     if ready is None or _of_thread.hub is not hub:

@@ -1,24 +1,25 @@
-"""SIGINT and SIGTERM while servers are in ``serve_forever``: the first one ends them gracefully.
+"""SIGINT and SIGTERM while servers are in ``serve_forever``: the first signal ends them gracefully.
 
-The handlers are the process's, not a server's: the first server installs them, the last one
-restores what was there before, and a signal asks all of them. From then on the signals have their
-default action, so that a second one ends the process at once, whatever still runs. The kernel takes
-none of those from process 1, which a container's program often is (pid_namespaces(7)): there the
-second one ends it by a handler, with the exit code that a shell would report.
+The handlers belong to the process, not to a server: the first server installs them, the last one
+restores the handlers of before, and a signal asks all servers to shut down. After the first signal
+both signals have their default action, so that a second one ends the process at once, whatever
+still runs. For process 1, which a container's program often is, the kernel ignores signals with
+their default action (pid_namespaces(7)): there a handler ends the process at the second signal,
+with the exit code that a shell would report.
 
 A signal that was ignored stays ignored: a shell script's ``server &`` ignores SIGINT, so that a
-Ctrl-C that is for others does not end it (POSIX, Shell Command Language, 2.11). Other signals are
-the program's own: SIGHUP ends the process, unless it does something on it.
+Ctrl-C for another program does not end it (POSIX, Shell Command Language, 2.11). Other signals are
+left to the program: SIGHUP ends the process, unless the program handles it.
 
-What was there before may be a handler of `signal.signal`, or one of `gevent.signal_handler`, which
-Python does not know of: libev and libuv call sigaction(2) themselves, once, when a signal's first
-watcher starts. So the C level's handler is restored too, with the same call. That takes ctypes;
-where Python was built without, a program must cancel such a handler afterwards and set it anew.
+The handler of before may be one of `signal.signal`, or one of `gevent.signal_handler`, which Python
+does not know: libev and libuv call sigaction(2) themselves, once, when the first watcher of a
+signal starts. So the handler of the C level is restored too, with the same call. That needs ctypes;
+if Python was built without it, a program must cancel such a handler afterwards and set it anew.
 
-They are Python's handlers and not gevent's, whose signals wait until the hub runs: a callback that
-never gives way could not be ended by any of them. But gevent's loop looks for Python's signals only
-before it waits, and one that comes just then would wait with it. So Python also writes each to a
-socket that the loop watches (`signal.set_wakeup_fd`).
+These handlers are Python's, not gevent's. gevent's signals wait until the hub runs, so they could
+not end a callback that never lets the hub run. But gevent's loop looks for Python's signals only
+before it waits, so a signal that comes between the two would wait with the loop. So Python also
+writes each signal to a socket that the loop watches (`signal.set_wakeup_fd`).
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ __all__ = ["ask_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LARGEST_SIGACTION = 1024
-"""Bytes for a struct sigaction, which is copied as it is: Linux has 152 at most, macOS 16."""
+"""Bytes for a struct sigaction, which is copied unchanged: Linux needs 152 at most, macOS 16."""
 
 
 @contextlib.contextmanager
 def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
-    """Have `ask` called with the signal's name when one comes, until the block is left.
+    """Have `ask` called with the signal's name when a signal comes, until the block is left.
 
-    `ask` runs in whichever greenlet of the main thread runs just then, or in the hub: it must not
-    wait. Outside of the main thread nothing is installed: signals are not handled there.
+    `ask` runs in whichever greenlet of the main thread runs at that moment, or in the hub: it must
+    not wait. Outside of the main thread nothing is installed: Python does not handle signals there.
     """
     if not _is_main_thread():
         yield
@@ -66,7 +67,7 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
             _installed.enter_context(_handlers())
         yield
     finally:
-        if ask in _asked:  # unless a handler of the program's own raised before
+        if ask in _asked:  # unless another signal's handler raised before it was added
             _asked.remove(ask)
         if not _asked:
             _installed.close()
@@ -75,7 +76,7 @@ def ask_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
 def _is_main_thread() -> bool:
     """Whether Python calls the handlers of signals in this thread.
 
-    gevent's main hub is the first process's. In a child it is the thread that has forked.
+    In the first process it is the thread of gevent's main hub, in a child the thread that forked.
     """
     if _main_of_child is not None:
         return get_ident() == _main_of_child
@@ -89,7 +90,7 @@ def _handlers() -> Iterator[None]:
         for each in taken:
             undo.enter_context(_restoring_the_c_handler(each))
             undo.callback(signal.signal, each, signal.getsignal(each) or signal.SIG_DFL)
-        # Only now: the first one that comes changes the handlers of all.
+        # Installed only now, as the first signal changes the handlers of all of them.
         for each in taken:
             signal.signal(each, _handle)
         undo.enter_context(_waking_the_loop())
@@ -129,16 +130,16 @@ def _waking_the_loop() -> Iterator[None]:
 
 
 def _drain(watched: _socket.socket) -> None:
-    # Running Python code is all it takes for the handler to be called, as a rule.
+    # As a rule Python calls a signal's handler as soon as it runs any code.
     with contextlib.suppress(BlockingIOError):
         watched.recv(4096)
-    # It calls them itself: Python 3.13 does not look for signals between two lines in a child that
-    # another thread than the main one has forked.
+    # This call runs the handlers itself: in a child that another thread than the main one has
+    # forked, Python 3.13 does not look for signals between two lines.
     signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
-    if _asked:  # else the handlers of before are being restored just now
+    if _asked:  # otherwise the handlers of before are just being restored
         at_once = _end_at_once if os.getpid() == 1 else signal.SIG_DFL
         for each in SIGNALS:
             if signal.getsignal(each) is _handle:
@@ -154,12 +155,12 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
 _asked: list[Callable[[str], None]] = []
 _installed = contextlib.ExitStack()
 _main_of_child: int | None = None
-"""The main thread of a process that was forked; None in one that was not."""
+"""The main thread of a child process; None in the first process."""
 
 
 @in_child
 def _restore() -> None:
-    """A child process has the handlers of before: a signal is for it, and no server is."""
+    """Restore the handlers of before in a child process, where no server runs."""
     global _main_of_child  # noqa: PLW0603  # a fact about the process
     _main_of_child = get_ident()
     _asked.clear()

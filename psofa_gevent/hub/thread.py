@@ -1,9 +1,9 @@
 """One hub and its OS thread, as seen from that thread and from others.
 
-gevent's objects belong to the thread whose hub runs them. Everything that a caller in another OS
-thread asks for is handed to the hub here. The caller waits, if it must, in the way of its own
-thread (`CallerEvent`): a thread with a hub switches to that, so that its other greenlets go on, and
-one without waits on a native lock, so that nobody's hub must run for it.
+gevent's objects belong to the thread whose hub runs them. So this part hands the requests of
+callers in other OS threads to the hub. A caller that must wait does so in the way of its own thread
+(`CallerEvent`): in a thread with a hub it switches to that hub, so that the thread's other
+greenlets go on; a thread without a hub waits on a native lock, which needs no hub.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ T = TypeVar("T")
 LOOK_PERIOD = 0.05
 """Seconds between two looks of a waiting OS thread whether there is still something to wait for."""
 
-# The original: a native one in a patched process too, and released by another thread.
+# The original: a native lock even in a patched process, which another thread may release.
 _allocate_lock: Callable[[], Any] = monkey.get_original("_thread", "allocate_lock")
 
 
 class NativeEvent:
-    """Lets one OS thread wait until another one calls `set`; neither needs a hub for it."""
+    """Lets one OS thread wait until another one calls `set`; neither needs a hub."""
 
     __slots__ = ("_is_set", "_lock")
 
@@ -58,7 +58,7 @@ class NativeEvent:
         return self._is_set
 
     def set(self) -> None:
-        """Release the waiting thread, now or when it comes. May be called more than once."""
+        """Release the thread that waits now or later. May be called more than once."""
         self._is_set = True
         if self._lock.locked():
             self._lock.release()
@@ -71,7 +71,7 @@ class NativeEvent:
 
 
 class CallerEvent:
-    """Lets the caller who made it wait until another OS thread calls `set`.
+    """Lets the caller that made it wait until another OS thread calls `set`.
 
     A greenlet of a thread with a hub waits in gevent's way; any other caller blocks its thread.
     """
@@ -90,13 +90,13 @@ class CallerEvent:
         return self._native.is_set()
 
     def set(self) -> None:
-        """Release the waiting caller, now or when it comes. From any thread, more than once."""
+        """Release the caller that waits now or later. From any thread; may be called again."""
         self._native.set()
         if self._calls is not None:
             self._calls.add(self._wake, (), {})
 
     def wait(self, timeout: float) -> bool:
-        """Wait for `set`, for at most `timeout` seconds; whether it was called."""
+        """Wait for `set`, for at most `timeout` seconds; return whether it was called."""
         if self._hub is None or self._native.is_set():
             return self._native.wait(timeout)
         timer = watch(self._hub.loop.timer(timeout))
@@ -110,13 +110,13 @@ class CallerEvent:
         return self._native.is_set()
 
     def _wake(self) -> None:
-        # A late one must not disturb what the greenlet waits for now.
+        # A late wake-up must not disturb the greenlet, which may wait for something else by then.
         if self._greenlet is not None:
             self._greenlet.switch()
 
 
 class Pulse:
-    """Tells one other OS thread whether a hub runs."""
+    """Tells one other OS thread whether a hub still runs."""
 
     def __init__(self, thread: HubThread) -> None:
         self._thread = thread
@@ -124,7 +124,7 @@ class Pulse:
         self._is_asked = False
 
     def felt_since(self, moment: float) -> bool:
-        """Whether the hub has run since `moment` (monotonic clock): to be asked again and again."""
+        """Whether the hub has run since `moment` (monotonic clock). Call it again and again."""
         if not self._is_asked:
             self._is_asked = True
             self._thread.call_soon(self._feel)
@@ -142,7 +142,7 @@ class HubThread:
 
     def __init__(self) -> None:
         self.lock = new_lock()
-        """For what the sessions of one owner share with other threads."""
+        """Guards data that the sessions of one owner share with other threads."""
         self.hub = get_hub()
         self.loop = self.hub.loop
         self.ident = get_ident()
@@ -153,14 +153,14 @@ class HubThread:
         return get_ident() == self.ident
 
     def is_over(self) -> bool:
-        """Whether nothing will ever run in the hub again: destroyed, or its thread has ended."""
+        """Whether the hub will never run again: it was destroyed, or its thread has ended."""
         return self._calls.is_over()
 
     def call_soon(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have the hub call `function`, which must not block. From any thread; returns at once.
 
-        Without effect when the hub was destroyed, or its thread has ended (`psofa_gevent.hub.calls`
-        has the rules).
+        Has no effect if the hub was destroyed or its thread has ended. `psofa_gevent.hub.calls` has
+        the rules.
         """
         self._calls.add(function, args, kwargs)
 
@@ -173,18 +173,18 @@ class HubThread:
     ) -> bool:
         """Run `function` in a greenlet of this thread, and wait; from *other* OS threads only.
 
-        The caller is released in the moment in which `function` returns or raises, with no switch
-        in between: the hub's thread may then join the caller natively.
+        The caller is released as soon as `function` returns or raises, with no switch in between:
+        the hub's thread may then join the caller natively.
 
         Args:
-            is_over: asked now and then, in the calling thread: whether what `function` is about has
-                come to its end, so that the hub may never run again.
-            function: what to run; what it raises is raised here.
+            is_over: called now and then, in the calling thread: returns whether the object that
+                `function` works on has ended, so that the hub may never run again.
+            function: the function to run; its exceptions are raised here.
             *args: its arguments.
             **kwargs: its keyword arguments.
 
         Returns:
-            False when it was over before `function` ran.
+            False if the object or the hub had ended before `function` began.
         """
         done = CallerEvent()
         errors: list[BaseException] = []
@@ -210,7 +210,7 @@ class HubThread:
             while not done.is_set() and not ((is_over() or self.is_over()) and not greenlets):
                 try:
                     done.wait(LOOK_PERIOD)
-                except BaseException as exc:  # the caller is killed: so is what it waits for
+                except BaseException as exc:  # the caller is killed: kill the greenlet, too
                     thrown.append(exc)
                     self.call_soon(gevent.killall, greenlets, block=False)
             if thrown or errors:
@@ -218,7 +218,7 @@ class HubThread:
             return done.is_set()
         finally:
             has_left = True
-            # An exception and this frame would keep each other alive.
+            # Otherwise an exception and this frame would keep each other alive.
             thrown.clear()
             errors.clear()
 
@@ -229,9 +229,9 @@ class HubThread:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> bool:
-        """`run` for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile.
+        """`run` for a coroutine in an asyncio loop of another OS thread. The loop goes on.
 
-        Cancelling kills the greenlet, and waits until it has ended.
+        Cancelling the coroutine kills the greenlet, and waits until it has ended.
         """
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
@@ -242,7 +242,7 @@ class HubThread:
         def report(greenlet: Greenlet[..., BaseException | None]) -> None:
             if greenlet.value is not None:
                 errors.append(greenlet.value)
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop was closed, so no task waits
                 loop.call_soon_threadsafe(resolve, ended, None)
 
         def start() -> None:
@@ -268,19 +268,19 @@ class HubThread:
             return ended.done()
         finally:
             has_left = True
-            # An exception and this frame would keep each other alive.
+            # Otherwise an exception and this frame would keep each other alive.
             errors.clear()
             greenlets.clear()
 
     def raise_in_main(self, exc: BaseException) -> None:
-        """Have the hub raise `exc` in the main greenlet, wherever it waits, as gevent does."""
+        """Have the hub raise `exc` in the main greenlet, wherever that waits, as gevent does."""
         self.loop.run_callback(self.hub.handle_system_error, type(exc), exc, exc.__traceback__)
 
 
 def _run_now(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Greenlet[..., T]:
-    """Run `function` in a new greenlet up to where it first waits. In the hub.
+    """Run `function` in a new greenlet up to its first wait. Called in the hub.
 
-    Not `gevent.spawn`, which begins a little later: what is asked for next must not overtake it.
+    Not by `gevent.spawn`, which begins a little later: the next request must not overtake this one.
     """
     greenlet: Greenlet[..., T] = Greenlet(function, *args, **kwargs)
     greenlet.switch()
@@ -296,6 +296,6 @@ def _outcome(function: Callable[[], object]) -> BaseException | None:
 
 
 def resolve(future: asyncio.Future[T], value: T) -> None:
-    """Give a future its result, unless it has one, or was cancelled. In the thread of its loop."""
+    """Give `future` a result, unless it is done or cancelled. In the thread of its loop."""
     if not future.done():
         future.set_result(value)
