@@ -22,10 +22,12 @@ __all__ = ["count_instructions", "why_not_counted"]
 START_SECONDS = 300.0
 """Callgrind makes a program some 50 times slower, its start and its imports included."""
 LOAD_SECONDS = 600.0
-ROUNDS = 40
-"""Messages on each connection in the shorter load. The longer one has twice as many."""
 LEAST = 4_000
-"""Messages in the shorter load, at least."""
+"""Messages in the shorter load, at least. The longer one has twice as many."""
+LEAST_EACH = 20
+"""Messages on each connection in the shorter load, at least."""
+LEAST_FULL = 4
+"""How often all connections have all that may be under way, at least."""
 
 
 def why_not_counted() -> str | None:
@@ -44,7 +46,8 @@ def count_instructions(row: Row, peer: Peer) -> float:
     Raises:
         BenchmarkError: the server or the load generator failed under callgrind.
     """
-    messages = max(LEAST, ROUNDS * row.connections * row.depth)
+    each = max(LEAST_EACH, LEAST_FULL * row.depth)
+    messages = max(LEAST, each * row.connections)
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "counts")
         under = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"]
