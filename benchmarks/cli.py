@@ -13,7 +13,7 @@ from benchmarks import baseline, machine, runner
 from benchmarks.growth import growth_report
 from benchmarks.load import load_program
 from benchmarks.measure import Plan
-from benchmarks.peers import PEERS
+from benchmarks.peers import OURS, PEERS, before, peers_of
 from benchmarks.processes import BenchmarkError, pin_to_load_core
 from benchmarks.report import report
 from benchmarks.results import Results
@@ -21,8 +21,12 @@ from benchmarks.rows import ROWS, Row, growth_rows
 
 __all__ = ["main"]
 
-FULL = Plan(rounds=5, warm_up_rounds=1, seconds=0.8, warm=0.3, settle=1.0, idle=4.0)
-QUICK = Plan(rounds=3, warm_up_rounds=0, seconds=0.2, warm=0.1, settle=0.3, idle=1.2)
+FULL = Plan(
+    rounds=12, rounds_per_server=4, warms_up=True, seconds=0.4, warm=0.1, settle=1.0, idle=4.0
+)
+QUICK = Plan(
+    rounds=3, rounds_per_server=3, warms_up=False, seconds=0.2, warm=0.1, settle=0.3, idle=1.2
+)
 BASELINE = Path(__file__).with_name("baseline.json")
 BUSY = 0.5
 """A load average from which on others are likely to take part in the result."""
@@ -65,8 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--growth", action="store_true", help="costs by number of sessions, instead of the rows")
     add("--rows", metavar="ROW,…", type=_names(names), default=[], help=", ".join(names))
     add("--peers", metavar="PEER,…", type=_names(PEERS), default=[], help=", ".join(PEERS))
+    add(
+        "--before",
+        metavar="DIR",
+        type=_checkout,
+        help="measure our servers of another checkout, too, and what has become of them",
+    )
     add("--rounds", metavar="N", type=int, help="rounds that count, instead of the mode's")
     add("--seconds", metavar="S", type=float, help="of each sample, instead of the mode's")
+    add(
+        "--instructions",
+        action="store_true",
+        help="count the instructions of a message, too, in the echo rows (slow; needs valgrind)",
+    )
     add("--json", metavar="FILE", type=Path, help="write all samples")
     add("--from", metavar="FILE", type=Path, dest="kept", help="tell of this one; measure nothing")
     add("--plot", metavar="DIR", type=Path, help="write the plots, as PNG and SVG")
@@ -89,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _checkout(text: str) -> Path:
+    path = Path(text).resolve()
+    if not (path / "psofa_gevent" / "__init__.py").exists():
+        raise argparse.ArgumentTypeError(f"{text} has no psofa_gevent")
+    return path
+
+
 def _names(known: Collection[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         given = text.split(",")
@@ -102,18 +124,25 @@ def _names(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def _results(options: argparse.Namespace) -> tuple[Results, bool]:
     if options.kept:
-        return Results.read(options.kept), True
+        results = Results.read(options.kept)
+        if "before" in results.about:
+            _add_peers(Path())
+        return results, True
     load_program()
     results = Results(machine.describe())
     plan = _plan(options)
     rows = runner.choose(_rows(options), options.peers, results)
+    if options.before:
+        _add_peers(options.before)
+        rows = [_with_before(row) for row in rows]
+        results.about["before"] = machine.describe_checkout(options.before)
     if os.getloadavg()[0] > BUSY:
         results.notes.append(
             f"the load average was {os.getloadavg()[0]:.1f} before: others may have disturbed this"
         )
     pin_to_load_core()
     try:
-        is_good = runner.run(rows, plan, results)
+        is_good = runner.run(rows, plan, results, instructions=options.instructions)
     except KeyboardInterrupt:
         results.notes.append("interrupted")
         is_good = False
@@ -137,6 +166,15 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     if options.quick:
         return [replace(row, peers=row.quick_peers) for row in ROWS if row.quick_peers]
     return list(ROWS)
+
+
+def _add_peers(checkout: Path) -> None:
+    PEERS.update({peer.name: peer for peer in peers_of(checkout)})
+
+
+def _with_before(row: Row) -> Row:
+    ours = [before(name) for name in row.peers if name in OURS]
+    return replace(row, peers=(*row.peers, *ours))
 
 
 def _compare(results: Results, path: Path) -> bool:

@@ -64,6 +64,7 @@ static int tls;
 static const char *content = ""; /* "lines": each ends with LF; "lengths": each begins with its */
 static pid_t server_pid;
 static double warm = 0.2, seconds = 1.0;
+static long wanted; /* messages, instead of a time; 0: a time */
 static struct sockaddr_in server_address = {.sin_family = AF_INET};
 
 static int epoll_fd;
@@ -143,11 +144,14 @@ static void report(void)
 }
 
 /* True as long as there is time; begins to count when the warm-up is over. On a machine so busy that
- * the server did not run meanwhile, it goes on until each connection has had two replies. */
+ * the server did not run meanwhile, it goes on until each connection has had two replies. With a number
+ * of messages all of them are counted, and no time. */
 static int goes_on(void)
 {
     static uint64_t warm_until, until;
     uint64_t t = now();
+    if (wanted)
+        return items < wanted;
     if (!warm_until) {
         warm_until = t + (uint64_t)(warm * 1e9);
     } else if (!until && t >= warm_until) {
@@ -567,7 +571,7 @@ int main(int argc, char **argv)
         {"port", 1, NULL, 'p'},       {"connections", 1, NULL, 'c'}, {"size", 1, NULL, 's'},
         {"depth", 1, NULL, 'd'},      {"warm", 1, NULL, 'w'},        {"seconds", 1, NULL, 't'},
         {"server-pid", 1, NULL, 'P'}, {"content", 1, NULL, 'C'},     {"tls", 0, NULL, 'T'},
-        {NULL, 0, NULL, 0},
+        {"items", 1, NULL, 'n'},      {NULL, 0, NULL, 0},
     };
     static const struct { const char *name; void (*run)(void); } modes[] = {
         {"echo", run_echo}, {"accept", run_accept},       {"hold", run_hold},
@@ -582,6 +586,7 @@ int main(int argc, char **argv)
         case 'd': depth = atoi(optarg); break;
         case 'w': warm = atof(optarg); break;
         case 't': seconds = atof(optarg); break;
+        case 'n': wanted = atol(optarg); break;
         case 'P': server_pid = atoi(optarg); break;
         case 'C': content = optarg; break;
 #ifdef WITH_TLS

@@ -77,8 +77,13 @@ def speaks_tls() -> bool:
     return load_program().name.endswith(TLS_SUFFIX)
 
 
-def start_load(mode: str, row: Row, server: Server, warm: float, seconds: float) -> Child:
-    """Start our load generator on its core; its answers are lines of JSON."""
+def start_load(
+    mode: str, row: Row, server: Server, warm: float, seconds: float, *, items: int = 0
+) -> Child:
+    """Start our load generator on its core; its answers are lines of JSON.
+
+    `items`: messages after which it ends, instead of the times.
+    """
     return Child(
         [
             load_program(),
@@ -91,6 +96,7 @@ def start_load(mode: str, row: Row, server: Server, warm: float, seconds: float)
             f"--content={row.work}",
             f"--warm={warm}",
             f"--seconds={seconds}",
+            f"--items={items}",
             *(["--tls"] if row.is_encrypted else []),
         ],
         load_core,

@@ -15,7 +15,7 @@ import psutil
 
 from benchmarks.processes import PROJECT, load_core, server_core
 
-__all__ = ["describe"]
+__all__ = ["describe", "describe_checkout"]
 
 PACKAGES = ("gevent", "greenlet", "uvloop", "twisted")
 CPUINFO = Path("/proc/cpuinfo")
@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
-        "psofa_gevent": _output("git", "describe", "--always", "--dirty", "--tags"),
+        "psofa_gevent": describe_checkout(PROJECT),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "gevent_loop": config.loop.__module__,
         "openssl": ssl.OPENSSL_VERSION,
@@ -44,6 +44,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def describe_checkout(directory: Path) -> str | None:
+    """The commit that is there."""
+    return _output("git", "describe", "--always", "--dirty", "--tags", directory=directory)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -51,9 +56,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
+def _output(*command: str, directory: Path = PROJECT) -> str | None:
     try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""One sample: one server process, one load, and what came of it."""
+"""One sample: one load on one server, and what came of it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.load import load_program, redis_benchmark, start_load
-from benchmarks.peers import Peer
-from benchmarks.processes import Server, start_server
+from benchmarks.load import redis_benchmark, start_load
+from benchmarks.processes import Server
 from benchmarks.rows import Row
 
 __all__ = ["METRICS", "Metric", "Plan", "Sample", "measure"]
@@ -37,6 +36,7 @@ METRICS = {
     "rate": Metric("{items}/s", more_is_better=True),
     "mb_per_second": Metric("MB/s", more_is_better=True),
     "cpu_us": Metric("CPU µs/{item}", more_is_better=False, digits=2),
+    "instructions": Metric("instructions/{item}", more_is_better=False),
     "per_cpu_second": Metric("{items}/CPU s", more_is_better=True),
     "p50_ms": Metric("p50 ms", more_is_better=False, digits=3),
     "p99_ms": Metric("p99 ms", more_is_better=False, digits=3),
@@ -58,38 +58,41 @@ class Plan:
     """How long, how often.
 
     Attributes:
-        rounds: that count.
-        warm_up_rounds: shorter ones before them, that do not.
+        rounds: how many samples of each peer count.
+        rounds_per_server: after this many rounds the servers of a row are started anew. What is
+            chosen at random when a process starts (where its memory lies, its hashes) is worth some
+            percent, so a ratio needs several processes of each peer.
+        warms_up: whether a shorter sample that does not count comes first, with each new server.
         seconds: that are counted in each sample.
-        warm: seconds before them, in the same process.
+        warm: seconds before them, on the same connections.
         settle: seconds after the opening of idle sessions.
         idle: seconds for which their CPU time is taken.
     """
 
     rounds: int
-    warm_up_rounds: int
+    rounds_per_server: int
+    warms_up: bool
     seconds: float
     warm: float
     settle: float
     idle: float
 
     def for_warm_up(self) -> Plan:
-        """What a round that does not count takes."""
-        return replace(self, seconds=self.seconds / 4, settle=self.settle / 4, idle=self.idle / 4)
+        """What a sample that does not count takes."""
+        return replace(self, seconds=self.seconds / 2, settle=self.settle / 4, idle=self.idle / 4)
 
 
-def measure(row: Row, peer: Peer, plan: Plan) -> Sample:
+def measure(row: Row, server: Server, plan: Plan) -> Sample:
     """Take one sample.
 
     Raises:
         BenchmarkError: the server or the load generator failed.
     """
-    with start_server(peer, row.work, load_program()) as server:
-        waited, began = server.waited_seconds(), time.monotonic()
-        sample = MEASURES[row.kind](row, server, plan)
-        waited = server.waited_seconds() - waited
-        sample["waited"] = waited / (time.monotonic() - began) * 100
-        return sample
+    waited, began = server.waited_seconds(), time.monotonic()
+    sample = MEASURES[row.kind](row, server, plan)
+    waited = server.waited_seconds() - waited
+    sample["waited"] = waited / (time.monotonic() - began) * 100
+    return sample
 
 
 def _throughput(row: Row, result: dict[str, Any]) -> Sample:

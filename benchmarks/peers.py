@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-__all__ = ["C_SERVER", "PEERS", "Peer", "missing_requirement"]
+__all__ = ["C_SERVER", "OURS", "PEERS", "Peer", "before", "missing_requirement", "peers_of"]
+
+OURS = ("psofa", "psofa-async")
+BEFORE = "-before"
 
 C_SERVER = "c"
 """The server mode of the load generator: shows what the load generator is able to."""
@@ -22,6 +27,7 @@ class Peer:
         variant: which of the module's variants.
         requires: the package that must be installed, if any.
         delivers_closes: at SIGUSR1 it closes all sessions, and tells how many were told.
+        checkout: the one whose package and servers run; None: this one.
     """
 
     name: str
@@ -30,6 +36,12 @@ class Peer:
     variant: str = ""
     requires: str = "gevent"
     delivers_closes: bool = False
+    checkout: Path | None = None
+
+    @property
+    def served_as(self) -> str:
+        """What the peer is called where it runs."""
+        return self.name.removesuffix(BEFORE)
 
 
 PEERS = {
@@ -47,6 +59,18 @@ PEERS = {
         Peer(C_SERVER, "C server on epoll", requires=""),
     )
 }
+
+
+def before(name: str) -> str:
+    """What the peer `name` of another checkout is called."""
+    return name + BEFORE
+
+
+def peers_of(checkout: Path) -> Iterator[Peer]:
+    """Our own servers, as `checkout` has them."""
+    for name in OURS:
+        peer = PEERS[name]
+        yield replace(peer, name=before(name), label=f"{peer.label}, before", checkout=checkout)
 
 
 def missing_requirement(peer: Peer) -> str | None:

@@ -42,7 +42,7 @@ def plot(results: Results, directory: Path) -> list[Path]:
     bars = {
         name: result
         for name, result in results.rows.items()
-        if not name.startswith("growth-") and result.samples
+        if not name.startswith("growth-") and result.measured
     }
     overview = [bars[name] for name in OVERVIEW if name in bars]
     lines = list(curves(results))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,7 +60,9 @@ def _on_core(core: int) -> Iterator[None]:
 class Child:
     """A process that answers with lines of JSON; killed at the end of its ``with``."""
 
-    def __init__(self, command: Sequence[str | Path], core: int) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], core: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._name = Path(command[0]).name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         with _on_core(core):  # children inherit it
@@ -69,6 +71,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
+                env=environment,
             )
         self.pid = self._process.pid
         self._stat = psutil.Process(self.pid)
@@ -121,22 +124,57 @@ class Child:
 class Server(Child):
     """A server, on the server's core, that listens on `port`."""
 
-    def __init__(self, peer: Peer, command: Sequence[str | Path]) -> None:
-        super().__init__(command, server_core)
+    def __init__(
+        self,
+        peer: Peer,
+        command: Sequence[str | Path],
+        *,
+        environment: Mapping[str, str] | None = None,
+        seconds: float = START_SECONDS,
+    ) -> None:
+        super().__init__(command, server_core, environment)
         self.peer = peer
         try:
-            self.port: int = self.answer()["port"]
+            self.port: int = self.answer(seconds)["port"]
         except BaseException:
             self.__exit__()
             raise
 
 
-def start_server(peer: Peer, work: str, load_program: Path) -> Server:
+def start_server(
+    peer: Peer,
+    work: str,
+    load_program: Path,
+    *,
+    under: Sequence[str] = (),
+    seconds: float = START_SECONDS,
+) -> Server:
     """Start `peer` on the server's core, and wait until it listens.
+
+    Args:
+        peer: what serves.
+        work: what it does: see `benchmarks.servers`.
+        load_program: has the server in C.
+        under: the command of a tool that runs the server.
+        seconds: the server must listen by then.
 
     Raises:
         BenchmarkError: it does not.
     """
     if not peer.module:
-        return Server(peer, [load_program, "serve"])
-    return Server(peer, [sys.executable, "-m", "benchmarks.servers", peer.name, work])
+        return Server(peer, [*under, load_program, "serve"], seconds=seconds)
+    # -P: the directory in which we are is not searched, so PYTHONPATH chooses the checkout.
+    return Server(
+        peer,
+        [*under, sys.executable, "-P", "-m", "benchmarks.servers", peer.served_as, work],
+        environment={**os.environ, "PYTHONPATH": _search_path(peer.checkout)},
+        seconds=seconds,
+    )
+
+
+def _search_path(checkout: Path | None) -> str:
+    """What PYTHONPATH must be. Without `checkout` an installed psofa_gevent stays the one used."""
+    here = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if checkout is None:
+        return os.pathsep.join([*filter(None, here), str(PROJECT)])
+    return os.pathsep.join([str(checkout), *filter(None, here)])

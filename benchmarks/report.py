@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.measure import METRICS
-from benchmarks.peers import PEERS
+from benchmarks.peers import OURS, PEERS, before
 from benchmarks.results import DISTURBED, SATURATED, Results, RowResult, Spread
 from benchmarks.targets import TARGETS, Target
 
 __all__ = ["report", "table"]
 
+CHANGES = frozenset(
+    {"instructions", "per_cpu_second", "p99_ms", "kb_per_session", "open_cpu_us", "close_cpu_us"}
+)
+"""Metrics that are told as ratios to the build before."""
 PLURALS = {"delivery": "deliveries"}
+
+
+_RATIOS = "A ratio is the median of the rounds' ratios."
 
 
 def report(results: Results) -> str:
@@ -25,15 +32,19 @@ def report(results: Results) -> str:
     )
     parts = [machine]
     for result in results.rows.values():
-        if not result.row.name.startswith("growth-") and result.samples:
+        if not result.row.name.startswith("growth-") and result.measured:
             parts += [f"### {result.row.name}: {result.row.title}", _row_table(result)]
     targets = list(_target_lines(results))
     if targets:
         header = ("row", "what", "measured", "target", "")
         parts += [
-            "### Targets\n\nA ratio is the median of the rounds' ratios.",
+            f"### Targets\n\n{_RATIOS}",
             table(header, targets),
         ]
+    changes = list(_change_lines(results))
+    if changes:
+        title = f"### Beside the build before ({about['before']})"
+        parts += [f"{title}\n\n{_RATIOS}", table(("row", "what", "now / before"), changes)]
     parts += [f"Note: {note}" for note in results.notes]
     return "\n\n".join(parts)
 
@@ -58,8 +69,8 @@ def show_number(value: float, digits: int) -> str:
 def show_spread(spread: Spread | None, digits: int) -> str:
     if spread is None:
         return ""
-    low, high = (show_number(value, digits) for value in (spread.low, spread.high))
-    return f"{show_number(spread.median, digits)} ({low}–{high})"
+    median, low, high = (show_number(value, digits) for value in spread)
+    return median if low == high else f"{median} ({low}–{high})"
 
 
 def label_of(metric: str, result: RowResult) -> str:
@@ -71,15 +82,15 @@ def _row_table(result: RowResult) -> str:
     there = {metric for samples in result.samples.values() for s in samples for metric in s}
     metrics = [metric for metric in METRICS if metric in there]
     lines = []
-    for peer in result.samples:
+    for peer in result.measured:
         cells = [show_spread(result.spread(peer, m), METRICS[m].digits) for m in metrics]
         mark = " *" if result.is_load_limited(peer) else ""
         mark += " !" if result.is_disturbed(peer) else ""
         lines.append([PEERS[peer].label + mark, *cells])
     text = table(["", *(label_of(metric, result) for metric in metrics)], lines)
-    if any(result.is_load_limited(peer) for peer in result.samples):
+    if any(result.is_load_limited(peer) for peer in result.measured):
         text += f"\n\n\\* the load generator used > {SATURATED:g} % of its core: compare CPU time"
-    if any(result.is_disturbed(peer) for peer in result.samples):
+    if any(result.is_disturbed(peer) for peer in result.measured):
         text += f"\n\n! others had the server's core for > {DISTURBED:g} % of the time"
     return text
 
@@ -99,6 +110,16 @@ def _target_lines(results: Results) -> Iterator[list[str]]:
             f"{target.sense} {target.bound:,g}{_against(target)}",
             verdict,
         ]
+
+
+def _change_lines(results: Results) -> Iterator[list[str]]:
+    for result in results.rows.values():
+        for ours in OURS:
+            for metric in METRICS:
+                spread = result.ratio(ours, before(ours), metric) if metric in CHANGES else None
+                if spread is not None:
+                    what = f"{PEERS[ours].label}: {label_of(metric, result)}"
+                    yield [result.row.name, what, show_spread(spread, 3)]
 
 
 def _against(target: Target) -> str:

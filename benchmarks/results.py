@@ -44,6 +44,11 @@ class RowResult:
     def values(self, peer: str, metric: str) -> list[float]:
         return [sample[metric] for sample in self.samples.get(peer, ()) if metric in sample]
 
+    @property
+    def measured(self) -> list[str]:
+        """The peers of which there are samples, in the row's order."""
+        return [peer for peer, samples in self.samples.items() if samples]
+
     def spread(self, peer: str, metric: str) -> Spread | None:
         return Spread.of(self.values(peer, metric))
 

@@ -35,7 +35,7 @@ class Row:
         depth: messages under way on each connection.
         item: what is counted.
         shown: the metric that plots show.
-        rounds: how many times the plan's counted rounds are taken.
+        rounds: how many times the plan's rounds are taken.
         quick_peers: who takes part with ``--quick``; nobody: the row is left out.
     """
 
@@ -202,6 +202,7 @@ ROWS = (
         peers=("psofa", "gevent"),
         item="session",
         shown="kb_per_session",
+        rounds=0.4,
         quick_peers=("psofa", "gevent"),
     ),
     Row(
@@ -213,6 +214,7 @@ ROWS = (
         peers=("psofa", "gevent", "uvloop"),
         item="session",
         shown="kb_per_session",
+        rounds=0.4,
     ),
 )
 
@@ -233,5 +235,5 @@ def growth_rows() -> Iterator[Row]:
                 connections=count,
                 peers=GROWTH_PEERS,
                 item=item,
-                rounds=0.6,
+                rounds=0.25,
             )

@@ -1,11 +1,19 @@
-"""Take the samples in turn: A B C, A B C, so that whatever drifts hits all alike."""
+"""Take the samples: short ones of all peers, in an order that is shuffled in each round.
+
+A machine that others share changes its speed from one second to the next, and drifts. Short samples
+put those that are compared close together, and the shuffling gives each peer every place among
+them. The servers of a row run side by side on their core; all but one of them are idle.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import random
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +25,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.load import has_redis_benchmark, speaks_tls
-from benchmarks.measure import Plan, Sample, measure
+from benchmarks.instructions import count_instructions, why_not_counted
+from benchmarks.load import has_redis_benchmark, load_program, speaks_tls
+from benchmarks.measure import Plan, measure
 from benchmarks.peers import PEERS, missing_requirement
-from benchmarks.processes import BenchmarkError
+from benchmarks.processes import BenchmarkError, Server, start_server
 from benchmarks.results import Results, RowResult
 from benchmarks.rows import Row
 
@@ -28,6 +37,8 @@ __all__ = ["choose", "run"]
 
 OTHER_DESCRIPTORS = 1_500
 """What a server needs besides its sessions: psofa's own reserve of a sixteenth, and some."""
+ALONE = frozenset({"sessions"})
+"""Kinds of rows with a new server for each sample: its memory is counted, or it shuts down."""
 
 
 def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[Row]:
@@ -64,13 +75,18 @@ def _missing(row: Row) -> str | None:
     return None
 
 
-def run(rows: Sequence[Row], plan: Plan, results: Results) -> bool:
+def run(rows: Sequence[Row], plan: Plan, results: Results, *, instructions: bool = False) -> bool:
     """Measure `rows` into `results`, with a progress bar on standard error.
 
+    Args:
+        rows: what to measure.
+        plan: how long, how often.
+        results: gets the samples, and notes about those that could not be taken.
+        instructions: count instructions, too, for the rows for which that can be done.
+
     Returns:
-        Whether every sample could be taken. Those that could not are noted.
+        Whether every sample could be taken.
     """
-    total = sum(len(row.peers) * (_rounds(row, plan) + plan.warm_up_rounds) for row in rows)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -79,46 +95,108 @@ def run(rows: Sequence[Row], plan: Plan, results: Results) -> bool:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
-    failures = 0
+    if instructions and (missing := why_not_counted()):
+        results.notes.append(f"instructions not counted: {missing}")
+        instructions = False
+    is_good = True
     # Drawn seldom: it is done on the load generator's core.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=sum(len(row.peers) * _rounds(row, plan) for row in rows))
 
-        def tell(row: Row, peer: str) -> None:
-            progress.update(task, description=f"{row.name} {peer}", advance=1)
+        def tell(description: str, *, advance: int = 0) -> None:
+            progress.update(task, description=description, advance=advance)
 
         for row in rows:
             result = results.rows[row.name] = RowResult(row)
-            failures += _run_row(result, plan, tell, results.notes)
-    return not failures
+            run = _RowRun(result, plan, results.notes, tell)
+            run.take_samples()
+            if instructions and row.kind == "echo":
+                run.add_instructions()
+            is_good &= not run.failed
+    return is_good
 
 
 def _rounds(row: Row, plan: Plan) -> int:
     return max(1, round(plan.rounds * row.rounds))
 
 
-def _run_row(
-    result: RowResult, plan: Plan, tell: Callable[[Row, str], None], notes: list[str]
-) -> int:
-    row = result.row
-    failed: set[str] = set()
-    for count in range(-plan.warm_up_rounds, _rounds(row, plan)):
-        is_warm_up = count < 0
-        for name in row.peers:
-            tell(row, name)
-            if name in failed:
+class _Tell(Protocol):
+    def __call__(self, description: str, *, advance: int = 0) -> None:
+        """Show what goes on, and that `advance` samples were taken."""
+
+
+class _RowRun:
+    """Measures one row."""
+
+    def __init__(self, result: RowResult, plan: Plan, notes: list[str], tell: _Tell) -> None:
+        self.failed: set[str] = set()
+        """Peers that failed: they take no further part in this row."""
+        self._result = result
+        self._row = result.row
+        self._plan = plan
+        self._notes = notes
+        self._tell = tell
+        # The same order in each run.
+        self._random = random.Random(self._row.name)
+        result.samples.update({name: [] for name in self._row.peers})
+
+    def take_samples(self) -> None:
+        left = _rounds(self._row, self._plan)
+        while left:
+            if self._row.kind in ALONE:
+                rounds = 1
+                self._take_alone()
+            else:
+                rounds = min(left, self._plan.rounds_per_server)
+                self._take_side_by_side(rounds)
+            left -= rounds
+
+    def add_instructions(self) -> None:
+        """Count instructions an item. They are the same in each round, so all samples get them."""
+        for name in self._row.peers:
+            if name in self.failed:
                 continue
-            sample = _sample(row, name, plan.for_warm_up() if is_warm_up else plan, notes)
-            if sample is None:
-                failed.add(name)
-            elif not is_warm_up:
-                result.samples.setdefault(name, []).append(sample)
-    return len(failed)
+            self._tell(f"{self._row.name} {name}: instructions")
+            with self._note_failure(name):
+                count = count_instructions(self._row, PEERS[name])
+                for sample in self._result.samples[name]:
+                    sample["instructions"] = count
 
+    def _take_side_by_side(self, rounds: int) -> None:
+        with contextlib.ExitStack() as servers:
+            started: dict[str, Server] = {}
+            for name in self._row.peers:
+                with self._note_failure(name):
+                    started[name] = servers.enter_context(self._start(name))
+                    if self._plan.warms_up:
+                        measure(self._row, started[name], self._plan.for_warm_up())
+            for _ in range(rounds):
+                for name in self._shuffled():
+                    if name in started:
+                        self._take(name, started[name])
 
-def _sample(row: Row, name: str, plan: Plan, notes: list[str]) -> Sample | None:
-    try:
-        return measure(row, PEERS[name], plan)
-    except BenchmarkError as exc:
-        notes.append(f"{row.name} {name} failed: {exc}")
-        return None
+    def _take_alone(self) -> None:
+        for name in self._shuffled():
+            with self._note_failure(name), self._start(name) as server:
+                self._take(name, server)
+
+    def _shuffled(self) -> Iterator[str]:
+        for name in self._random.sample(self._row.peers, len(self._row.peers)):
+            self._tell(f"{self._row.name} {name}", advance=1)
+            if name not in self.failed:
+                yield name
+
+    def _start(self, name: str) -> Server:
+        return start_server(PEERS[name], self._row.work, load_program())
+
+    def _take(self, name: str, server: Server) -> None:
+        with self._note_failure(name):
+            self._result.samples[name].append(measure(self._row, server, self._plan))
+
+    @contextlib.contextmanager
+    def _note_failure(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except BenchmarkError as exc:
+            self.failed.add(name)
+            self._notes.append(f"{self._row.name} {name} failed: {exc}")

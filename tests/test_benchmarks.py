@@ -89,6 +89,61 @@ def test_a_tiny_run_measures_every_peer_of_every_row(tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_a_run_beside_another_checkout_tells_what_has_become_of_our_servers(
+    tmp_path: Path,
+) -> None:
+    before = tmp_path / "before"
+    for folder in ("psofa_gevent", "benchmarks"):
+        shutil.copytree(REPOSITORY / folder, before / folder)
+    slower = "import time\n\n\nclass Echo(PsCallback):"
+    delayed = "        time.sleep(0)\n" * 50 + "        session.send(message)"
+    server = before / "benchmarks/servers/psofa.py"
+    text = server.read_text().replace("class Echo(PsCallback):", slower)
+    server.write_text(text.replace("        session.send(message)", delayed, 1))
+    written = tmp_path / "run.json"
+    done = run_benchmarks(
+        *("--quick", "--rounds=2", "--seconds=0.05", "--rows=echo-100", "--peers=psofa"),
+        *("--before", before, "--json", written),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "### Beside the build before" in done.stdout
+    peers = json.loads(written.read_text())["rows"]["echo-100"]["peers"]
+    assert set(peers) >= {"psofa", "psofa-before"}
+    assert peers["psofa-before"]["median"]["cpu_us"] > peers["psofa"]["median"]["cpu_us"]
+    told = run_benchmarks("--from", written)
+    assert told.returncode == 0, told.stderr
+    assert "psofa_gevent, sync, before" in told.stdout
+
+
+def test_a_directory_without_the_package_is_refused(tmp_path: Path) -> None:
+    done = run_benchmarks("--before", tmp_path)
+    assert done.returncode == 2
+    assert "has no psofa_gevent" in done.stderr
+
+
+@needs_compiler
+def test_instructions_are_counted_where_valgrind_is_there_and_noted_where_not(
+    tmp_path: Path,
+) -> None:
+    written = tmp_path / "run.json"
+    options = ("--rows=echo-100", "--peers=c", "--rounds=1", "--seconds=0.05", "--instructions")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    assert compiler is not None
+    without = {"PATH": str(programs), "CC": compiler}
+    done = run_benchmarks(*options, environment=without)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "instructions not counted: no valgrind and no callgrind_control" in done.stdout
+    if shutil.which("callgrind_control") is None:
+        pytest.skip("valgrind is not installed")
+    done = run_benchmarks(*options, "--json", written)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [sample] = json.loads(written.read_text())["rows"]["echo-100"]["peers"]["c"]["rounds"]
+    assert 20 < sample["instructions"] < 1_000  # one in C: two system calls, and a loop
+
+
+@needs_compiler
 @pytest.mark.skipif(importlib.util.find_spec("trustme") is None, reason="trustme is not installed")
 def test_tls_is_measured_where_openssl_is_there_and_skipped_with_a_note_where_not(
     tmp_path: Path,
