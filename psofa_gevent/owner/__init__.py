@@ -1,1 +1,1 @@
-"""Owners: what servers and clients share: their sessions, timers, close queue and shutdown."""
+"""The common parts of servers and clients: sessions, timers, close queue and shutdown."""

@@ -1,17 +1,18 @@
-"""Which attributes of a server or a client may be assigned.
+"""The check of attribute names that are assigned to a server or a client.
 
-Python takes any name, so a slip of the pen, or a setting that is assigned instead of given to the
-constructor, would have no effect and no error. Here an unknown name is an error that tells the
-nearest right one. What stays possible:
+Python accepts any name. So a typing error, or a setting that is assigned instead of passed to the
+constructor, would have no effect and raise no error. This check raises an error for an unknown
+name, and suggests the nearest known one. These names may be assigned:
 
-- Names that a class declares: its methods and properties, which tests replace on an object, and in
-  a class of the user's own its class attributes, slots and annotations.
+- Names that a class declares: its methods and properties, which tests replace on an object; in a
+  user's subclass also its class attributes, slots and annotations.
 - Names that begin with an underscore.
-- In a class of the user's own any further name, without a declaration, as in every Python class:
+- In a user's subclass, any other name without a declaration, as in every Python class:
   ``self.database = database`` in its ``__init__`` is the usual way to declare one. Only the name of
-  a setting has to be declared there, since to assign it looks as if it changed the setting.
+  a setting must be declared there, because its assignment looks like a change of the setting.
 
-Slots in place of this would take away what tests do to single objects (``unittest.mock``).
+Slots instead of this check would prevent tests from replacing methods of single objects
+(``unittest.mock``).
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def check_attribute(owner: object, name: str, described: type[SessionSettings]) 
 
     Args:
         owner: the server or client.
-        name: the attribute.
-        described: what describes its settings.
+        name: the name of the attribute.
+        described: the class that describes the owner's settings.
     """
     kind = type(owner)
     if name.startswith("_") or any(name in vars(each) for each in kind.__mro__):
@@ -60,7 +61,7 @@ def check_attribute(owner: object, name: str, described: type[SessionSettings]) 
 
 
 def _hint(kind: type, name: str, settings: Collection[str]) -> str:
-    """What was meant, most likely."""
+    """Advice for the error text: the name that was probably meant."""
     if name in settings:
         return "it is a setting: give it to the constructor, and read it from settings"
     public = {each for each in dir(kind) if not each.startswith("_")}

@@ -1,8 +1,9 @@
-"""What the three owners of sessions share: they start, they hold one manager, and they stop.
+"""The base class of the three owners of sessions, with their start, manager and shutdown.
 
-The state is explicit: stopped (no manager), running (a manager), shutting down (a manager and
-its shutdown).
-It changes in the hub's thread only, where a signal handler may change it between any two lines.
+An owner is stopped (no manager), running (a manager), or shutting down (a manager with a shutdown).
+This state changes in the hub's thread, where a signal handler may change it between any two lines.
+Another thread changes it only if the hub was destroyed or its thread has ended. In a child process
+an owner begins stopped.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ if TYPE_CHECKING:
 __all__ = ["SessionOwner"]
 
 HUB_PATIENCE = 1.0
-"""Seconds after which a hub that did not run in them is taken for one that runs no more."""
+"""Seconds without a sign of life after which a hub is assumed not to run."""
 UNDO_TIMEOUT = 5.0
-"""Seconds that ``on_stop`` has when a start or a first connect failed after ``on_start``."""
+"""Seconds that ``on_stop`` has if a start or a first connect fails after ``on_start``."""
 
 
 class SessionOwner(Generic[M]):
     """The base of `PsServer`, `PsClient` and `PsMultiClient`."""
 
     _settings_class: ClassVar[type[SessionSettings]]
-    """What describes the settings of this kind of owner."""
+    """The class that describes the settings of this kind of owner."""
 
     def __init__(self, callback: PsCallback[M], settings: SessionSettings) -> None:
         check_callback(callback)
@@ -69,20 +70,20 @@ class SessionOwner(Generic[M]):
             check_attribute(self, name, self._settings_class)
             super().__setattr__(name, value)
 
-    # The attribute may change at any moment in which a signal handler or another thread runs: it is
-    # read once in each method.
+    # A signal handler or another thread may change the attribute `_manager` at any time: so each
+    # method reads it once.
 
     def get_session_count(self) -> int:
-        """How many sessions have not ended: open ones, and those whose close is on its way.
+        """The number of sessions that have not ended: before ``on_open``, open, or closing.
 
-        Also those to come, whose header or handshake is under way: they count for the pool, too.
+        A session whose PROXY header or TLS handshake is not complete also takes a slot of the pool.
         """
         manager = self._manager
         return 0 if manager is None else len(manager.sessions)
 
     @property
     def sessions(self) -> list[PsSession[M]]:
-        """The open sessions at this moment, each from its ``on_open`` on, as they came."""
+        """The sessions that are open now and have passed their preambles, in order of arrival."""
         manager = self._manager
         if manager is None:
             return []
@@ -93,11 +94,11 @@ class SessionOwner(Generic[M]):
     def get_session(self, connection_id: uuid.UUID) -> PsSession[M] | None:
         """The open session with that id; ``None`` if there is none.
 
-        Of several, since ids may be chosen, the one that came last. From any greenlet and any OS
-        thread; it takes the same time with any number of sessions.
+        Clients may choose ids. If several sessions have the id, the one that came last is returned.
+        From any greenlet and any OS thread. The time does not depend on the number of sessions.
 
         Raises:
-            TypeError: that is no `uuid.UUID`.
+            TypeError: `connection_id` is not a `uuid.UUID`.
         """
         if not isinstance(connection_id, uuid.UUID):
             raise TypeError(f"connection_id must be a uuid.UUID, not {connection_id!r}")
@@ -111,55 +112,56 @@ class SessionOwner(Generic[M]):
         exclude: PsSession[M] | Collection[PsSession[M]] = (),
         raw: bool = False,
     ) -> None:
-        """Post a message to every open session (`PsSession.post`), which waits for nobody.
+        """Post a message to every open session (`PsSession.post`), without waiting.
 
-        It is framed once for each framing that the sessions have. From any greenlet and any OS
-        thread.
+        The message is encoded once for each framing that the sessions have. From any greenlet and
+        any OS thread.
 
         Args:
             message: as for `PsSession.send`.
-            exclude: a session, or several, that shall not get it. One of another owner does not
-                get it anyway.
+            exclude: a session or several sessions to leave out. Sessions of other owners never get
+                the message.
             raw: as for `PsSession.send`.
 
         Raises:
-            PsFramingError: a session's framing can't carry the message. Nobody got it.
+            PsFramingError: a session's framing can't carry the message. No session got it.
             TypeError: `message` is neither text nor bytes.
-            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8. Nobody got it.
+            UnicodeEncodeError: `message` is text with a lone surrogate, which UTF-8 can't encode.
+                No session got it.
         """
         post_to_all(self.sessions, message, exclude, raw=raw)
 
     def group(self, name: str) -> PsGroup[M]:
-        """The group of that name, the same one each time, for sessions to join.
+        """The group with that name, for sessions to join. Each call returns the same group.
 
-        The name is this owner's; sessions of others may join, too. It is there as long as somebody
-        holds it, or a session is in it.
+        The name belongs to this owner, but sessions of other owners may join as well. The group
+        exists as long as the application holds a reference to it, or a session is in it.
 
         Raises:
-            TypeError: `name` is no text.
+            TypeError: `name` is not a str.
         """
-        with self._groups_lock:  # what it guards is Python code
+        with self._groups_lock:  # the guarded steps are Python code, and so not atomic
             group = self._groups.get(name)
             if group is None:
                 group = self._groups[name] = PsGroup(name)
             return group
 
     def bind(self, session: PsSession[M], key: Hashable, *, replace: bool = False) -> None:
-        """Let `find` find a session by a key of your own, until its close is requested.
+        """Bind a key of the application to a session, for `find`, until its close is requested.
 
-        A session may have several keys. Without effect when it is closed. From any greenlet and any
-        OS thread.
+        A session may have several keys. Without effect if the session is closed. From any greenlet
+        and any OS thread.
 
         Args:
             session: the session.
-            key: anything that can be a dictionary's key.
-            replace: take the key from another session that has it, and close that (REPLACED): for a
-                device that comes back before its old connection was found to be dead.
+            key: any hashable object.
+            replace: take the key from another session that has it, and close that session
+                (REPLACED): for a device that reconnects before its old connection was found dead.
 
         Raises:
             PsKeyTakenError: another open session has the key, and `replace` is false.
-            TypeError: `session` is none, or `key` is not hashable.
-            ValueError: the session belongs to another owner, whose `find` would be asked for it.
+            TypeError: `session` is not a session, or `key` is not hashable.
+            ValueError: the session belongs to another owner; use the `bind` of that owner.
         """
         check_instance("session", session, PsSession)
         self._check_owns(session, session.owner)
@@ -170,16 +172,16 @@ class SessionOwner(Generic[M]):
             raise ValueError(f"{what!r} belongs to {owner!r}, and not to {self!r}")
 
     def unbind(self, key: Hashable) -> None:
-        """Take a key from the session that has it. Without effect when none has."""
+        """Take a key from the session that has it. Without effect if no session has it."""
         self._keys.unbind(key)
 
     def find(self, key: Hashable) -> PsSession[M] | None:
-        """The open session that was bound to `key`; ``None`` if there is none."""
+        """The open session that `key` was bound to; ``None`` if there is none."""
         return self._keys.find(key)
 
     @property
     def started(self) -> bool:
-        """Whether it is started, and its end (`shutdown`, `disconnect`, …) not asked for yet."""
+        """Whether the owner has started, and no call (`shutdown`, `disconnect`, …) has ended it."""
         manager = self._manager
         return manager is not None and manager.shutdown is None
 
@@ -194,14 +196,17 @@ class SessionOwner(Generic[M]):
         return manager is not None and manager.shutdown is not None
 
     def _let_go(self, hub: Hub | None) -> None:
-        """Be stopped, in a child process. The manager lets go by itself."""
+        """Be stopped, in a child process. The manager has its own ``_let_go``."""
         self._manager = None
         self._peer_log = PeerLog()
         self._keys.let_go()
         self._groups_lock = new_lock()  # it may be held in the parent
 
     def _forget_if_hub_is_gone(self) -> None:
-        """A manager whose hub was destroyed, or its thread, has ended with it, without a word."""
+        """Drop a manager whose hub was destroyed or whose thread has ended. Calls no callback.
+
+        In any thread.
+        """
         manager = self._manager
         if manager is not None and manager.thread.is_over():
             manager.end_with_hub()
@@ -213,9 +218,10 @@ class SessionOwner(Generic[M]):
 
     @contextlib.contextmanager
     def _starting(self, manager: SessionManager) -> Iterator[None]:
-        """The time in which the caller starts; an exception undoes it, without ``on_stop``.
+        """Register the caller as a starter during the block; an exception undoes the start.
 
-        A shutdown that is asked for meanwhile waits until this is over.
+        The undoing calls ``on_stop`` only if ``on_start`` has returned. A shutdown that is
+        requested meanwhile waits until the block has ended.
         """
         try:
             with manager.starting():
@@ -225,16 +231,16 @@ class SessionOwner(Generic[M]):
             raise
 
     def _undo(self, manager: SessionManager) -> None:
-        """Shut down a manager that has no sessions, and wait for that if possible."""
+        """Shut down a manager that has no sessions, and wait for the end if the caller may wait."""
         if self._manager is manager:
             self._begin_shutdown(manager, PsCloseReason.SHUTDOWN, UNDO_TIMEOUT, 0.0)
         if may_wait() and manager.process == os.getpid():
             manager.stopped.wait()
 
     def _shut_down(self, reason: PsCloseReason, timeout: float | None, drain: float = 0.0) -> None:
-        """Shut down, and wait for the end where the caller may. From any greenlet and OS thread.
+        """Shut down, and wait for the end if the caller may wait. From any greenlet and OS thread.
 
-        Another OS thread waits no longer than the shutdown may take if the hub does not run.
+        If the hub does not run, a caller in another OS thread waits for `drain` and `timeout` only.
         """
         check_seconds("timeout", timeout)
         check_seconds("drain", drain, optional=False)
@@ -251,7 +257,7 @@ class SessionOwner(Generic[M]):
             return
         until = NEVER if timeout is None else monotonic() + drain + timeout
         pulse = Pulse(manager.thread)
-        # When it is over, for whatever reason, the hub may never run again.
+        # `stopped` as well: after the end, for any reason, the hub may never run to set `done`.
         while not done.wait(LOOK_PERIOD) and not manager.stopped.is_set():
             now = monotonic()
             if manager.thread.is_over():
@@ -276,10 +282,10 @@ class SessionOwner(Generic[M]):
     def _begin_shutdown(
         self, manager: SessionManager, reason: PsCloseReason, timeout: float | None, drain: float
     ) -> Shutdown:
-        """Begin the shutdown, or shorten the one that is on its way. Does not switch.
+        """Begin the shutdown, or shorten the one that has begun. Does not switch.
 
-        A signal handler may do the same in the middle of this: so there is no look before a leap,
-        and each step may be done twice.
+        A signal handler may call this in the middle of another call. So no step depends on an
+        earlier check, and each step may be done twice.
         """
         shutdown = manager.set_shutdown(
             Shutdown(manager, reason, self._close_listeners_or_attempts, self._stopped)
@@ -293,18 +299,18 @@ class SessionOwner(Generic[M]):
     def _stop_admitting(self) -> None:
         """Admit no new connection from now on. In the hub's thread; does not switch.
 
-        A signal handler may call it at any line of any greenlet, again and again.
+        A signal handler may call it at any line of any greenlet, and repeatedly.
         """
         raise NotImplementedError
 
     def _close_listeners_or_attempts(self) -> None:
         """Close the listeners, or end the attempts to connect.
 
-        In the shutdown's greenlet, when no greenlet is in ``start`` or ``connect`` any more.
+        In the shutdown's greenlet, when no starter is left.
         """
         raise NotImplementedError
 
     def _stopped(self) -> None:
-        """The shutdown is over, or the hub was destroyed. Does not switch."""
+        """Become stopped: the shutdown is over, or the hub was destroyed. Does not switch."""
         self._manager = None
         self._peer_log.close()

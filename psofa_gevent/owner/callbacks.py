@@ -1,12 +1,13 @@
-"""How the callbacks of one owner are called: sync or async, with or without a time limit.
+"""The callbacks of one owner as plain functions: sync or async, with or without a time limit.
 
-Decided once, when the server or client starts; from then on each callback is one function of its
-arguments, which returns when the callback has ended. For a sync callback without a limit that is
-the user's own bound method: the way of a message has nothing in between.
+The choice is made once, when the server or client starts. From then on each callback is a function
+of its arguments that returns when the callback has ended. For a sync callback without a limit the
+function is the user's bound method, so a message passes through nothing else.
 
-Each function runs in the greenlet that calls it, which runs in the session's own context: an async
-callback runs as a task of the hub's asyncio loop meanwhile, in that same context, and what is
-thrown into the waiting greenlet cancels it (`psofa_gevent.aio.coroutines.run_task`).
+Each function runs in the greenlet that calls it, in the session's context, and may switch. An async
+callback runs as a task of the hub's asyncio loop, in the same context, while that greenlet waits.
+An exception that is thrown into the waiting greenlet cancels the task
+(`psofa_gevent.aio.coroutines.run_task`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Callbacks:
         )
         self.on_eof: Callable[[PsSession[Any]], None] = self._of_session(callback, "on_eof")
         self.on_idle: Callable[[PsSession[Any]], object] | None = None
-        """None: there is none, and the session closes."""
+        """None: the callback does not override it, and an idle session closes."""
         if is_overridden(callback, "on_idle_async" if self._is_async else "on_idle"):
             self.on_idle = self._of_session(callback, "on_idle")
         self.on_close: Callable[[PsSession[Any], PsCloseReason], None] = self._of_close_greenlet(
@@ -52,7 +53,7 @@ class Callbacks:
         self.on_accept: Callable[[PsSession[Any], Endpoint | None], object] | None = (
             self._of_accept(callback)
         )
-        """None: nobody asks."""
+        """None: the callback does not override it, so it is not asked."""
         self.on_start: Callable[[Owner], None] = self._of_owner(callback, "on_start")
         self.on_stop: Callable[[Owner], None] = self._of_close_greenlet(
             self._of_owner(callback, "on_stop"), "on_stop"
@@ -94,7 +95,7 @@ class Callbacks:
             function: Callable[..., None] = getattr(callback, name)
             return function
         if not is_overridden(callback, f"{name}_async"):
-            return _do_nothing  # so that a coroutine, which could not wait for it, may start
+            return _do_nothing  # so that a coroutine, which can't wait for a task here, may start
         method = getattr(callback, f"{name}_async")
         return lambda owner: run_task(method(owner))
 
@@ -141,17 +142,17 @@ def _limited_answer(
         try:
             with TimeLimit("on_accept", timeout, expired):
                 answer = ask(session, peer)
-            if errors:  # and it was swallowed
+            if errors:  # the callback swallowed it
                 raise errors[0]
             return answer
         finally:
-            errors.clear()  # one of them and this frame would keep each other alive
+            errors.clear()  # an error and this frame would keep each other alive
 
     return ask_limited
 
 
 def _limited(call: Callable[..., None], name: str, timeout: float) -> Callable[..., None]:
-    def call_limited(subject: Any, *args: Any) -> None:  # args: of a session's callback
+    def call_limited(subject: Any, *args: Any) -> None:  # a session's callback has args
         def expired(error: TimeoutError) -> TimeoutError:
             context = inside.context_of(subject) if args else None
             log(logging.WARNING, "%r: %s", subject, error, context=context)

@@ -1,11 +1,11 @@
 """The close queue: one greenlet that calls ``on_close`` for the sessions that have ended, in order.
 
-The manager queues a session when it has ended and its socket is released. So this greenlet
-never waits for a session, and a slow ``on_close`` delays other ``on_close`` calls and nothing else.
-``on_stop`` runs here too, after the last of them.
+The manager queues a session when it has ended and its socket is released. So this greenlet never
+waits for a session, and a slow ``on_close`` delays only other ``on_close`` calls. ``on_stop`` also
+runs here, after the last ``on_close``.
 
-All of it belongs to the hub's thread. Nothing switches but the close greenlet itself, and in the
-greenlet of the shutdown `CloseQueue.abandon` and `CloseQueue.stop`.
+Everything belongs to the hub's thread. Only the close greenlet itself switches, and, in the
+shutdown's greenlet, `CloseQueue.abandon` and `CloseQueue.stop`.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ if TYPE_CHECKING:
 __all__ = ["CloseQueue"]
 
 DYING_TIME = 0.05
-"""Seconds that a killed callback has to end, at least: an async one needs a round of its loop."""
+"""Minimum grace, in seconds, for a killed callback: an async one needs a round of its loop."""
 LAST_DYING_TIME = 0.5
 """Grace, in seconds, for the calls that are killed together at the end."""
 LATE_CALL_TIME = 0.01
 """Grace, in seconds, for calls that are only started after the deadline."""
 KILLS_BEFORE_GIVING_UP = 5
-"""How often a callback that swallows its end is killed before it is left behind."""
+"""Kills of a callback that swallows them, before it is abandoned."""
 
 
 class _Call(NamedTuple):
     """One call that is due."""
 
     name: str
-    """What the log calls it."""
+    """The name of the call in the log."""
     subject: object
-    """Who it is about, for the log."""
+    """The session or owner of the call, for the log."""
     function: Callable[[], object]
     session: PsSession[Any] | None = None
-    """Whose context it runs in, which is let go of afterwards; ``None``: that of ``on_stop``."""
+    """The session in whose context the call runs. It drops its context after the call. ``None``:
+    the call runs in the context of ``on_stop``."""
 
 
 class CloseQueue:
@@ -71,11 +72,11 @@ class CloseQueue:
         """Make the queue.
 
         Args:
-            callbacks: the callbacks.
-            context: that of ``on_stop``.
-            thread: where they run.
-            settled: called whenever nothing is left to deliver. In the close greenlet; where a call
-                is left behind (`hurry`, `abandon`), in the greenlet of the shutdown.
+            callbacks: the owner's callbacks.
+            context: the context of ``on_stop``.
+            thread: the hub's thread, in which the callbacks run.
+            settled: called whenever no call is left. In the close greenlet, but when a call is
+                abandoned (`hurry`, `abandon`) in the shutdown's greenlet.
         """
         self._callbacks = callbacks
         self._context = context
@@ -88,7 +89,7 @@ class CloseQueue:
         self._killed_since = 0.0
         self._service = ServiceGreenlet(self._deliver_for_ever, self._has_work)
         self.pending = 0
-        """Calls that were put in and have not ended."""
+        """The number of queued calls that have not ended."""
         self._given_up = 0
 
     def put(self, session: PsSession[Any]) -> None:
@@ -97,11 +98,11 @@ class CloseQueue:
         self._put(_Call("on_close", session, on_close, session))
 
     def put_on_stop(self, owner: Owner) -> None:
-        """Have ``on_stop`` called, after all that was put in before."""
+        """Have ``on_stop`` called, after all calls queued before."""
         self._put(_Call("on_stop", owner, partial(self._callbacks.on_stop, owner)))
 
     def put_call(self, function: Callable[[], object]) -> None:
-        """Have `function` called, which must not block, after all that was put in before."""
+        """Have `function` called, which must not block, after all calls queued before."""
         self._put(_Call("the call", function, function))
 
     def is_current(self) -> bool:
@@ -111,12 +112,12 @@ class CloseQueue:
     def hurry(self, deadline: float) -> float:
         """End the running call if it has had its share of the time until `deadline`.
 
-        For the end of a shutdown, called again and again, so that every pending call begins:
-        half of its share is its own time, and in the other half it is killed, again and again. One
-        that does not let itself be ended is left behind, and another greenlet goes on.
+        The end of a shutdown calls this repeatedly, so that every pending call begins. A call runs
+        undisturbed for half of its share, and is killed repeatedly in the other half. If it does
+        not end, it is abandoned, and another greenlet goes on with the queue. Does not switch.
 
         Returns:
-            Seconds after which to call again.
+            Seconds after which to call this again.
         """
         now = monotonic()
         half_share = max(deadline - now, 0.0) / max(2 * self.pending, 1)
@@ -131,13 +132,13 @@ class CloseQueue:
         return half_share / KILLS_BEFORE_GIVING_UP
 
     def abandon(self) -> int:
-        """Leave the running call behind, and begin those that have not begun: no time is left.
+        """Begin the calls that have not begun, then kill all and abandon those that do not end.
 
-        Each gets as far as where it first waits, in a greenlet of its own. Called in a greenlet
-        that may wait.
+        For when no time is left. Each call runs in a separate greenlet up to its first wait, and is
+        then killed. Call this in a greenlet that may wait; it switches.
 
         Returns:
-            How many calls did not end.
+            The number of calls that did not end.
         """
         begun: list[LibraryGreenlet] = []
         while not self._queue.empty():
@@ -156,7 +157,7 @@ class CloseQueue:
         return given_up
 
     def _begin_all(self, greenlets: list[LibraryGreenlet]) -> None:
-        """Run each up to where it first waits, however long that takes: a kill comes after it."""
+        """Run each greenlet up to its first wait, however long that takes; kills come after it."""
 
         def begin() -> None:
             try:
@@ -178,11 +179,11 @@ class CloseQueue:
                 greenlet.kill(block=False)
 
     def stop(self) -> None:
-        """End the close greenlet; nothing may be pending. Waits for it, so not from within it."""
+        """End the close greenlet and wait for it: not in that greenlet. No call may be pending."""
         self._service.stop()
 
     def let_go(self) -> None:
-        """Deliver nothing more: it is the parent process's to deliver."""
+        """Make no more calls, in a child process: the parent makes them."""
         self._service.let_go()
         self._running = None
         self.pending = 0
@@ -193,7 +194,7 @@ class CloseQueue:
         self._service.ensure()
 
     def _give_up(self) -> None:
-        """Leave the running call behind, and let another greenlet go on with the queue."""
+        """Abandon the running call, and let another greenlet go on with the queue."""
         call, self._running = self._running, None
         if call is not None:
             log(logging.ERROR, "%r: callback did not end: abandoned", call.subject)
@@ -209,7 +210,8 @@ class CloseQueue:
         while self._service.is_current():
             self._deliver(self._queue.get())
             if self._since - turn_since >= TURN and not self._queue.empty():
-                # Thousands may have ended at once. (Zero would come before all sockets.)
+                # Thousands of sessions may have ended at once. (A sleep of zero would end before
+                # the hub has looked at any socket.)
                 gevent.sleep(SHORTEST_TIMER)
                 turn_since = monotonic()
 
@@ -224,7 +226,7 @@ class CloseQueue:
 
     def _run(self, call: _Call) -> None:
         session = call.session
-        # As each session's own greenlet does: not by Context.run, which one greenlet could be in.
+        # Set as for a session's own greenlet: only one greenlet at a time could be in Context.run.
         current: Any = getcurrent()
         before = current.gr_context
         current.gr_context = self._context if session is None else inside.context_of(session)

@@ -1,15 +1,15 @@
-"""Heartbeats: what a session sends when it has sent nothing for a while.
+"""Heartbeats: messages that a session sends when it has sent nothing for a while.
 
-They keep the tables of NAT routers and firewalls from forgetting a connection, and let the peer's
-idle check know that this end is there. One greenlet looks at all sessions of an owner, ten times in
-the time of a heartbeat, at intervals of 5 ms to 1 s: a heartbeat may be late by one interval. A
-look compares two numbers per session; while it sends what it finds due, others have their turns. A
-fixed message is posted (`PsSession.post`); a function runs in a greenlet that belongs to its
-session (`PsSession.spawn`), so a slow one delays nobody else's, and is not called again before it
-has returned.
+They keep NAT routers and firewalls from dropping a connection from their tables, and show the
+peer's idle check that this end is alive. One greenlet scans all sessions of an owner, ten times per
+heartbeat period, at intervals of 5 ms to 1 s: so a heartbeat may be late by one interval. A scan
+compares two numbers per session. While it sends the heartbeats that are due, it lets other sessions
+have their turns. A fixed message is posted (`PsSession.post`). A function runs in a session task
+(`PsSession.spawn`), so a slow function does not delay heartbeats of other sessions. It is not
+called again before it has returned.
 
-None is sent before ``on_open``, nor while a send waits for the peer: one that takes nothing has no
-use for more.
+No heartbeat is sent before ``on_open``, or while a send waits for the peer: a peer that takes
+nothing would not take the heartbeat either.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["Heartbeats"]
 
 LOOKS = 10
-"""In the time of a heartbeat."""
+"""Scans per heartbeat period."""
 SHORTEST_PERIOD = 0.005
+"""Least seconds between two scans."""
 LONGEST_PERIOD = 1.0
-"""Seconds from one look to the next."""
+"""Most seconds between two scans."""
 
 
 class Heartbeats:
@@ -58,24 +59,24 @@ class Heartbeats:
         self._service = ServiceGreenlet(self._look_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
-        """Let `session` have heartbeats from now on."""
+        """Send heartbeats for `session` from now on."""
         self._quiet[session] = _Quiet(monotonic())
         if len(self._quiet) == 1:
             self._not_empty.set()
             self._service.ensure()
 
     def discard(self, session: PsSession[Any]) -> None:
-        """No more of them."""
+        """Send no more heartbeats for `session`."""
         self._quiet.pop(session, None)
         if not self._quiet:
             self._not_empty.clear()
 
     def stop(self) -> None:
-        """End the greenlet. Waits for it, so not from within it."""
+        """End the scanning greenlet, and wait for it: not in that greenlet."""
         self._service.stop()
 
     def let_go(self) -> None:
-        """No more of them: the sessions are the parent process's."""
+        """Send no more heartbeats, in a child process: the sessions belong to the parent."""
         self._service.let_go()
 
     def _has_work(self) -> bool:
@@ -101,7 +102,8 @@ class Heartbeats:
             if inside.has_nothing_to_send(session) and session.bytes_sent == quiet.sent:
                 self._beat(session, quiet)
             if monotonic() - turn_since >= TURN:
-                # Thousands that began together take 0.1 s. (Zero would come before all sockets.)
+                # Thousands of sessions that began together take 0.1 s. (A sleep of zero would end
+                # before the hub has looked at any socket.)
                 gevent.sleep(SHORTEST_TIMER)
                 turn_since = monotonic()
 
@@ -109,31 +111,31 @@ class Heartbeats:
         heartbeat = self._heartbeat
         if callable(heartbeat.message):
             if quiet.asked is None or quiet.asked.dead:
-                with contextlib.suppress(PsClosedError):  # by another thread, just now
+                with contextlib.suppress(PsClosedError):  # another thread may close it just now
                     quiet.asked = session.spawn(_ask_and_post, session, heartbeat)
             return
         try:
             session.post(heartbeat.message, raw=heartbeat.raw)
-        except Exception as exc:  # the session has gone over to a framing that can't carry it
+        except Exception as exc:  # the session now has a framing that can't carry the message
             inside.fail(session, exc)
 
 
 class _Quiet:
-    """What is kept for one session."""
+    """The heartbeat state of one session."""
 
     __slots__ = ("asked", "sent", "since")
 
     def __init__(self, now: float) -> None:
         self.sent = 0
-        """Bytes that it had sent at the last look."""
+        """Bytes that the session had sent at the last scan."""
         self.since = now
-        """When it had sent them, or had the last heartbeat."""
+        """When a scan last saw that the session had sent bytes, or had a heartbeat due."""
         self.asked: Greenlet[..., Any] | None = None
-        """What runs the function, or did."""
+        """The session task that runs the heartbeat's function, or the last one that did."""
 
 
 def _ask_and_post(session: PsSession[Any], heartbeat: PsHeartbeat) -> None:
-    """Post what its function, plain or ``async``, makes of the session; ``None``: nothing."""
+    """Post the message that the heartbeat's function, sync or async, returns; None: no message."""
     message = heartbeat.message(session)
     if asyncio.iscoroutine(message):
         message = run_task(message, context=inside.context_of(session))

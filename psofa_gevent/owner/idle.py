@@ -1,18 +1,18 @@
 """The idle timer: one greenlet that finds the sessions that have waited too long for bytes.
 
-The sessions are kept in ``divide`` slices, and one slice is due every 1/``divide`` seconds.
-So each session can be looked at once a second and no look is long. Empty slices are skipped: a
-single session costs one look a second, and no session none.
+The sessions are kept in ``divide`` slices, and one slice is due every 1/``divide`` seconds. So each
+session can be checked once a second, and no scan takes long. Empty slices are skipped: a single
+session costs one scan a second, and without sessions there are no scans.
 
-A slice is only looked at when a session in it may have reached its deadline. A wait that begins
-later has a later deadline, so the result of a look stays valid until the earliest deadline that it
-saw, unless the idle time of a session is shortened. With the default of a minute, 15,000 idle
-sessions are looked at twice in that time instead of sixty times.
+A slice is scanned only when a session in it may have reached its deadline. A wait that begins later
+has a later deadline, so the result of a scan stays valid until the earliest deadline that it saw,
+unless a session's idle time is shortened. With the default idle time of a minute, 15,000 idle
+sessions are scanned twice a minute instead of sixty times.
 
-It wakes sessions whose unfinished message is overdue (``frame_timeout``) in the same way.
+The timer also wakes sessions whose unfinished message is overdue (``frame_timeout``).
 
-A look compares two numbers per session. It waits for nothing, no session's callback can hold it
-up, and it closes nothing: it wakes the session, which looks once more whether bytes are there.
+A scan compares two numbers per session. It does not switch, no callback can delay it, and it closes
+no session: it wakes the session, which checks once more whether bytes are there.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = ["IdleSlice", "IdleTimer"]
 
 
 class IdleSlice:
-    """Some of the sessions, which are looked at together."""
+    """The sessions that are scanned together."""
 
     __slots__ = ("due", "sessions")
 
     def __init__(self) -> None:
         self.sessions: set[PsSession[Any]] = set()
         self.due = NEVER
-        """The monotonic clock before which none of them reaches its deadline."""
+        """Monotonic time before which no session of the slice reaches its deadline."""
 
     def look(self) -> None:
-        """Wake the sessions that have reached their deadlines."""
+        """Wake the sessions that have reached their deadlines. Does not switch."""
         now = monotonic()
         if now < self.due:
             return
@@ -52,7 +52,7 @@ class IdleSlice:
 
 
 class IdleTimer:
-    """Finds idle sessions, once a second.
+    """Finds idle sessions: checks each slice once a second.
 
     All methods belong to the hub's thread. Only `stop` switches.
     """
@@ -65,7 +65,7 @@ class IdleTimer:
         self._service = ServiceGreenlet(self._scan_for_ever, self._has_work)
 
     def add(self, session: PsSession[Any]) -> None:
-        """Look at `session` from now on."""
+        """Check `session` from now on."""
         own = self._slices[self._added % len(self._slices)]
         own.due = min(own.due, monotonic() + inside.idle_seconds(session))
         inside.set_idle_slice(session, own)
@@ -77,7 +77,7 @@ class IdleTimer:
             self._service.ensure()
 
     def discard(self, session: PsSession[Any]) -> None:
-        """Look at `session` no more."""
+        """Stop checking `session`."""
         own = inside.set_idle_slice(session, None)
         if own is not None and session in own.sessions:
             own.sessions.discard(session)
@@ -86,11 +86,11 @@ class IdleTimer:
                 self._not_empty.clear()
 
     def stop(self) -> None:
-        """End the greenlet. Waits for it, so not from within it."""
+        """End the scanning greenlet, and wait for it: not in that greenlet."""
         self._service.stop()
 
     def let_go(self) -> None:
-        """Look at nobody any more: the sessions are the parent process's."""
+        """Check no more sessions, in a child process: they belong to the parent."""
         self._service.let_go()
 
     def _has_work(self) -> bool:
@@ -107,7 +107,7 @@ class IdleTimer:
             self._slices[current].look()
 
     def _steps_to_sessions(self, current: int) -> int:
-        """How many slices on from `current` the next one with sessions is: 1 to ``divide``."""
+        """The number of slices, 1 to ``divide``, from `current` to the next one with sessions."""
         divide = len(self._slices)
         for steps in range(1, divide):
             if self._slices[(current + steps) % divide].sessions:

@@ -1,10 +1,10 @@
-"""Sessions by keys of the application: a device's number, a user's name.
+"""Keys of the application that find its sessions: a device's number, a user's name.
 
-A key leads to one session, a session may have several keys, and loses them when its close is
-requested. So a key that is found leads to a session that is open.
+A key belongs to one session. A session may have several keys, and loses them when its close is
+requested. So a session that is found is open.
 
-May be called from any greenlet and any OS thread. Nothing switches. A native lock holds for a few
-lines, and again for a signal handler or a finalizer that hits one of them.
+Everything may be called from any greenlet and any OS thread. Nothing switches. A native lock is
+held for a few lines. It is reentrant, for a signal handler or a finalizer that runs within them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Keys(Generic[M]):
         self._lock = new_lock()
 
     def bind(self, session: PsSession[M], key: Hashable, *, replace: bool) -> None:
-        """Let `key` lead to `session`. See `PsServer.bind`."""
+        """Bind `key` to `session` (`PsServer.bind`)."""
         with self._lock:
             old = self._sessions.get(key)
             if not session.is_open or old is session:
@@ -54,25 +54,28 @@ class Keys(Generic[M]):
                 inside.leave(session, _Binding(self, key))
 
     def find(self, key: Hashable) -> PsSession[M] | None:
-        """The open session that `key` leads to."""
+        """The open session that `key` is bound to, if there is one."""
         session = self._sessions.get(key)
         return session if session is not None and session.is_open else None
 
     def let_go(self) -> None:
-        """Forget all keys: the sessions are the parent process's. Their locks may be held there."""
+        """Forget all keys, in a child process: the sessions belong to the parent.
+
+        Replaces the lock, which may have been held at the fork.
+        """
         keep(dict(self._sessions))
         self._sessions.clear()
         self._lock = new_lock()
 
     def forget(self, session: PsSession[Any], key: Hashable) -> None:
-        """The session has lost its key."""
+        """Forget `key`, which `session` has lost."""
         with self._lock:
             if self._sessions.get(key) is session:
                 del self._sessions[key]
 
 
 class _Binding(NamedTuple):
-    """What a session knows of a key that it has. Equal to another one of the same key."""
+    """The membership of a session that has a key. Bindings of the same key are equal."""
 
     keys: Keys[Any]
     key: Hashable
@@ -81,4 +84,4 @@ class _Binding(NamedTuple):
         self.keys.forget(session, self.key)
 
     def _let_go(self, session: PsSession[Any], state: object) -> None:
-        """`Keys.let_go` does it."""
+        """Do nothing: `Keys.let_go` forgets all keys."""

@@ -1,13 +1,13 @@
-"""The manager: what a server and the clients have in common, from the connected socket on.
+"""The manager: the common part of servers and clients, from the connected socket on.
 
 One `SessionManager` lives from one start to the end of the next shutdown
-(`psofa_gevent.owner.shutdown`): it holds the registry of sessions, their pool, the idle timer and
-the close queue. How a socket comes to be is not its affair: it is handed over in `open`.
+(`psofa_gevent.owner.shutdown`). It holds the registry of sessions, their pool, the idle timer, the
+heartbeats and the close queue. Servers and clients make the sockets, and pass them to `open`.
 
-All of it belongs to the hub's thread; what other threads may call goes through `HubThread` before.
-There are two exceptions: owners copy and count `SessionManager.sessions` in any thread, and
-`SessionManager.end_with_hub` runs in any thread, when the hub was destroyed. Nothing here switches
-greenlets but `release`, which `Shutdown` calls in a greenlet of its own.
+Everything belongs to the hub's thread; calls of other threads come through `HubThread`. There are
+two exceptions: owners copy, count and search `SessionManager.sessions` in any thread, and
+`SessionManager.end_with_hub` runs in any thread when the hub was destroyed. Only `release`
+switches; `Shutdown` calls it in the shutdown's greenlet.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ T = TypeVar("T")
 
 
 class SessionCounter(Protocol):
-    """What counts the sessions of one manager. In the hub's thread; must not switch."""
+    """Counts the sessions of one manager. Called in the hub's thread; must not switch."""
 
     def opened(self, session: PsSession[Any]) -> None:
-        """The manager has the session."""
+        """Count a session that the manager has taken over."""
 
     def ended(self, session: PsSession[Any]) -> None:
-        """The manager has the session no more."""
+        """Stop counting a session that the manager has forgotten."""
 
 
 class SessionManager:
@@ -79,39 +79,41 @@ class SessionManager:
         self.owner = owner
         self.settings = settings
         self.context = copy_context()
-        """Of ``on_stop``; that of an accepted session begins as a copy of it. As it was for who
-        started."""
+        """A copy of the starter's context. ``on_stop`` runs in it; the context of an accepted
+        session begins as a copy of it."""
         self.thread = HubThread()
         self.ready = ready_sessions()
         self.callbacks = Callbacks(callback, settings.callback_timeout)
         self.peer_log = peer_log
         self.preamble: Callable[[PsSession[Any]], None] | None = None
         self.counter: SessionCounter | None = None
-        """What is told of each session; None: nobody wants to know."""
+        """Gets a call for each session; None: sessions are not counted."""
         self.pool = Pool(max_sessions)
         self.slot_is_free: Callable[[], object] | None = None
-        """Called when the pool has room for one more again: a session's greenlet has ended."""
+        """Called when the pool has a free slot again: a session's greenlet has ended."""
         self.changed = Event()
-        """Set when a session ended, or the close queue ran empty: look again."""
+        """Set when the last session has ended, the close queue is empty, a starter has left, or the
+        shutdown was shortened. The shutdown then checks its condition again."""
         self.stopped = Event()
-        """Set when the shutdown is over: no callback runs any more."""
+        """Set when the shutdown is over: no callback will be called any more."""
         self.starters: set[object] = {getcurrent()}
-        """The greenlets in `start` and ``connect``: a shutdown waits for them, not they for it."""
+        """The greenlets in `start` and ``connect``. A shutdown waits for them; they do not wait for
+        the shutdown."""
         self.shutdown: object = None
-        """What shuts this manager down, once that has begun (`psofa_gevent.owner.shutdown`)."""
+        """The manager's `Shutdown`, once it was asked for (`psofa_gevent.owner.shutdown`)."""
         self._shutdowns: list[Any] = []
         self.has_started = False
-        """``on_start`` has returned, so ``on_stop`` is due."""
+        """Whether ``on_start`` has returned, so that ``on_stop`` is due."""
         self.sessions = Registry()
-        """All that have not ended, in the order in which they came."""
+        """The sessions that have not ended, in order of arrival."""
         self._when_over: dict[PsSession[Any], Callable[[float], object]] = {}
-        """What is to be called when all is over for a session."""
+        """The functions to call when a session is over (`when_over`)."""
         self.closing = CloseQueue(self.callbacks, self.context, self.thread, self.changed.set)
         self._idle = IdleTimer(settings.divide)
         beat = settings.heartbeat
         self._heartbeats = None if beat is None else Heartbeats(PsHeartbeat(*beat))
         self.process = os.getpid()
-        """In which it runs: not in its children."""
+        """The process in which the manager runs: it does not run in child processes."""
         track(self)
 
     def open(
@@ -124,14 +126,14 @@ class SessionManager:
     ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
 
-        If that fails, for whatever reason, nothing of it is left, and the caller closes the socket.
+        If this fails for any reason, the session is dropped, and the caller must close the socket.
 
         Args:
-            sock: the socket, its options set.
+            sock: the socket, with its options set.
             remote_endpoint: the peer's address.
             connection_id: the session's id; by default a random one.
-            local_endpoint: the socket's own address where it is known; else the system is asked.
-            context: what the session's begins as a copy of; by default the caller's.
+            local_endpoint: the socket's own address if it is known; otherwise the system is asked.
+            context: copied to make the session's context; by default the caller's context.
 
         Raises:
             OSError: the socket is not connected any more.
@@ -147,7 +149,7 @@ class SessionManager:
                 self._heartbeats.add(session)
             if self.counter is not None:
                 self.counter.opened(session)
-            # Never waits: a server accepts only while the pool has room.
+            # Never waits: a server accepts only while the pool has a free slot.
             self.pool.start(greenlet)
         except BaseException as exc:
             self._drop(session, PsCloseReason.FAILED, exc)
@@ -155,14 +157,14 @@ class SessionManager:
         return session
 
     def get_session(self, connection_id: uuid.UUID) -> PsSession[Any] | None:
-        """The open session with that id; the last one of several. From any thread."""
+        """The open session with that id; if there are several, the last. From any thread."""
         for session in self.sessions.find(connection_id):
             if inside.is_usable(session):
                 return session
         return None
 
     def set_shutdown(self, shutdown: T) -> T:
-        """Keep `shutdown`, unless there is one: return the one that stays. In one atomic step."""
+        """Set the shutdown, unless there is one; return the one that is set. Atomic."""
         self._shutdowns.append(shutdown)
         first: T = self._shutdowns[0]
         self.shutdown = first
@@ -170,7 +172,7 @@ class SessionManager:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """The time in which the caller starts, or makes a connection."""
+        """Register the calling greenlet as a starter during the block."""
         current = getcurrent()
         self.starters.add(current)
         try:
@@ -180,24 +182,27 @@ class SessionManager:
             self.changed.set()
 
     def session_ended(self, session: PsSession[Any]) -> None:
-        """The session's greenlet is at its end, and its socket is released."""
+        """Queue the ``on_close`` of a session that has ended and released its socket.
+
+        In the session's greenlet, as its last step. Does not switch.
+        """
         if self.forget(session):
-            # No callback hears of one that was closed before it opened, unless that failed.
+            # A session that was closed before it opened has no on_close, unless it failed.
             if inside.has_on_close(session):
                 self.closing.put(session)
             else:
                 inside.forget_context(session)
             self._tell_that_over(session)
             inside.log(session, logging.DEBUG, "%r: closed", session)
-        else:  # it was abandoned, and is through after all
+        else:  # it was abandoned, but its callback has ended now
             inside.forget_context(session)
 
     def when_over(self, session: PsSession[Any], function: Callable[[float], object]) -> None:
         """Call `function`, which must not block, when the session's ``on_close`` has returned.
 
-        With the moment of the monotonic clock in which the session had ended, before ``on_close``.
-        It is called in the close greenlet, also if no ``on_close`` was due, as for a session that
-        never began. It is not called for a session that a shutdown abandons.
+        Its argument is the monotonic time at which the session ended, before ``on_close``. It is
+        called in the close greenlet, even if no ``on_close`` was due, as for a session that never
+        began. It is not called for a session that a shutdown abandons.
         """
         self._when_over[session] = function
 
@@ -206,7 +211,7 @@ class SessionManager:
             self.closing.put_call(partial(function, monotonic()))
 
     def forget(self, session: PsSession[Any]) -> bool:
-        """Count the session no more; false if it did not count any longer."""
+        """Remove the session from the manager; false if it was removed before."""
         if not self.sessions.discard(session):
             return False
         self._idle.discard(session)
@@ -219,11 +224,11 @@ class SessionManager:
         return True
 
     def is_quiet(self) -> bool:
-        """No session is left, and no callback is due."""
+        """Whether no session is left and no callback is due."""
         return not self.sessions and not self.closing.pending
 
     def drop_unstarted(self) -> None:
-        """End the sessions whose greenlets have not run yet: no callback hears of them."""
+        """End the sessions whose greenlets have not run yet. No callback is called for them."""
         for session in [session for session in self.sessions if not inside.has_begun(session)]:
             self._drop(session, PsCloseReason.SHUTDOWN)
 
@@ -233,12 +238,12 @@ class SessionManager:
             inside.request_close(session, reason)
 
     def kill_sessions(self, *, again: bool) -> None:
-        """Throw `GreenletExit` into whatever the sessions still do (`inside.kill`)."""
+        """Throw `GreenletExit` into the greenlets of all sessions (`inside.kill`)."""
         for session in self.sessions.copy():
             inside.kill(session, again=again)
 
     def abandon_sessions(self) -> int:
-        """Release the sockets of those that never end, and count them no more: how many."""
+        """Remove the sessions that do not end, and close their sockets; return their number."""
         stuck = self.sessions.copy()
         for session in stuck:
             self.forget(session)
@@ -253,9 +258,9 @@ class SessionManager:
             inside.end_with_hub(session)
 
     def _let_go(self, hub: Hub | None) -> None:
-        """In a child process: leave all of it to the parent (`psofa_gevent.hub.forking`)."""
+        """Leave everything to the parent, in a child process (`psofa_gevent.hub.forking`)."""
         keep(self, self.sessions.copy(), dict(self._when_over))
-        for greenlet in self.pool.greenlets:  # also those of sessions that were left behind
+        for greenlet in self.pool.greenlets:  # also those of abandoned sessions
             leave_behind(greenlet)
         for session in self.sessions.copy():
             inside.let_go(session, has_hub=hub is self.thread.hub)
@@ -267,7 +272,7 @@ class SessionManager:
             self._heartbeats.let_go()
 
     def release(self) -> None:
-        """End the timers and the close greenlet, and wait for that."""
+        """End the timers and the close greenlet, and wait for their end. Switches."""
         self._idle.stop()
         if self._heartbeats is not None:
             self._heartbeats.stop()
@@ -276,10 +281,10 @@ class SessionManager:
     def _greenlet_ended(self, greenlet: SessionGreenlet) -> None:
         ended: Any = greenlet
         if ended in self.pool:
-            self.pool.discard(ended)  # it would go by itself, but after this
+            self.pool.discard(ended)  # the pool would remove it itself, but later
         if self.slot_is_free is not None:
             self.slot_is_free()
-        # A greenlet that is killed before it starts never runs: this is all that is seen of it.
+        # A greenlet that is killed before it starts never runs: only this link reports its end.
         session, greenlet.session = greenlet.session, None
         if session is not None:
             self._drop(session, PsCloseReason.FAILED, GreenletExit())
@@ -287,9 +292,9 @@ class SessionManager:
     def _drop(
         self, session: PsSession[Any], reason: PsCloseReason, cause: BaseException | None = None
     ) -> None:
-        """End a session that has not begun. Its work may have, and it counts until that has ended.
+        """End a session that has not begun. May be called again.
 
-        Again without effect.
+        Its session tasks may have begun; it counts as a session until they have ended.
         """
         inside.drop(session, reason, cause, partial(self._dropped, session))
 

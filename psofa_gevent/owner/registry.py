@@ -1,15 +1,14 @@
 """The registry: the sessions of one manager that have not ended, found by id.
 
-A session's id is random bytes, of which a `uuid.UUID` is made only if somebody asks
-(`psofa_gevent.session.connection_id`). The registry is one dictionary whose keys are those bytes:
-so it takes no more memory than any other collection, and to find a session no id is made, neither
-at the first time nor later.
+A session's id is random bytes; a `uuid.UUID` is made from them only when the id is read
+(`psofa_gevent.session.connection_id`). The registry is one dictionary whose keys are those bytes.
+So it takes no more memory than another collection, and no `uuid.UUID` is made to find a session.
 
-Clients may choose ids, so several sessions may have one. A session whose id is taken is keyed by
-the session itself, and a second dictionary, which is empty as a rule, has its id.
+Clients may choose ids, so several sessions may have the same id. A session whose id is taken is
+keyed by the session itself; a second dictionary, which is usually empty, maps it to its id.
 
-The hub's thread changes the registry. Any thread may copy it and look a session up: each of these
-is one step of a dictionary.
+The hub's thread changes the registry. Any thread may copy it and find a session in it: each of
+these is a single dictionary operation, or works on a copy made by one.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ __all__ = ["Registry"]
 
 
 class Registry:
-    """Sessions in the order in which they came."""
+    """Sessions in order of arrival."""
 
     __slots__ = ("_later", "_sessions")
 
     def __init__(self) -> None:
         self._sessions: dict[bytes | PsSession[Any], PsSession[Any]] = {}
         self._later: dict[PsSession[Any], bytes] = {}
-        """Those that came when another one had their id, which they have here."""
+        """The ids of the sessions that came when another session had the same id."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -43,14 +42,14 @@ class Registry:
         return iter(self._sessions.values())
 
     def copy(self) -> list[PsSession[Any]]:
-        """All of them, as they came. From any thread."""
-        # One step: with list(self), `__len__` is one in between, and more may have come by then.
+        """All sessions, in order of arrival. From any thread."""
+        # Atomic. list(self) would call `__len__` first, and more sessions may come after that.
         return list(self._sessions.values())
 
     def add(self, session: PsSession[Any]) -> None:
-        """Keep one more session."""
+        """Add a session."""
         key = id_bytes(session)
-        # Also where the first one has left: of those that have the id, the last is to be found.
+        # Also if the first session with the id has left: `find` must yield the last one first.
         if key in self._sessions or (self._later and key in self._later.values()):
             self._later[session] = key
             self._sessions[session] = session
@@ -58,7 +57,7 @@ class Registry:
             self._sessions[key] = session
 
     def discard(self, session: PsSession[Any]) -> bool:
-        """Forget a session; false if it is not here."""
+        """Remove a session; false if it is not in the registry."""
         key = id_bytes(session)
         if self._sessions.get(key) is session:
             del self._sessions[key]
@@ -69,12 +68,12 @@ class Registry:
         return True
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all sessions."""
         self._sessions.clear()
         self._later.clear()
 
     def find(self, connection_id: uuid.UUID) -> Iterator[PsSession[Any]]:
-        """Those with that id, the last one first."""
+        """The sessions with that id, the last one first. From any thread."""
         key = connection_id.bytes
         if self._later:
             for session, each in reversed(list(self._later.items())):

@@ -1,17 +1,18 @@
 """A shutdown: the way from the first call of ``shutdown`` (``disconnect``, …) to the last callback.
 
-Its phases, in a greenlet of its own, so that it may be asked for in any greenlet, in a signal
-handler and in any OS thread:
+It runs in a separate greenlet, so any greenlet, signal handler or OS thread may ask for it. Its
+phases:
 
-1. Drain: sessions go on and end by themselves, for ``drain`` seconds.
-2. Close: every session is asked to close. Running callbacks finish, every ``on_close`` is
-   delivered. This may take ``timeout`` seconds.
-3. Kill: what still runs is killed, again and again, and each pending ``on_close`` gets its share of
-   as long again, at least a second.
-4. Abandon: what does not end even then is counted, and logged as an error.
+1. Drain: for ``drain`` seconds, sessions go on and may end by themselves.
+2. Close: every session is asked to close. Running callbacks finish, and every ``on_close`` is
+   called. This may take ``timeout`` seconds.
+3. Kill: callbacks and session tasks that still run are killed repeatedly. This may again take
+   ``timeout`` seconds, at least one second, of which each pending ``on_close`` gets a share.
+4. Abandon: callbacks that have not ended by then are counted, and logged as errors.
 
-Then ``on_stop``, and the release of timer and close greenlet. A second call waits for the first and
-may shorten either time. Each phase ends as soon as nothing is left to wait for.
+Then ``on_stop`` is called, and the timers and the close greenlet are released. A second call of
+``shutdown`` waits for the first, and may shorten either time. Each phase ends as soon as nothing is
+left to wait for.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from psofa_gevent.owner.manager import SessionManager
 __all__ = ["Shutdown"]
 
 LEAST_SECOND_BOUND = 1.0
-"""Seconds that killed callbacks and their ``on_close`` have at least."""
+"""Minimum grace, in seconds, for killed callbacks and the ``on_close`` calls after them."""
 TIME_BETWEEN_KILLS = 0.05
 """Seconds between two kills of a callback that swallows them."""
 LEAST_FIRST_BOUND = 0.01
-"""Seconds that sessions have even with a timeout of 0: those that wait for bytes end by then."""
+"""Seconds that sessions have even with a timeout of 0: enough for those that wait for bytes."""
 
 
 class _Asked(NamedTuple):
-    """One call that asked for the shutdown: when, and what it allows."""
+    """One call that asked for the shutdown: its monotonic time, and the seconds that it allows."""
 
     at: float
     timeout: float
@@ -50,10 +51,10 @@ class _Asked(NamedTuple):
 
 
 class Shutdown:
-    """The shutdown of one manager. Made, and its methods called, in the hub's thread.
+    """The shutdown of one manager. It is made, and its methods are called, in the hub's thread.
 
-    Only `wait` switches, and the greenlet that `begin` starts. The manager keeps it, and it
-    does not keep the manager: what has stopped goes when its owner is dropped.
+    Only `wait` switches, and the greenlet that `begin` starts. The manager holds its shutdown, but
+    the shutdown does not hold the manager: so a stopped manager is freed with its owner.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class Shutdown:
         """Prepare the shutdown.
 
         Args:
-            manager: what is to be shut down.
-            reason: SHUTDOWN, or SELF_CLOSE for clients.
-            close_listeners_or_attempts: closes what makes connections. Called in the greenlet of
-                the shutdown, when no other one is in ``start`` or ``connect`` any more.
-            finished: called at the end, before those who wait go on.
+            manager: the manager to shut down.
+            reason: the close reason of its sessions: SHUTDOWN, or SELF_CLOSE for clients.
+            close_listeners_or_attempts: closes the listeners, or ends the attempts to connect.
+                Called in the shutdown's greenlet, when no starter is left.
+            finished: called at the end, before waiting callers go on.
         """
         self._changed = manager.changed
         self._stopped = manager.stopped
@@ -91,10 +92,11 @@ class Shutdown:
         self._changed.set()
 
     def begin(self, manager: SessionManager) -> None:
-        """Start the greenlet that shuts `manager` down, after a `shorten`. May be called again.
+        """Start the greenlet that shuts `manager` down. Call `shorten` before. Does not switch.
 
-        By a signal handler that hits this very call, too. `Greenlet.start` would not do: on libuv
-        a part of it is Python code, and a start in its middle switches to the greenlet twice.
+        May be called again, even by a signal handler in the middle of a call. `Greenlet.start` is
+        not safe for that: on libuv a part of it is Python code, and a second start in the middle of
+        it would switch to the greenlet twice.
         """
         if not self._greenlets:
             self._greenlets.append(self._new_greenlet(manager))
@@ -106,14 +108,14 @@ class Shutdown:
             greenlet.switch()
 
     def add_thread(self, event: CallerEvent) -> None:
-        """Set `event` when all is over, for an OS thread that waits."""
+        """Have `event` set when the shutdown is over, for an OS thread that waits."""
         if self._stopped.is_set():
             event.set()
         else:
             self._waiting_threads.append(event)
 
     def wait(self, manager: SessionManager) -> None:
-        """Wait until all is over, where the caller may wait for that; else return at once."""
+        """Wait until the shutdown is over, if the caller may; otherwise return at once."""
         if may_wait_for_callbacks() and getcurrent() not in manager.starters:
             self._stopped.wait()
 
@@ -123,7 +125,7 @@ class Shutdown:
         return greenlet
 
     def _ended(self, manager: SessionManager, greenlet: LibraryGreenlet) -> None:
-        # Killed by a stranger: each phase looks at what is there, so it may be entered again.
+        # Killed by foreign code: begin again, as each phase only handles what is still left.
         outcome: object = greenlet.value
         if isinstance(outcome, GreenletExit) and not self._stopped.is_set():
             self._greenlets[0] = self._new_greenlet(manager)
@@ -157,7 +159,7 @@ class Shutdown:
                 self._shut_down(manager)
         except GreenletExit:
             raise  # `_ended` starts another greenlet
-        except BaseException as exc:  # nothing of ours raises here: those who wait go on
+        except BaseException as exc:  # no code of the library raises: let waiting callers go on
             log(logging.ERROR, "%r: failed to stop", manager.owner, exc_info=exc)
         self._end(manager)
 
@@ -178,7 +180,7 @@ class Shutdown:
         manager.request_closes(self._reason)
 
     def _force(self, manager: SessionManager) -> None:
-        """Kill what runs until it has ended or the second bound is over."""
+        """Kill what still runs, until all has ended; at the second deadline abandon the rest."""
         log(
             logging.WARNING,
             "%r: after %g s %d sessions and %d on_close calls have not ended: killing them",
@@ -216,20 +218,20 @@ class Shutdown:
 
     def _end(self, manager: SessionManager) -> None:
         if not self._has_finished:
-            manager.request_closes(self._reason)  # none is left, unless something failed
+            manager.request_closes(self._reason)  # no session is left, unless something failed
             manager.release()
             self._finished()
-            self._has_finished = True  # what follows is no concern of the next start's
+            self._has_finished = True  # the next start need not wait for the rest
         flush()
-        # The threads first: one that is woken by `stopped` may join them natively at once.
+        # The threads first: a greenlet that `stopped` wakes may join them natively at once.
         for event in self._waiting_threads:
             event.set()
         self._stopped.set()
 
     def _wait(self, condition: Callable[[], bool], until: Callable[[], float]) -> bool:
-        """Wait until `condition` holds, or the time `until`, which may change, has come."""
+        """Wait until `condition` holds; false at the monotonic time `until()`, which may change."""
         while True:
-            self._changed.clear()  # before the look, so that no news are lost
+            self._changed.clear()  # before the check, so that no change is missed
             if condition():
                 return True
             left = until() - monotonic()

@@ -1,7 +1,7 @@
 """The time limit of one running callback: ``callback_timeout``.
 
-A `TimeLimit` is entered in the greenlet that runs the callback, and does not switch. When the time
-is over a timer throws `TimeoutError` into that greenlet, from the hub, wherever it waits.
+The greenlet that runs the callback enters a `TimeLimit`, which does not switch. When the time is
+over, a timer in the hub throws `TimeoutError` into that greenlet, wherever it waits.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from psofa_gevent.hub.times import SHORTEST_TIMER
 __all__ = ["TimeLimit"]
 
 LONGEST_RETHROW = 1.0
-"""Seconds after which a callback that swallowed its `TimeoutError` gets another one, at most."""
+"""Most seconds until a callback that swallowed its `TimeoutError` gets another one."""
 
 
 class TimeLimit:
-    """Throws `TimeoutError` into the greenlet that entered it, once the time is over and then on.
+    """Throws `TimeoutError` into the greenlet that entered it, repeatedly, when the time is over.
 
-    A callback that swallows the error gets the next one after the same time again, or after
-    `LONGEST_RETHROW` if that is less. One that never switches cannot be ended.
+    A callback that swallows the error gets the next one after the same time, or after
+    `LONGEST_RETHROW` if that is less. A callback that never switches cannot be ended.
     """
 
     def __init__(
         self, name: str, timeout: float, expired: Callable[[TimeoutError], TimeoutError]
     ) -> None:
-        """`expired` is called in the hub, once, with the first error; it returns what is thrown."""
+        """`expired` is called once, in the hub, with the first error; it returns what to throw."""
         self._message = f"{name} ran longer than callback_timeout={timeout:g} s"
         self._timeout = max(timeout, SHORTEST_TIMER)
         self._expired: Callable[[TimeoutError], TimeoutError] | None = expired
@@ -46,7 +46,7 @@ class TimeLimit:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time in the block, and begin anew after it."""
+        """Stop the clock during the block, and start it again from zero after the block."""
         self._stop()
         try:
             yield
@@ -54,7 +54,7 @@ class TimeLimit:
             self._start()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start the clock again from zero."""
         self._stop()
         self._start()
 
@@ -67,7 +67,7 @@ class TimeLimit:
         unwatch(self._timer)
 
     def _throw(self) -> None:
-        # In the hub, so the callback is switched out: the throw reaches it in its wait.
+        # In the hub, so the callback is switched out: the error reaches it in its wait.
         error = TimeoutError(self._message)
         expired, self._expired = self._expired, None
         if expired is not None:

@@ -1,20 +1,21 @@
-"""The state of a session: every slot of it, and what all of its parts do with that.
+"""The state of a session: all its slots, and the methods that several of its parts use.
 
 Rules:
 
-- All state of a session is declared in `Connection`, grouped by the part that changes it.
-- `Connection._request_close` is the only way to a close reason. The first reason wins. It wakes the
-  session where the session waits on its own socket, and interrupts its senders. It never switches.
-  A close from another thread is decided there and then (`Connection._ask_to_close`), and carried
-  out in the hub.
+- `Connection` declares all state of a session, grouped by the part that changes it.
+- `Connection._request_close` settles the close reason. The first reason wins. The request wakes the
+  session from a wait of its own, interrupts its senders, and never switches. Another thread's
+  request is settled at once in that thread (`Connection._ask_to_close`), and carried out in the
+  hub. Other functions settle the reason only where the session's greenlet will not run:
+  `Connection._end_with_hub`, `Connection._let_go`, `SessionLife._drop`.
 - The session waits in one way: `waiting_since` is not 0 while its greenlet is switched out in a
-  wait of its own, and only then may anyone switch into it (`_resume`, `psofa_gevent.hub.ready`). No
-  event of the socket disturbs a callback that waits on something else: the read watcher only puts
-  the session into the run queue, and is stopped when a busy session is taken out of the queue.
-- The parts of a session import this file, and this file imports none of them. Each half adds its
-  methods to the one below: `Connection`, `SendingHalf`, `ReceivingHalf`, `SessionLife`,
-  `PsSession`. A chain costs nothing on the way of a message; owned parts, or properties that hand
-  on, would.
+  wait of the session itself, and only then may other code switch into that greenlet (`_resume`,
+  `psofa_gevent.hub.ready`). Socket events do not disturb a callback that waits on something else:
+  the read watcher only puts the session into the run queue, and stops when a busy session is taken
+  out of the queue.
+- The parts of a session import this file; this file imports no part. Each class adds its methods to
+  the class before it: `Connection`, `SendingHalf`, `ReceivingHalf`, `SessionLife`, `PsSession`.
+  Inheritance adds no cost per message; owned parts or forwarding properties would.
 
 The phases of a session, and which part moves it on to the next one:
 
@@ -33,18 +34,21 @@ dropped, never began    no        ?            no     set      yes        nobody
 
 ``?``: either. A session that never opens keeps ``_is_opening``, also when it has ended.
 
-This file is longer than others, so that the state stands together with what all parts do with it:
-whoever wants to know who may close the socket, or wake the session, reads one file.
+This file is longer than others because it keeps the state together with the methods that all parts
+use: it alone shows who may close the socket and who may wake the session.
 
 What may switch here: `Connection._wait_until_woken` and `Connection._give_up_turn`, in the
-session's own greenlet. All else, logging too, runs through without another greenlet in between.
+session's own greenlet, and `Connection._resume`, by which the hub switches into that greenlet.
+Nothing else switches, not even logging.
 
-All attributes belong to the hub's thread, and callers in other OS threads are handed over
-(`HubThread`). These change attributes where they are called: `_note_asked` notes at once that a
-close was asked for (with ``_abort_asked``, for an abort), ``post`` and ``send_eof`` put what they
-are given into the outbox, under a lock, and make that if there is none, `_join` and `_leave` change
-the memberships in steps that no thread can divide, ``connection_id`` makes an id of the random
-bytes, and `_end_with_hub` ends a session whose hub runs no more.
+All attributes belong to the hub's thread: `HubThread` takes the calls of other OS threads there.
+These functions change attributes in the thread that calls them:
+
+- `_note_asked` notes at once that a close was requested; ``abort`` also sets ``_abort_asked``.
+- ``post`` and ``send_eof`` change the outbox's inbox under a lock, and make the outbox if needed.
+- `_join` and `_leave` change the memberships in atomic steps.
+- ``connection_id`` makes an id from the random bytes.
+- `_end_with_hub` ends a session whose hub will not run again.
 """
 
 from __future__ import annotations
@@ -90,7 +94,7 @@ if TYPE_CHECKING:
 __all__ = ["Callbacks", "Connection", "Manager", "Membership", "TimeLimit"]
 
 SHUT_AGAIN = 0.02
-"""Seconds after which a full kernel is asked again to take the end of a TLS stream."""
+"""Seconds until the next try to send the end of a TLS stream to a full kernel buffer."""
 _NOT_A_MEMBER = object()
 
 
@@ -105,17 +109,17 @@ class Callbacks(Protocol):
 
 
 class TimeLimit(Protocol):
-    """What ends a callback that runs too long (`psofa_gevent.owner.time_limit`)."""
+    """Ends a callback that runs too long (`psofa_gevent.owner.time_limit`)."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Do not count the time in the block."""
+        """Stop the clock during the block, and start it again from zero after the block."""
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start the clock again from zero."""
 
 
 class Manager(Protocol):
-    """What a session needs of the manager that it belongs to (`psofa_gevent.owner.manager`)."""
+    """The parts of a manager that its sessions use (`psofa_gevent.owner.manager`)."""
 
     owner: Owner
     thread: HubThread
@@ -123,37 +127,40 @@ class Manager(Protocol):
     settings: SessionSettings
     peer_log: PeerLog
     preamble: Callable[[Any], None] | None
-    """What comes before ``on_open``, in the session's greenlet; it may close the session."""
+    """Runs before ``on_open``, in the session's greenlet; it may close the session."""
 
     @property
     def callbacks(self) -> Callbacks:
-        """What the session calls."""
+        """The callbacks that the session calls."""
 
     def session_ended(self, session: Any) -> None:
-        """The session has ended and its socket is released. Called in the session's greenlet."""
+        """Take note that the session has ended and released its socket. In its greenlet."""
 
 
 class Membership(Protocol):
     """Something that a session belongs to until its close is requested."""
 
     def _left(self, session: Any, state: Any) -> None:
-        """The session has left, with what was kept for it. From any thread; does not switch."""
+        """Take note that the session has left; `state` is what `Connection._join` was given.
+
+        In any thread; does not switch.
+        """
 
     def _let_go(self, session: Any, state: Any) -> None:
-        """The session was the parent process's. Wakes nobody (`psofa_gevent.hub.forking`)."""
+        """Leave the session to the parent process. Wakes nobody (`psofa_gevent.hub.forking`)."""
 
 
 class Connection(Generic[M]):
-    """The state of one session. Parts of the session read it directly, and nobody else does.
+    """The state of one session. Only the parts of the session read it directly.
 
-    `greenlet`, `waiting_since` and `stop_watching` are not for users either: they have their names
-    from the run queue's protocol (`psofa_gevent.hub.ready.Ready`). All other files ask by
-    `psofa_gevent.session.inside`.
+    Other files use `psofa_gevent.session.inside`. `greenlet`, `waiting_since` and `stop_watching`
+    are not for users either: they have public names because the run queue's protocol does
+    (`psofa_gevent.hub.ready.Ready`).
     """
 
     __slots__ = (  # noqa: RUF023 - grouped by the part that changes them
         "__weakref__",
-        # Who and where. Set once; TLS and a PROXY header change the endpoint and the socket.
+        # Identity and place. Set once, but a PROXY header changes the peer's endpoint.
         "_manager",
         "_thread_ident",
         "_loop",
@@ -165,7 +172,7 @@ class Connection(Generic[M]):
         "_remote_endpoint",
         "_proxy",
         "_context",
-        # The wire: changed by `_use_tls`, by whoever waits for the socket, and by `_release`.
+        # The wire: changed by `_use_tls`, by the waits for the socket, and by `_release`.
         "_sock",
         "_tls",
         "_watcher",
@@ -209,7 +216,7 @@ class Connection(Generic[M]):
         "_eof_requested",
         "_eof_sent",
         "_shuts_later",
-        # The user's.
+        # The user's values.
         "_values",
     )
 
@@ -236,8 +243,8 @@ class Connection(Generic[M]):
         self._remote_endpoint = endpoint(remote_endpoint)
         self._proxy: PsProxyInfo | None = None
         self._context: Context | None = context
-        """Of all its callbacks and its work; None when ``on_close`` has returned, as what was set
-        there may well hold the session."""
+        """The context of its callbacks and session tasks. None when ``on_close`` has returned: a
+        value that was set in the context may hold the session."""
 
         self._sock: Any = sock
         self._tls: TlsSocket | None = None
@@ -247,66 +254,66 @@ class Connection(Generic[M]):
         """The watcher and the socket are closed."""
 
         self.greenlet: Any = None
-        """Its own, a `SessionGreenlet`; None: the session has ended."""
+        """The session's own greenlet, a `SessionGreenlet`; None: the session has ended."""
         self._started = False
-        """Whether that greenlet has begun to run."""
+        """Whether the session's greenlet has begun to run."""
         self._is_opening = manager.preamble is not None
-        """Whether ``on_open`` has to wait for what comes before it."""
+        """Whether ``on_open`` still waits for the preamble."""
         self._time_limit: TimeLimit | None = None
-        """What ends the running callback, if anything does."""
+        """The time limit of the running callback; None: the callback has none."""
         self._tasks: set[LibraryGreenlet] | None = None
-        """The greenlets that belong to it, beside its own."""
+        """The session's tasks."""
         self._reaper: Any = None
-        """The `TaskReaper` that kills these, once that has begun."""
+        """The `TaskReaper` that kills the session's tasks; None: it has not begun."""
 
         self._open = True
         self._reason = PsCloseReason.NONE
         self._asked_reason = PsCloseReason.NONE
-        """What another thread has asked for, whose request may be on its way."""
+        """The reason that another thread asked for; its request may still be on its way."""
         self._close_cause: BaseException | None = None
         self._may_linger = True
         self._abort_asked = False
-        """Whether another thread has asked for an abort, which is on its way."""
+        """Whether another thread has asked for an abort; its request may still be on its way."""
         self._memberships: dict[Membership, Any] | None = None
-        """What it belongs to, each with what that keeps for it."""
+        """What the session belongs to; the values are the state that each keeps for it."""
 
         self.waiting_since = 0.0
-        """Since when its greenlet waits, on the monotonic clock; 0: it does not wait."""
+        """When its greenlet began to wait, on the monotonic clock; 0: it does not wait."""
         self._waited = (0.0, 0)
-        """Seconds that a `receive` has waited in vain, and how many bytes had come by then."""
+        """Seconds that a `receive` has waited in vain, and the bytes received by then."""
         self._received_at = 0.0
         self._bytes_received = self._messages_received = 0
         self._eof_received = False
         self._framed: Any = None
         """The `FramedReceiver`; None: the session has had no framing."""
         self._frame_deadline = NEVER
-        """When a message that has begun must be whole."""
+        """Monotonic time by which a message that has begun must be whole."""
         idle = settings.idle_milliseconds
         self._idle = NEVER if idle is None else idle / 1_000
         self._slice: Any = None
-        """The `IdleSlice` of its owner that looks at it; its ``due`` says when."""
+        """The `IdleSlice` of its owner that checks it for idleness, at the time in ``due``."""
 
         framing = settings.framing
         self._encode: Callable[[Any], bytes] | None = None if framing is None else framing.encode
         self._cork: list[bytes] | None = None
-        """What was sent while corked; None: the session is not."""
+        """The messages collected by the cork; None: the session is not corked."""
         self._corked_size = 0
-        """Bytes that this takes."""
+        """Bytes that the collected messages take, with `COLLECTED` for each."""
         self._cork_has_posts = False
-        """Whether posts are among it: then it leaves without waiting."""
+        """Whether the cork has collected posts: then the messages leave without waiting."""
         self._send_queue: Any = None
         """The `SendQueue`; None: nobody waits to send."""
         self._outbox: Any = None
-        """The `Outbox`: data accepted for sending that no caller waits on; None: never any."""
+        """The `Outbox`, data accepted for sending that no caller waits for; None: never any."""
         self._bytes_sent = 0
         self._is_broken = False
-        """A message broke off in its middle: nothing may follow it."""
+        """Whether a message broke off in its middle: nothing may follow it."""
         self._eof_requested = False
         self._eof_sent = False
         self._shuts_later = False
 
         self._values: dict[str, Any] | None = None
-        # Last: whoever fails after it has to close it.
+        # Last: code that fails after this line has to close the watcher.
         self._watcher: Any = self._loop.io(sock.fileno(), READ)
 
     # Log
@@ -314,11 +321,11 @@ class Connection(Generic[M]):
     def _log(
         self, level: int, message: str, *args: object, exc_info: BaseException | None = None
     ) -> None:
-        """Log about the session, in its context: `psofa_gevent.hub.logs.log`."""
+        """Log about the session, in its context (`psofa_gevent.hub.logs.log`)."""
         log(level, message, *args, exc_info=exc_info, context=self._context, stacklevel=2)
 
     def _log_peer(self, kind: str, message: str, *args: object) -> None:
-        """Log what the peer did: `PeerLog.tell`."""
+        """Log what the peer did (`PeerLog.tell`)."""
         manager = self._manager
         manager.peer_log.tell(
             manager.owner, kind, message, *args, context=self._context, stacklevel=2
@@ -328,18 +335,18 @@ class Connection(Generic[M]):
 
     @property
     def close_reason(self) -> PsCloseReason:
-        """Why the session closed: what ``on_close`` is told, or will be. NONE: it is open.
+        """Why the session closed: the reason that ``on_close`` gets. NONE: the session is open.
 
-        Changes once, together with `is_open`: in the moment in which a close is requested, by
-        whomever and in whichever thread; ``on_close`` comes later. From any thread.
+        Changes once, together with `is_open`, in the moment in which any thread requests a close;
+        ``on_close`` comes later. From any thread.
         """
         if self._open:
             return PsCloseReason.NONE
-        # The hub has yet to come to it, if another thread has asked.
+        # After another thread's request there is no reason yet, until the hub carries it out.
         return self._reason if self._reason is not PsCloseReason.NONE else self._asked_reason
 
     def _ask_to_close(self, reason: PsCloseReason) -> None:
-        """Ask for the close, from any thread, and return at once."""
+        """Request the close, from any thread, and return at once."""
         if get_ident() != self._thread_ident:
             self._note_asked(reason)
             self._manager.thread.call_soon(self._request_close, reason)
@@ -347,8 +354,8 @@ class Connection(Generic[M]):
             self._request_close(reason)
 
     def _note_asked(self, reason: PsCloseReason) -> None:
-        """In another thread: from now on the session is closed, for `reason` if it was open."""
-        # As in `_decide`: without a call in between, so that no other thread comes in between.
+        """Mark an open session as closed, for `reason`. In another thread than the hub's."""
+        # As in `_decide`, no call between the lines: so no other thread runs between them.
         if self._open:
             self._asked_reason = reason
             self._open = False
@@ -358,7 +365,7 @@ class Connection(Generic[M]):
     def _request_close(
         self, reason: PsCloseReason, cause: BaseException | None = None, *, linger: bool = True
     ) -> None:
-        """Ask the session to end. In the hub's thread; does not switch. The first reason wins."""
+        """Ask the session to end. The first reason wins. In the hub's thread; does not switch."""
         self._may_linger = self._may_linger and linger
         if self._manager.thread.is_over():
             self._end_with_hub()
@@ -372,10 +379,10 @@ class Connection(Generic[M]):
             self._leave_all()
 
     def _decide(self, reason: PsCloseReason, cause: BaseException | None = None) -> bool:
-        """Settle the reason; false if it was settled. Without what follows from it."""
+        """Settle the close reason, and wake or interrupt nobody; false if it was settled before."""
         if self._reason is not PsCloseReason.NONE:
             return False
-        if not self._open:  # another thread asked before; its request is on its way
+        if not self._open:  # another thread asked first; its request is on its way
             reason, cause = self._asked_reason, None
         self._reason = reason
         self._close_cause = cause
@@ -385,15 +392,15 @@ class Connection(Generic[M]):
         return True
 
     def _fail(self, exc: BaseException) -> None:
-        """A callback raised, or a stranger threw something into the session's greenlet."""
+        """Close with FAILED for `exc`, which a callback raised or foreign code threw in; log it."""
         was_open = self._open
         self._request_close(PsCloseReason.FAILED, exc)
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             self._manager.thread.raise_in_main(exc)
         if isinstance(exc, (PsSendError, PsClosedError, PsTlsError)) and not was_open:
-            # The session closed under a callback that was sending: no fault of the callback's.
+            # The session closed while a callback was sending: not the callback's fault.
             self._log(logging.DEBUG, "%r: a callback ended with its session", self, exc_info=exc)
-        elif isinstance(exc, SlowPeerError):  # that is told already, as what a peer did
+        elif isinstance(exc, SlowPeerError):  # logged already, as an action of the peer
             self._log(logging.DEBUG, "%r: a callback was ended", self, exc_info=exc)
         elif isinstance(exc, GreenletExit) and not was_open:
             self._log(logging.WARNING, "%r: a callback was ended", self, exc_info=exc)
@@ -401,9 +408,9 @@ class Connection(Generic[M]):
             self._log(logging.ERROR, "%r: failed: %r", self, exc, exc_info=exc)
 
     def _end_with_hub(self) -> None:
-        """Close the socket: nothing will run for this session any more, as its hub was destroyed.
+        """Close the socket of a session whose hub was destroyed: no code of it will run again.
 
-        From any thread. No callback hears of it; watchers and timers went with the hub.
+        From any thread. No callback is called. The watchers and timers ended with the hub.
         """
         self._decide(PsCloseReason.SELF_CLOSE)
         self.waiting_since = 0.0
@@ -416,10 +423,10 @@ class Connection(Generic[M]):
     def _let_go(self, *, has_hub: bool) -> None:
         """Leave the connection to the parent process (`psofa_gevent.hub.forking`).
 
-        Neither the peer nor a callback hears of it, and nothing runs for this session any more.
+        Sends nothing to the peer and calls no callback; no code of this session runs again.
 
         Args:
-            has_hub: whether its hub goes on in this process; else that is not to be touched.
+            has_hub: whether its hub goes on in this process; otherwise its hub must not be touched.
         """
         if self._reason is PsCloseReason.NONE:
             self._reason = PsCloseReason.SELF_CLOSE
@@ -448,9 +455,9 @@ class Connection(Generic[M]):
     # Memberships: from any thread
 
     def _join(self, membership: Membership, state: object) -> None:
-        """Belong to it until the close is requested; if that was before, not at all.
+        """Belong to `membership` until the close is requested; not at all if it was before.
 
-        From any thread, as `_leave`: each step here is one that no other thread can divide.
+        From any thread, as is `_leave`: each step here is atomic.
         """
         if self._memberships is None:
             self._memberships = {}
@@ -475,7 +482,10 @@ class Connection(Generic[M]):
     # Wait, in the session's own greenlet, and be woken
 
     def _wait_until_woken(self, seconds: float | None) -> None:
-        """Wait, for so long at most, outside of `ReceivingHalf._read`. In its own greenlet."""
+        """Wait until woken, for `seconds` at most, outside of `ReceivingHalf._read`.
+
+        In the session's own greenlet; switches.
+        """
         timer = None if seconds is None else watch(self._loop.timer(seconds))
         if timer is not None:
             timer.start(self._resume)
@@ -487,9 +497,9 @@ class Connection(Generic[M]):
             unwatch(timer)
 
     def _give_up_turn(self) -> None:
-        """Let all others go on that can, and the hub, and go on after them; or earlier, if woken.
+        """Let the hub and all ready sessions run, then go on; earlier if the session is woken.
 
-        In the session's own greenlet, between two messages. What was collected leaves before.
+        In the session's own greenlet, between two messages. Collected messages are sent first.
         """
         self.stop_watching()  # its socket is readable, as a rule
         self._ready.resume_later(self)
@@ -500,13 +510,13 @@ class Connection(Generic[M]):
             self._loop.run_callback(self._resume)
 
     def _resume(self) -> None:
-        # Since the wake-up the greenlet may have gone on, and be in a callback now.
+        # Since the wake-up, the greenlet may have gone on, and may be in a callback now.
         if self.waiting_since and self.greenlet is not None:
             self._ready.now = time()  # there may be bytes to read
             switch(self.greenlet)
 
     def stop_watching(self) -> None:
-        """Until the next wait: a socket that stays readable would keep the hub busy."""
+        """Stop the watcher until the next wait: a readable socket would keep the hub busy."""
         if self._watches:
             self._watches = False
             self._watcher.stop()
@@ -514,19 +524,19 @@ class Connection(Generic[M]):
     # The wire
 
     def _use_tls(self, sock: TlsSocket) -> None:
-        """From now on all bytes go through `sock`."""
+        """Send and receive all further bytes through `sock`."""
         self.stop_watching()
         self._watcher = TlsWatcher(self._loop, self._ready, self._watcher, sock)
         self._tls = self._sock = sock
 
     def _use_proxy(self, proxy: PsProxyInfo) -> None:
-        """The peer is the one of whom the header tells."""
+        """Take the peer's endpoint from a load balancer's header."""
         self._proxy = proxy
         if not proxy.is_local:
             self._remote_endpoint = proxy.source
 
     def _send_now(self, data: bytes | bytearray | memoryview) -> int:
-        """Give the kernel what it takes of `data` now; return how many bytes that were."""
+        """Give the kernel as much of `data` as it takes now; return the number of bytes taken."""
         try:
             sent: int = self._sock.send(data)
         except BlockingIOError:
@@ -537,13 +547,14 @@ class Connection(Generic[M]):
         return sent
 
     def _send_file_now(self, descriptor: int, offset: int, count: int) -> int | None:
-        """Give the kernel what it takes of a file now: how many bytes that were; 0 at its end.
+        """Give the kernel as much of a file as it takes now.
 
         Returns:
-            None: it takes nothing now.
+            The number of bytes taken; 0: the end of the file; None: the kernel takes nothing now.
 
         Raises:
-            OSError: the kernel can't do that. Nothing has left.
+            OSError: the kernel can't send this file by itself. Nothing was sent.
+            PsSendError: the socket failed.
         """
         try:
             sent = os.sendfile(self._sock.fileno(), descriptor, offset, count)
@@ -562,22 +573,22 @@ class Connection(Generic[M]):
 
     @property
     def _wire_sent(self) -> int:
-        """Bytes that the kernel took, as they are on the wire."""
+        """Bytes that the kernel took, counted as on the wire: with TLS, encrypted ones."""
         return self._sock.wire_sent if type(self._sock) is TlsSocket else self._bytes_sent
 
     @property
     def _half_sent(self) -> int:
-        """Bytes of the message that is on its way, and counts as not sent, but can't be another."""
+        """Bytes that TLS has encrypted but not counted as sent: no other bytes may replace them."""
         return self._sock.half_sent if type(self._sock) is TlsSocket else 0
 
     def _check_new_send(self) -> None:
-        """Raise `PsSendError` where no send may begin."""
+        """Raise `PsSendError` if no send may begin."""
         self._check_sending(in_callback=sends_to_the_end())
         if self._eof_requested:
             raise PsSendError(f"{self!r}: send after send_eof")
 
     def _check_sending(self, *, in_callback: bool, is_batch: bool = False) -> None:
-        """Raise `PsSendError` where no send may go on. SHUTDOWN lets those of callbacks go on."""
+        """Raise `PsSendError` if a send must not go on. SHUTDOWN lets sends of callbacks go on."""
         if self._open:
             return
         goes_on = is_batch or (in_callback and self._reason is PsCloseReason.SHUTDOWN)
@@ -585,14 +596,14 @@ class Connection(Generic[M]):
             raise PsSendError(f"{self!r}: the session is closed")
 
     def _break_stream(self) -> None:
-        """A message broke off in its middle: let nothing follow it, until the session has ended."""
+        """Let no bytes follow, until the session has ended: a message broke off in its middle."""
         if not self._is_broken:
             self._is_broken = True
             if self._send_queue is not None:
                 self._send_queue.interrupt()
 
     def _send_queue_is_empty(self, queue: object) -> None:
-        """The last sender left: let go of the queue, and let go on what waited for that."""
+        """Drop the queue, which its last sender has left; go on with a half-close or the close."""
         if self._send_queue is queue:
             self._send_queue = None
             if self._eof_requested:
@@ -615,10 +626,10 @@ class Connection(Generic[M]):
             self._request_close(PsCloseReason.PEER_CLOSE)
 
     def _shut_socket(self) -> None:
-        """Send no more: with TLS the peer is told that it got all, if it did.
+        """Shut down writing. With TLS, first tell the peer that the stream is complete, if it is.
 
         Raises:
-            BlockingIOError: the kernel does not take that now.
+            BlockingIOError: the kernel does not take the end of the TLS stream now.
             OSError: the connection is gone.
         """
         is_complete = not (self._is_broken or self._half_sent or self._send_queue is not None)

@@ -1,7 +1,8 @@
 """The random ids of sessions.
 
-A session is given the 16 bytes of its id, and makes a `uuid.UUID` of them only if somebody asks:
-most of a busy server are never asked, and `uuid.uuid4` takes 2 µs of the 50 of a connection.
+A session gets the 16 bytes of its id, and makes a `uuid.UUID` from them only when the id is read:
+most sessions of a busy server are never asked for it, and `uuid.uuid4` would take 2 of the 50 µs of
+a connection.
 
 `random_bytes` may be called from any OS thread, never blocks, and does not switch.
 """
@@ -17,9 +18,9 @@ __all__ = ["bytes_of", "random_bytes"]
 
 SIZE = 16
 IDS_AT_A_TIME = 256
-"""Ids for one system call: 0.04 µs each, where one at a time takes 0.4."""
+"""Ids made with one system call: 0.04 µs for each; with a call for each, 0.4 µs."""
 
-# RFC 9562, sections 4.1 and 4.2: what each byte becomes that has them in its upper bits.
+# RFC 9562, sections 4.1 and 4.2: for each byte, the byte with variant or version in its upper bits.
 _VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
 _VERSION_4 = bytes(byte & 0x0F | 0x40 for byte in range(256))
 
@@ -27,9 +28,9 @@ _unused: list[bytes] = []
 
 
 def random_bytes() -> bytes:
-    """The bytes of an id that nobody else has: a random one (RFC 9562, version 4)."""
+    """The bytes of a new random id (RFC 9562, version 4)."""
     try:
-        return _unused.pop()  # atomic: no other thread gets the same
+        return _unused.pop()  # atomic: no other thread gets the same bytes
     except IndexError:
         several = bytearray(os.urandom(SIZE * IDS_AT_A_TIME))
         several[6::SIZE] = several[6::SIZE].translate(_VERSION_4)
@@ -40,9 +41,9 @@ def random_bytes() -> bytes:
 
 
 def bytes_of(connection_id: bytes | uuid.UUID) -> bytes:
-    """The bytes of an id, as a session has it."""
+    """The bytes of an id in either form that a session keeps."""
     return connection_id if isinstance(connection_id, bytes) else connection_id.bytes
 
 
-# A child process must not hand out what its parent hands out.
+# A child process must not give out ids that its parent gives out.
 in_child(_unused.clear)

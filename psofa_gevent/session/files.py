@@ -1,16 +1,17 @@
-"""What `PsSession.send_file` sends: a file, some of it at a time, and never all of it in memory.
+"""The file that `PsSession.send_file` sends, of which only a piece is in memory at a time.
 
-A `FileSource` stands in the session's queue of senders (`psofa_gevent.session.send_queue`) like any
-message, and gives the session some of it at each of its turns. The kernel takes a regular file by
-itself (sendfile(2)) where it can; otherwise it is read and sent in pieces: with TLS, with a
-framing, on file systems that refuse, and of objects that can only be read.
+A `FileSource` stands in the send queue (`psofa_gevent.session.send_queue`) like any message, and
+gives the session a part of the file at each of its turns. The kernel sends a regular file by itself
+(sendfile(2)) where it can. Otherwise the file is read and sent in pieces: with TLS, with a framing,
+on file systems that refuse sendfile, and for objects that can only be read.
 
 Runs in the greenlet or task that sends. Reading a regular file blocks the thread while the disk
-works, for a piece at a time. Only ``read`` of a user's object, and a user's ``progress``, may
-switch; then the session may be anything, so the queue looks at it before the next byte.
+works, one piece at a time. Only ``read`` of a user's object and a user's ``progress`` may switch.
+The session may be in any phase after such a switch, so the queue checks it before the next byte.
 
-Resource handling: the descriptor is ours. A path is opened, and of a file object the descriptor is
-duplicated, so one that is closed meanwhile can't make us send another file's bytes.
+Resource handling: the descriptor belongs to the `FileSource`. It opens a path, and duplicates the
+descriptor of a file object: if the user closes the file meanwhile, its descriptor's number may be
+used again, but no other file's bytes are sent.
 """
 
 from __future__ import annotations
@@ -39,28 +40,28 @@ if TYPE_CHECKING:
 __all__ = ["File", "FileSource", "Progress", "Readable"]
 
 TURN_SIZE = 1_048_576
-"""Bytes after which other sessions have their turn, though the kernel would take more."""
+"""Bytes after which other sessions have their turn, even if the kernel would take more."""
 LEAST_OF_A_TURN = 8_192
-"""Bytes that each piece counts as, at least: a tiny one takes 10 to 25 µs, too."""
+"""Minimum charge for a piece, in bytes: even a tiny piece costs 10 to 25 µs."""
 MAX_SIZE = 2**63 - 1
-"""Bytes: what a file's size and positions are counted in (off_t)."""
+"""Bytes: the largest file size and position (``off_t``)."""
 HAS_SENDFILE = hasattr(os, "sendfile")
 
 Progress = Callable[[int, int | None], object]
 
 
 class Readable(Protocol):
-    """A binary file, or anything else that can be read piece by piece."""
+    """A binary file, or any other object that can be read piece by piece."""
 
     def read(self, size: int, /) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """Return at most `size` bytes; at the end, no bytes."""
 
 
 File = str | os.PathLike[str] | os.PathLike[bytes] | Readable
 
 
 class FileSource:
-    """A file on its way (`psofa_gevent.session.send_buffers.Source`). To be closed."""
+    """A file that is being sent (`psofa_gevent.session.send_buffers.Source`). Must be closed."""
 
     __slots__ = (
         "__weakref__",
@@ -89,9 +90,9 @@ class FileSource:
         piece_size: int,
         progress: Progress | None,
     ) -> None:
-        """Open the file. Arguments and errors are those of `PsSession.send_file`.
+        """Open the file. Arguments and errors as for `PsSession.send_file`.
 
-        `encode`: what makes a message of each piece; None: they leave as they are.
+        `encode` makes a message of each piece; None: the pieces are sent unchanged.
         """
         check_int("offset", offset, 0, MAX_SIZE)
         if count is not None:
@@ -110,27 +111,27 @@ class FileSource:
         self._progress = progress
         self._by_kernel = HAS_SENDFILE and encode is None and self._input.size is not None
         self._pending: bytes | memoryview = b""
-        """What the kernel has not taken of a piece that was read; with its framing."""
+        """The part of an encoded piece that the kernel has not taken."""
         self._pending_size = 0
-        """Bytes of the file that this is; 0: there is none."""
+        """Bytes of the file in the pending piece; 0: no piece is pending."""
         self._turn = 0
         self.sent = 0
-        """Bytes of the file that have left."""
+        """Bytes of the file that the kernel has taken."""
         self.begun = False
         self.offered_at = 0.0
         track(self)
 
     def close(self) -> None:
-        """Close what was opened. May be called again."""
+        """Close the descriptor; a user's object stays open. May be called again."""
         self._input.close()
 
     def _let_go(self, _hub: object) -> None:
-        """Close what was opened: the file is the parent process's to send."""
+        """Close the descriptor, in a child process: the parent sends the file."""
         self.close()
 
     @property
     def is_small(self) -> bool:
-        """Whether it may leave at once, in one piece."""
+        """Whether the file may be sent at once, in one piece."""
         return self._left is not None and self._left <= self._piece_size
 
     def give(self, session: Connection[Any]) -> Step:
@@ -176,7 +177,7 @@ class FileSource:
         return Step.ALL
 
     def _fill_up(self, piece: bytes, size: int) -> bytes:
-        """A piece that is a message: of that size, unless it is the last."""
+        """Read more until `piece` has `size` bytes, or the file ends: the piece is a message."""
         parts = [piece]
         left = size - len(piece)
         while left and (more := self._input.read(left)):
@@ -203,7 +204,7 @@ class FileSource:
         return Step.SOME
 
     def _count(self, size: int) -> None:
-        """So many bytes of the file have left."""
+        """Count `size` bytes of the file as sent, and call ``progress``."""
         self.sent += size
         if self._left is not None:
             self._left -= size
@@ -218,19 +219,19 @@ class FileSource:
             session._break_stream()
             session._request_close(PsCloseReason.FAILED, error)
             session._log(logging.WARNING, "%s", error)
-        return PsSendError(*error.args)  # not the one that the session keeps
+        return PsSendError(*error.args)  # another object than the one that the session keeps
 
 
 class _RegularFile:
-    """A regular file by a descriptor of our own, whose position is of no matter."""
+    """A regular file, by a descriptor of its own, whose position is neither used nor moved."""
 
     def __init__(self, descriptor: int, offset: int) -> None:
         self.descriptor = descriptor
         self.at = offset
-        # Those of /proc say that they are empty: they are read up to their end.
+        # Files of /proc report a size of 0: they are read up to their end.
         size = os.fstat(descriptor).st_size
         self.size = max(size - offset, 0) if size else None
-        """Bytes that there are from there on; None: nobody knows."""
+        """Bytes from `offset` to the end; None: unknown."""
 
     def read(self, size: int) -> bytes:
         piece = os.pread(self.descriptor, size, self.at)
@@ -244,7 +245,7 @@ class _RegularFile:
 
 
 class _Stream:
-    """A user's object, which is left open."""
+    """A user's object, which stays open."""
 
     size: None = None
 
@@ -292,7 +293,7 @@ def _open(file: Any, offset: int) -> _RegularFile | _Stream:
 
 
 def _open_path(path: str | os.PathLike[str] | os.PathLike[bytes], offset: int) -> _RegularFile:
-    # Without O_NONBLOCK a FIFO would block the thread, before anyone could look what it is.
+    # Without O_NONBLOCK, opening a FIFO would block the thread before its kind can be checked.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -312,9 +313,10 @@ def _regular_file(descriptor: int, offset: int) -> _RegularFile:
 
 
 def _descriptor(file: Any) -> int | None:
-    """The descriptor whose bytes are those that `file` reads; ``None``: it may read others.
+    """The descriptor that holds exactly the bytes that `file` reads; ``None``: there may be none.
 
-    A `gzip.GzipFile` has a descriptor too, of what is compressed: so only what `open` returns.
+    Only for file objects that `open` returns: the descriptor of a `gzip.GzipFile`, for example,
+    holds the compressed bytes.
     """
     kinds = (io.BufferedReader, io.BufferedRandom)
     raw = file.raw if type(file) in kinds else file
@@ -331,7 +333,7 @@ def _seek(file: Any, offset: int) -> None:
 
 
 def _expected(file: _RegularFile | _Stream, count: int | None) -> int | None:
-    """Bytes that will be sent; ``None``: up to the end, wherever that is."""
+    """The number of bytes to send; ``None``: all up to the end, whose position is unknown."""
     if count is None:
         return file.size
     if file.size is not None and file.size < count:

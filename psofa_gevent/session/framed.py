@@ -1,20 +1,21 @@
 """The receiving half of a session with a framing: chunks in, whole messages out.
 
-It exists for sessions that have, or had, a framing; the others hand their chunks over as they come.
-The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to whoever asks for the next one
-in the session's own greenlet (`FramedReceiver.take`), also in the middle of an ``on_message``. All
-of it runs in that greenlet, but for `FramedReceiver.set_framing`, which a callback of the session
-calls. What may switch is ``on_message``, and the end of a turn.
+Only a session that has, or had, a framing has a `FramedReceiver`; other sessions hand over each
+chunk as it comes.
+The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to code in the session's own
+greenlet that asks for the next one (`FramedReceiver.take`), even in the middle of an
+``on_message``. Everything runs in that greenlet, except `FramedReceiver.set_framing`, which a
+callback of the session calls. ``on_message`` and the end of a turn may switch.
 
 One read may contain 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its
-turn: the hub and all sessions that are ready go on, then this one with the next message. That is a
-wait of the session's own, so whoever closes it ends it there; what its callbacks sent leaves
-before. So it is with a framing of the application's own that skips for as long
-(`Decoder.left_off`).
+turn: the hub and all ready sessions go on, then this session with its next message. The session
+waits there in a wait of its own, so a close request wakes it. The messages that its callbacks sent
+leave before that wait. A session also gives up its turn when an application's own framing has
+skipped bytes for as long (`Decoder.left_off`).
 
-Error handling: malformed bytes close the session with FAILED, after the messages before
-them were handed over and without a traceback, since it is the peer's fault. An exception of
-``on_message`` is left to the session.
+Error handling: malformed bytes are the peer's fault. They close the session with FAILED, without a
+traceback, after the messages before them were handed over. The session handles an exception of
+``on_message``.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["NOTHING", "FramedReceiver"]
 
 NOTHING: Any = object()
-"""No message."""
+"""Returned instead of a message if there is none."""
 
 
 MOST_UNLOOKED = 64
-"""Messages between two looks at the clock: more would save less than one percent."""
+"""Most messages between two looks at the clock: more would save less than one percent."""
 
 
 class FramedReceiver:
@@ -59,35 +60,35 @@ class FramedReceiver:
 
     def __init__(self, framing: Framing[Any]) -> None:
         self.framing: Framing[Any] | None = framing
-        """What messages are sent with; received, too, unless that is `Raw` for so many bytes."""
+        """The framing to send with; also the one to receive with, except during ``Raw(size)``."""
         self._decoder: Decoder[Any] = _decoder(framing)
         self._messages: Iterator[Any] | None = None
-        """Those that the decoder makes of what it was fed with; None: it has seen all of that."""
+        """The messages of the bytes fed to the decoder; None: all of these messages were taken."""
         self._begun_after = (0, 0)
-        """How many messages, and what else, had come before the one that is not whole."""
+        """The number of messages, and of skips, that came before the unfinished message."""
         self._look = 0
-        """How many messages of the session there are when to look around; 0: at once."""
+        """The session's message count at which to look around; 0: at the next message."""
         self._turn_look = 0
-        """How many there are when to look whether its turn is over."""
+        """The session's message count at which to check whether its turn is over."""
         self._turn_since = 0.0
-        """When its turn began, or a message or two later; 0: not known yet."""
+        """When the turn began, or a message or two later; 0: not known yet."""
         self._turn_first = 0
-        """Messages that there had been then."""
+        """The session's message count at that time."""
         self._turn_round = 0
-        """Which round of the hub that was (`ReadySessions.rounds`)."""
+        """The round of the hub at that time (`ReadySessions.rounds`)."""
         self._left = NEVER
-        """Seconds that the one that is not whole still has, while nobody waits for it."""
+        """Seconds that the unfinished message still has, while nobody waits for it."""
 
     @property
     def has_messages(self) -> bool:
-        """Whether there may be messages that were read, and not taken."""
+        """Whether there may be messages that were read but not taken."""
         return self._messages is not None
 
     def set_framing(self, framing: Framing[Any] | None) -> None:
-        """From the next byte on: bytes that were read already, but not handed over, included."""
+        """Use `framing` for all bytes that were not handed over, including those read already."""
         check_framing("framing", framing)
         decoder = _decoder(framing)
-        self._messages = None  # before the next line, as an iterator that is left
+        self._messages = None  # before `unread`, which is for a decoder whose iterator was left
         self.look_soon()
         left = self._decoder.unread()
         self._decoder = decoder
@@ -97,13 +98,13 @@ class FramedReceiver:
             self.framing = framing
 
     def feed(self, session: SendingHalf[Any], data: bytes) -> None:
-        """More has come. All messages before were taken."""
+        """Take the bytes of one read. All earlier messages must have been taken."""
         self._look = self._turn_look = session._messages_received + 2  # one needs no clock
         self._turn_since = 0.0
         self._messages = iter(self._decoder.feed(data))
 
     def hand_over(self, session: SendingHalf[Any]) -> None:
-        """Call ``on_message`` with each message that is whole."""
+        """Call ``on_message`` for each whole message. It may switch, as may the end of a turn."""
         try:
             while self._messages is not None and session._open:
                 self._hand_over(session, self._messages)
@@ -118,10 +119,11 @@ class FramedReceiver:
         self.set_deadline(session)
 
     def _hand_over(self, session: SendingHalf[Any], messages: Iterator[Any]) -> None:
-        """As long as they are the messages to be handed over: a callback may go on to others.
+        """Hand over `messages`, until they end or a callback replaces them by others.
 
-        A read may have thousands of them, so one comparison tells of everything that may come in
-        between: whoever closes the session, changes what is handed over, or waits sees to it.
+        A read may contain thousands of messages, so a single comparison checks for all that may
+        happen between two: code that closes the session, replaces the messages, or waits, lowers
+        the count with which it compares (`look_soon`, `waits`).
         """
         on_message = session._manager.callbacks.on_message
         if session._cork is None:
@@ -136,7 +138,7 @@ class FramedReceiver:
                     self._look_around(session)
                     if not session._open or self._messages is not messages:
                         return
-                    if session._cork is None:  # the callback waited, or others had their turn
+                    if session._cork is None:  # the callback waited, or the turn was given up
                         session._cork = []  # type: ignore[unreachable]  # by switch_out
                 in_callback = False
         except Exception as exc:
@@ -147,27 +149,28 @@ class FramedReceiver:
             self._all_taken(session)
 
     def look_soon(self) -> None:
-        """Look around before the next message: something happened. From any thread."""
+        """Have `hand_over` look around before its next message. From any thread."""
         self._look = 0
 
     def waits(self) -> None:
-        """The session waits in the middle of its messages: others may have their turn."""
+        """Take note that the session's greenlet waits in the middle of its messages."""
         self._look = self._turn_look = 0
 
     def _look_around(self, session: SendingHalf[Any]) -> None:
         if session._messages_received >= self._turn_look:
             self._look_at_clock(session)
-        # Before anyone looks whether the session is open: another thread may close it just now.
+        # Before the caller checks whether the session is open: another thread may close it now.
         self._look = self._turn_look
 
     def _look_at_clock(self, session: SendingHalf[Any]) -> None:
-        """Let others have their turn if this session's is over; plan the next look before it is.
+        """Give up the turn if it is over; otherwise plan the next look at the clock.
 
-        That is after one more message, two more, four more, and so on: as many as there have been,
-        as many as there seems to be time for, and not too many in any case.
+        The next look comes after one more message, two more, four more, and so on: after as many as
+        there were in this turn, but no more than its time seems to allow, and `MOST_UNLOOKED`.
 
-        A wait is no turn of others by itself: a callback and the asyncio loop can wake each other
-        for as long as there are messages, without the hub.
+        A callback's wait does not by itself give others a turn: a callback and the asyncio loop can
+        wake each other, without the hub, as long as there are messages. So a wait begins a new turn
+        only if the hub has begun a new round.
         """
         received = session._messages_received
         now = monotonic()
@@ -187,8 +190,8 @@ class FramedReceiver:
         self._turn_look = received + step
 
     def take(self, session: SendingHalf[Any]) -> Any:
-        """The next message, or `NOTHING`: it is not whole, or the session has closed."""
-        self._look = 0  # in the middle of an ``on_message`` maybe, which handed over others
+        """The next message, or `NOTHING` if it is not whole or the session has closed."""
+        self._look = 0  # perhaps called in an ``on_message``, in the middle of `hand_over`
         if self._messages is not None and session._messages_received >= self._turn_look:
             self._look_at_clock(session)
         while self._messages is not None and session._open:
@@ -217,9 +220,9 @@ class FramedReceiver:
                 self._messages = iter(self._decoder.feed(left))
 
     def set_deadline(self, session: SendingHalf[Any]) -> None:
-        """A message that has begun must be whole in time, however its bytes trickle in.
+        """Set the deadline of the message that has begun; more of its bytes do not extend it.
 
-        To be called before a wait for bytes. What callbacks take is their time, and not the peer's.
+        To be called before a wait for bytes. The time that callbacks take does not count.
         """
         timeout = session._manager.settings.frame_timeout
         if timeout is None or not session._open:
@@ -246,13 +249,13 @@ class FramedReceiver:
             session._slice.due = min(session._slice.due, session._frame_deadline)
 
     def stop_clock(self, session: SendingHalf[Any]) -> None:
-        """Nobody waits for the message that has begun, until the next `set_deadline`."""
+        """Stop the clock of the message that has begun, until the next `set_deadline`."""
         if session._frame_deadline != NEVER:
             self._left = max(session._frame_deadline - monotonic(), 0.0)
             session._frame_deadline = NEVER
 
     def time_out(self, session: SendingHalf[Any]) -> None:
-        """The message that has begun did not come in time."""
+        """Close with FAILED: the message that has begun was not whole in time."""
         timeout = session._manager.settings.frame_timeout
         kept = self._decoder.kept
         cause = TimeoutError(f"{kept} bytes of a message in frame_timeout={timeout:g} s")
@@ -260,7 +263,7 @@ class FramedReceiver:
         session._log_peer("message timed out", "%r: message timed out: %s", session, cause)
 
     def start_anew(self) -> bytes:
-        """Forget what was read and belongs to no message that was handed over, and return it."""
+        """Forget the bytes that were read but not handed over as messages, and return them."""
         self._messages = None
         self.look_soon()
         left = self._decoder.unread()
@@ -268,7 +271,7 @@ class FramedReceiver:
         return left
 
     def end(self, session: SendingHalf[Any]) -> None:
-        """The peer sends no more."""
+        """Log if the peer's FIN came in the middle of a message."""
         if self._decoder.has_begun:
             text = "%r: the peer closed after %d bytes of a message"
             kind = "the peer closed within a message"
@@ -282,7 +285,7 @@ def _fail(session: SendingHalf[Any], cause: Exception) -> None:
 
 def _give_up_turn(session: SendingHalf[Any]) -> None:
     if not session._open:
-        return  # it may be released, and nobody would let it go on
+        return  # it may be released, and then nothing would wake it
     if session._time_limit is None:
         session._give_up_turn()
     else:
@@ -297,7 +300,7 @@ def _decoder(framing: Framing[Any] | None) -> Decoder[Any]:
 
 
 class _MalformedError(Exception):
-    """Carries what a decoder raised past what callbacks raise."""
+    """Carries a decoder's exception, to tell it from one of a callback."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(cause)

@@ -1,11 +1,11 @@
-"""What the rest of the package may ask of a session, beside its public methods: the one door.
+"""What other packages may ask of a session, in addition to its public methods.
 
-No file outside of this folder touches a private name of a session. Each name here says what is
-asked or done. Where a method of the session does just that, the name here is another name of the
-method itself: a function around it would cost every caller a call, and every record in the log its
-line. An `attrgetter` is the cheapest function that reads a value.
+No file outside of this folder uses a private name of a session. Where a method of the session does
+exactly what is asked, the name here is an alias of that method: a wrapper would add a call for
+every caller, and give log records the wrapper's line instead of the caller's. An `attrgetter` is
+the cheapest function that reads a value.
 
-All of it belongs to the hub's thread and does not switch, where it does not say otherwise.
+Everything here belongs to the hub's thread and does not switch, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -31,84 +31,84 @@ from psofa_gevent.session.session import PsSession
 from psofa_gevent.session.tasks import TaskReaper, kill_tasks
 
 Encode: TypeAlias = Callable[[Any], bytes]
-"""What a framing makes of a message."""
+"""Encodes a message: a framing's ``encode``."""
 Alike: TypeAlias = tuple[Encode | None, HubThread, list[PsSession[Any]]]
-"""What encodes messages for some sessions, where they live, and which they are."""
+"""Sessions of one hub thread that send with one encoder: the encoder, the thread, the sessions."""
 
-# Who it is, and where it lives: in any thread
+# Identity and place: in any thread
 
 manager_of: Callable[[Connection[Any]], Manager] = attrgetter("_manager")
-"""The manager that it belongs to."""
+"""The session's manager."""
 thread_of: Callable[[Connection[Any]], HubThread] = attrgetter("_manager.thread")
-"""Where its hub runs."""
+"""The thread of the session's hub."""
 context_of: Callable[[Connection[Any]], Context | None] = attrgetter("_context")
-"""The context variables of its callbacks; None when ``on_close`` has returned."""
+"""The context of the session's callbacks; None when ``on_close`` has returned."""
 
 
 def id_bytes(session: Connection[Any]) -> bytes:
-    """Its id, of which no `uuid.UUID` is made for that. In any thread."""
+    """The bytes of the session's id, without making a `uuid.UUID`. In any thread."""
     return bytes_of(session._connection_id)
 
 
 def runs_in(session: Connection[Any], greenlet: object) -> bool:
-    """Whether that greenlet is the session's own, in which its sync callbacks run."""
+    """Whether `greenlet` is the session's own, in which its sync callbacks run."""
     return greenlet is not None and greenlet is session.greenlet
 
 
-# Which phase it is in: in any thread
+# Phase: in any thread
 
 
 def is_usable(session: Connection[Any]) -> bool:
-    """Whether it is open, and is not held up before ``on_open``."""
+    """Whether the session is open and has passed its preamble."""
     return session._open and not session._is_opening
 
 
 def usable_of(sessions: Iterable[PsSession[M]]) -> list[PsSession[M]]:
-    """Those of `sessions` that are usable: one call, as there may be many."""
+    """The usable ones among `sessions`: one call for all, because there may be many."""
     return [session for session in sessions if session._open and not session._is_opening]
 
 
 def has_begun(session: Connection[Any]) -> bool:
-    """Whether its greenlet has run."""
+    """Whether the session's greenlet has begun to run."""
     return session._started
 
 
 def has_on_close(session: Connection[Any]) -> bool:
-    """Whether ``on_close`` is due at its end: it opened, or failed before that."""
+    """Whether ``on_close`` is due at the end: the session opened, or failed before that."""
     return not session._is_opening or session._reason is PsCloseReason.FAILED
 
 
 def may_receive(session: Connection[Any]) -> bool:
-    """Whether it is open, and its peer has not sent a FIN that was read."""
+    """Whether the session is open and has not read its peer's FIN."""
     return session._open and not session._eof_received
 
 
 # Close
 
 request_close = Connection._request_close
-"""Ask it to end; the first reason wins."""
+"""Ask the session to end; the first reason wins."""
 ask_to_close = Connection._ask_to_close
-"""Ask it to end, from any thread."""
+"""Ask the session to end, from any thread."""
 fail = Connection._fail
-"""Close it with FAILED, for what somebody raised in its name, and log that."""
+"""Close the session with FAILED for an exception of code that acts for it, and log it."""
 
 # The log: a record has the caller's line
 
 log = Connection._log
-"""Log about it, in its context."""
+"""Log about the session, in its context."""
 log_peer = Connection._log_peer
-"""Log what its peer did, not too often."""
+"""Log what the session's peer did, not too often."""
 
 # Memberships: in any thread
 
 join = Connection._join
-"""Let it belong to something, until its close is requested."""
+"""Add a membership, which lasts until the session's close is requested."""
 leave = Connection._leave
-"""Let it belong to something no more."""
+"""End a membership of the session."""
 
 
 def kept_for(session: Connection[Any], membership: Membership) -> Any:
-    """What it keeps for something that it belongs to; None: it does not belong there."""
+    """The state kept for `membership`; None: the session does not belong to it."""
     memberships = session._memberships
     return None if memberships is None else memberships.get(membership)
 
@@ -116,21 +116,21 @@ def kept_for(session: Connection[Any], membership: Membership) -> Any:
 # Send
 
 flush = SendingHalf._uncork_without_waiting
-"""Send what was collected: now and, what the kernel does not take, later."""
+"""Send the collected messages: what the kernel does not take now leaves later."""
 post_encoded = SendingHalf._post_here
-"""Post in the hub's thread what its framing has made of a message; whether it was taken."""
+"""Post an encoded message, in the hub's thread; return whether it was taken."""
 post_encoded_from_thread = SendingHalf._post_from_thread
-"""`post_encoded` in another thread."""
+"""`post_encoded`, in another thread than the hub's."""
 
 
 def alike(sessions: Iterable[PsSession[Any]]) -> list[Alike]:
-    """Group those that follow each other, and take the same bytes in the same thread.
+    """Group consecutive sessions that have the same encoder and the same hub thread.
 
-    One call, as there may be thousands.
+    One call for all, because there may be thousands.
     """
     found: list[Alike] = []
     receivers: list[PsSession[Any]] = []
-    encode: object = found  # none yet
+    encode: object = found  # differs from every encoder
     thread = None
     for session in sessions:
         own = session._encode
@@ -143,13 +143,13 @@ def alike(sessions: Iterable[PsSession[Any]]) -> list[Alike]:
 
 
 def is_held_by_its_peer(session: SendingHalf[Any]) -> bool:
-    """Whether its own callback waits in a send to its peer, which does not take all of it."""
+    """Whether the session's own callback waits in a send for the peer to take more."""
     lines = (each for each in (session._send_queue, session._outbox) if each is not None)
     return any(runs_in(session, _who_waits(parking)) for each in lines for parking in each.parkings)
 
 
 def _who_waits(parking: object) -> object:
-    """The greenlet that waits there, or for the task that does."""
+    """The greenlet that waits at `parking`, or that waits for the task that waits there."""
     if isinstance(parking, GreenletParking):
         return parking.greenlet
     if isinstance(parking, TaskParking) and parking.task is not None:
@@ -158,11 +158,11 @@ def _who_waits(parking: object) -> object:
 
 
 def collect_post(session: SendingHalf[Any], data: bytes) -> bool:
-    """Post what its framing has made of a message, at the next `flush`.
+    """Collect an encoded message, to be posted at the next `flush`.
 
     Returns:
-        False: there need not be one, since it was posted at once (or refused): the session has
-        closed, or collects already, or others wait to send.
+        Whether a `flush` is needed. False: the message was posted at once, because the session was
+        corked or had a send queue; or was refused, because the session is closed.
     """
     is_corked = session._cork is not None or session._send_queue is not None
     if is_corked or not session._open or session._eof_requested:
@@ -175,22 +175,26 @@ def collect_post(session: SendingHalf[Any], data: bytes) -> bool:
 
 
 def is_quiet(session: Connection[Any], sent: int) -> bool:
-    """Whether it has opened, and has sent nothing since it had sent that many bytes."""
+    """Whether the session has opened, and the number of bytes it has sent is still `sent`."""
     return session._bytes_sent == sent and not session._is_opening and session._started
 
 
 def has_nothing_to_send(session: Connection[Any]) -> bool:
-    """Whether it could send, and nobody waits to do so."""
+    """Whether the session may send, and nobody waits to send."""
     return session._open and session._send_queue is None and not session._eof_requested
 
 
 def run_in_its_thread(session: Connection[Any], function: Callable[[], object]) -> bool:
-    """`HubThread.run` for a session: false if that has ended before `function` has. Waits."""
+    """Run `function` in the hub's thread, and wait for it. From another thread.
+
+    Returns:
+        False if the session ended before `function` ran (`HubThread.run`).
+    """
     return session._manager.thread.run(lambda: session._released, function)
 
 
 async def run_in_its_thread_async(session: Connection[Any], function: Callable[[], object]) -> bool:
-    """`HubThread.run_async` for a session: see `run_in_its_thread`."""
+    """`run_in_its_thread` for coroutines (`HubThread.run_async`)."""
     return await session._manager.thread.run_async(lambda: session._released, function)
 
 
@@ -198,17 +202,17 @@ async def run_in_its_thread_async(session: Connection[Any], function: Callable[[
 
 
 def is_within_read(session: Connection[Any]) -> bool:
-    """Whether it has given up its turn between two messages of one read."""
+    """Whether the session has given up its turn between two messages of one read."""
     framed = session._framed
     return session.waiting_since > 0 and framed is not None and framed.has_messages
 
 
 wake = Connection._wake
-"""Let it look around, soon, if it waits for bytes."""
+"""Wake the session soon, if it is in a wait of its own."""
 
 
 def wake_overdue(sessions: Iterable[Connection[Any]], now: float) -> float:
-    """Wake those of `sessions` whose peers were silent for too long; the next such moment."""
+    """Wake the sessions whose peers were silent for too long; return the earliest deadline."""
     due = NEVER
     for session in sessions:
         deadline = (session.waiting_since or now) + session._idle
@@ -220,43 +224,43 @@ def wake_overdue(sessions: Iterable[Connection[Any]], now: float) -> float:
 
 
 def idle_seconds(session: Connection[Any]) -> float:
-    """How long its peer may be silent."""
+    """Seconds that the session waits for bytes before it closes."""
     return session._idle
 
 
 def set_idle_slice(session: Connection[Any], idle_slice: Any) -> Any:
-    """Let `idle_slice` be what looks at it for idleness; what that was before."""
+    """Set the `IdleSlice` that checks the session for idleness; return the one before."""
     before, session._slice = session._slice, idle_slice
     return before
 
 
-# Before ``on_open``, in its own greenlet
+# Before ``on_open``, in the session's own greenlet
 
 
 def peek(session: Connection[Any], size: int) -> bytes:
-    """What has come, at most `size` bytes, which stay there; none: the peer's FIN.
+    """Return at most `size` received bytes, and leave them in the socket; none: the peer's FIN.
 
     Raises:
-        OSError: as of ``recv``; nothing has come (`BlockingIOError`).
+        OSError: as for ``recv``; `BlockingIOError` if nothing was received.
     """
     seen: bytes = session._sock.recv(size, _socket.MSG_PEEK)
     return seen
 
 
 def take(session: Connection[Any], size: int) -> bytes:
-    """At most `size` bytes that have come, before it counts any. Errors as of `peek`."""
+    """Read at most `size` received bytes, without counting them. Errors as for `peek`."""
     data: bytes = session._sock.recv(size)
     return data
 
 
 def say(session: Connection[Any], words: bytes) -> None:
-    """Send a few words unencrypted, as far as the kernel takes them now, which is all of them."""
+    """Send a few unencrypted bytes, all of which fit into the kernel's buffer. Ignores errors."""
     with contextlib.suppress(OSError):
         session._sock.send(words)
 
 
 use_proxy = Connection._use_proxy
-"""Its peer is the one of whom a load balancer's header tells."""
+"""Take the peer's endpoint from a load balancer's header."""
 
 # A callback's time
 
@@ -264,7 +268,7 @@ use_proxy = Connection._use_proxy
 def call_limited(
     session: PsSession[Any], limit: TimeLimit, call: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
-    """Call a callback of it, whose time `limit` counts, in its own greenlet. Switches as that."""
+    """Call a callback whose time `limit` counts. In the session's greenlet; `call` may switch."""
     session._time_limit = limit
     try:
         return call(session, *args)
@@ -272,26 +276,26 @@ def call_limited(
         session._time_limit = None
 
 
-# Begin and end: its manager's
+# Begin and end, for the manager
 
 
 def greenlet_of(session: SessionLife[Any]) -> SessionGreenlet:
-    """The greenlet in which it lives, which its manager starts."""
+    """The session's own greenlet, which its manager starts."""
     greenlet = session.greenlet
     assert greenlet is not None
     return greenlet
 
 
 def forget_context(session: Connection[Any]) -> None:
-    """Let go of its context: no callback comes any more."""
+    """Drop the session's context: no callback will be called any more."""
     session._context = None
 
 
 def kill(session: SessionLife[Any], *, again: bool) -> None:
-    """Throw `GreenletExit` into whatever it still does.
+    """Throw `GreenletExit` into the session's greenlet, or, if that has ended, into its tasks.
 
-    `again`: a callback that runs has swallowed one, so what works beside it gets one as well; at
-    first it is left for the session to kill, once its callback has ended.
+    `again`: the running callback has swallowed a first one, so the session tasks get one as well.
+    The first time they are left to the session, which kills them when its callback has ended.
     """
     if session.greenlet is not None:
         session.greenlet.kill(block=False)
@@ -300,7 +304,7 @@ def kill(session: SessionLife[Any], *, again: bool) -> None:
 
 
 def abandon(session: SessionLife[Any]) -> None:
-    """Close its socket, though a callback of it runs and does not end."""
+    """Close the socket of a session whose running callback does not end."""
     session._release()
     if session._reaper is not None:
         session._reaper.stop()
@@ -312,9 +316,9 @@ def drop(
     cause: BaseException | None,
     gone: Callable[[], object],
 ) -> None:
-    """End it before its greenlet has run: no callback hears of it. Again without effect.
+    """End a session before its greenlet has run: no callback is called. May be called again.
 
-    `gone` is called when its tasks have ended, too: at once if there is none.
+    `gone` is called when its session tasks have ended: at once if there are none.
     """
     session._drop(reason, cause)
     if session._tasks and session._reaper is None:
@@ -324,13 +328,13 @@ def drop(
 
 
 def stop_reaper(session: SessionLife[Any]) -> None:
-    """Kill its tasks no more: all have ended."""
+    """Stop killing the session's tasks: all have ended."""
     if session._reaper is not None:
         session._reaper.stop()
         session._reaper = None
 
 
 end_with_hub = Connection._end_with_hub
-"""Close its socket: its hub was destroyed. In any thread."""
+"""Close the socket of a session whose hub was destroyed. In any thread."""
 let_go = Connection._let_go
-"""Leave it to the parent process (`psofa_gevent.hub.forking`)."""
+"""Leave the session to the parent process (`psofa_gevent.hub.forking`)."""

@@ -1,12 +1,13 @@
-"""The life of a session, in its own greenlet: ``on_open``, its messages, its end.
+"""The life of a session in its own greenlet: ``on_open``, its messages, its end.
 
-That greenlet (`SessionLife._live`) is the only one that ends the session, and it closes the socket.
-Others close the socket in its place: `SessionLife._abort`, `SessionLife._drop` for a session that
-never began, `psofa_gevent.session.inside.abandon` for one whose callback never ends,
-`Connection._end_with_hub` for one whose hub was destroyed, and `Connection._let_go` in a child
-process, which leaves the connection to its parent.
+Only that greenlet (`SessionLife._live`) ends a session that has begun, and normally it closes the
+socket. These functions close the socket in its place: `SessionLife._abort`; `SessionLife._drop` for
+a session that never began; `psofa_gevent.session.inside.abandon` for a session whose callback does
+not end; `Connection._end_with_hub` for one whose hub was destroyed; and `Connection._let_go` in a
+child process, which leaves the connection to its parent.
 
-What may switch: whatever runs a callback, the preamble, `linger`, and the wait for tasks that end.
+What may switch: callbacks, the preamble, `linger`, and the waits for another thread's request and
+for session tasks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from psofa_gevent.tls.socket import TlsSocket
 __all__ = ["SessionGreenlet", "SessionLife"]
 
 REQUEST_LOOK = 0.05
-"""Seconds between two looks whether a close that another thread has asked for has come."""
+"""Seconds between two checks whether another thread's close request has reached the hub."""
 
 
 class SessionGreenlet(LibraryGreenlet):
@@ -41,15 +42,16 @@ class SessionGreenlet(LibraryGreenlet):
     __slots__ = ("session",)
 
     def __init__(self, session: SessionLife[Any]) -> None:
-        # Past that of `LibraryGreenlet`: it is known by its manager's pool.
+        # Skips the __init__ of `LibraryGreenlet`: the manager's pool knows this greenlet.
         super(LibraryGreenlet, self).__init__()
-        # Once, so a message costs nothing; and not by Context.run, which one greenlet could be in.
+        # Set once, so it costs nothing per message. Only one greenlet at a time could be in
+        # Context.run.
         self.gr_context = session._context
         self.session: Any = session
-        """None when the session has ended: whoever switched here last may hold this greenlet."""
+        """None when the session has ended, as other greenlets may hold this one after a switch."""
 
     def switch_out(self) -> None:
-        """Called by gevent when the session's greenlet is about to wait."""
+        """Send the collected messages. gevent calls this when the session's greenlet will wait."""
         if self.session is not None and self.session._cork is not None:
             self.session._uncork_without_waiting()
             if self.session._framed is not None:
@@ -62,7 +64,7 @@ class SessionGreenlet(LibraryGreenlet):
 
 
 class SessionLife(ReceivingHalf[M]):
-    """A session from the connected socket to the close queue. In the hub's thread."""
+    """A session from its connected socket to the close queue. In the hub's thread."""
 
     __slots__ = ()
 
@@ -80,7 +82,7 @@ class SessionLife(ReceivingHalf[M]):
     ) -> None:
         super().__init__(manager, sock, remote_endpoint, connection_id, local_endpoint, context)
         framing = manager.settings.framing
-        try:  # what has to be undone where a later line fails, for want of memory, say
+        try:  # undo all if a line fails, for lack of memory for example
             if framing is not None:
                 self._framed = FramedReceiver(framing)
             if type(sock) is TlsSocket:
@@ -109,14 +111,14 @@ class SessionLife(ReceivingHalf[M]):
                 self._uncork_without_waiting()
                 self._fail(exc)
             while self._reason is PsCloseReason.NONE and not self._open:
-                # Another thread's request is on its way, with what that thread has posted before.
+                # Another thread's request is on its way, after the posts of that thread.
                 self._wait_until_woken(REQUEST_LOOK)
             self._kill_tasks()
             if self._abort_asked:  # by another thread; its request is on its way
                 self._abort()
             linger(self)
         except BaseException as exc:
-            # Killed since the last callback; the rest does not wait.
+            # Killed since the last callback: end the session without any more waiting.
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 self._manager.thread.raise_in_main(exc)
             self._log(logging.DEBUG, "%r: did not linger to the end: %r", self, exc)
@@ -124,9 +126,9 @@ class SessionLife(ReceivingHalf[M]):
             self._end()
 
     def _end(self) -> None:
-        """Take the last steps: all of them, wherever something was thrown in on the way here."""
+        """Take the last steps: all of them, even if an exception was thrown in on the way."""
         try:
-            self._request_close(PsCloseReason.SELF_CLOSE)  # unless there is a reason
+            self._request_close(PsCloseReason.SELF_CLOSE)  # without effect if there is a reason
             self._release(with_reset=self._abort_asked)
         finally:
             try:
@@ -139,7 +141,7 @@ class SessionLife(ReceivingHalf[M]):
                 self._manager.session_ended(self)
 
     def _kill_tasks(self) -> None:
-        """Begin to kill what works beside the callbacks, which are through; unless that is done."""
+        """Begin to kill the session tasks, unless that has begun. The callbacks have ended."""
         if self._tasks and self._reaper is None:
             self._reaper = TaskReaper(self, self._wake)
 
@@ -150,7 +152,7 @@ class SessionLife(ReceivingHalf[M]):
             self._wake()
 
     def _release(self, *, with_reset: bool = False) -> None:
-        """Let go of watcher and socket, in this order: descriptors are used again at once."""
+        """Close the watcher, then the socket, whose descriptor may be used again at once."""
         if self._released:
             return
         self._released = True
@@ -167,14 +169,14 @@ class SessionLife(ReceivingHalf[M]):
             with contextlib.suppress(OSError):
                 self._shut_socket()
         if self._eof_sent and self._eof_received:
-            self._sock.close()  # both ends know
+            self._sock.close()  # both ends have sent their FIN
         else:
             end(self._sock)
 
     def _drop(self, reason: PsCloseReason, cause: BaseException | None = None) -> None:
-        """End a session whose greenlet has not started: no callback ever hears of it.
+        """End a session whose greenlet has not run: no callback is called.
 
-        Its work is the manager's affair. Again without effect.
+        The manager ends its session tasks. A second call has no effect.
         """
         self._decide(reason, cause)
         self._context = None

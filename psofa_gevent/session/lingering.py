@@ -1,13 +1,12 @@
-"""The end of a session that closes: the peer takes what was sent, before the socket is closed.
+"""Lingering: a closing session waits, before it closes its socket, until the peer has its data.
 
-A plain close with unread bytes would send RST and destroy what is on its way (RFC 2525, section
-2.17). So the session sends what it still has, shuts down writing, then reads and drops what comes.
-It is over at the peer's FIN, or when nothing is unacknowledged and nothing left to read, or after
-``linger_timeout``. After PEER_CLOSE it only sends, and after socket errors and send timeouts there
-is none of it.
+A plain close with unread bytes would send RST and destroy the data on its way to the peer (RFC
+2525, section 2.17). So the session sends the data it still has, shuts down writing, then reads
+and drops further bytes. Lingering ends at the peer's FIN, or when no sent byte is unacknowledged
+and no byte is left to read, or after ``linger_timeout``. After PEER_CLOSE the session only sends;
+after socket errors and send timeouts it does not linger at all.
 
-Runs in the session's own greenlet, and switches. Whoever aborts the session wakes it here; a kill
-is raised.
+Runs in the session's own greenlet, and switches. An abort wakes the session here; a kill is raised.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["linger"]
 
 DRAIN_SIZE = 65_536
-"""Bytes read and thrown away at a time."""
+"""Bytes read and dropped at a time."""
 FIRST_LOOK = 0.001
-"""Seconds until it looks again whether its bytes are taken, or acknowledged; then doubled."""
+"""Seconds from the first to the second check whether bytes were taken or acknowledged; doubles."""
 LONGEST_LOOK = 0.05
+"""Most seconds between two checks."""
 
 
 def linger(session: SendingHalf[Any]) -> None:
-    """Let the peer take what was sent. The session's close was requested."""
-    session._uncork_without_waiting()  # of a block in another greenlet
+    """Wait until the peer has taken the data. Call it after the session's close was requested."""
+    session._uncork_without_waiting()  # the cork of a block in another greenlet
     deadline = monotonic() + session._manager.settings.linger_timeout
     try:
         while session._send_queue is not None and not session._released:
@@ -43,7 +43,7 @@ def linger(session: SendingHalf[Any]) -> None:
             elif not (session._may_linger and _sends_on(session, deadline)):
                 break
         if session._send_queue is not None and session._may_linger:
-            # Senders that the close has interrupted have yet to leave the queue.
+            # The close has interrupted senders, but they have not left the queue yet.
             _wait(session, FIRST_LOOK)
         if session._may_linger and session._reason is not PsCloseReason.PEER_CLOSE:
             _drain(session, deadline)
@@ -52,13 +52,13 @@ def linger(session: SendingHalf[Any]) -> None:
 
 
 def _sends_on(session: SendingHalf[Any], deadline: float) -> bool:
-    """Wait for what was posted or collected, and has not left; whether there may be more of it.
+    """Wait until posted and collected messages have left; whether callbacks may send more.
 
-    Also after the peer's FIN: it may have closed its half only.
+    Also after the peer's FIN: the peer may have closed only its half. False after `deadline`.
     """
     look = FIRST_LOOK
     while session._send_queue is not None and session._send_queue.holds_batches:
-        # The peer may not take anything before it is rid of what it sends itself.
+        # The peer may take nothing until the data that it sends itself has been read.
         if _read_and_drop(session):
             look = FIRST_LOOK
         left = deadline - monotonic()
@@ -70,18 +70,18 @@ def _sends_on(session: SendingHalf[Any], deadline: float) -> bool:
 
 
 def _lets_callbacks_finish(session: SendingHalf[Any]) -> bool:
-    """Whether callbacks of other sessions send to this one, and SHUTDOWN lets them finish."""
+    """Whether other callbacks wait to send to this session, and SHUTDOWN lets them finish."""
     is_let = session._may_linger and session._reason is PsCloseReason.SHUTDOWN
     return is_let and session._send_queue is not None and session._send_queue.holds_callbacks
 
 
 def _drain(session: SendingHalf[Any], deadline: float) -> None:
-    """Shut down writing, then read and drop, until the peer has taken all that was sent."""
+    """Shut down writing, then read and drop, until the peer has taken all sent data."""
     look = FIRST_LOOK
     while not session._eof_sent:
         try:
             session._shut_socket()
-        except BlockingIOError:  # with TLS
+        except BlockingIOError:  # the end of the TLS stream does not fit into the kernel's buffer
             _read_and_drop(session)
             left = deadline - monotonic()
             if left <= 0:
@@ -102,7 +102,7 @@ def _drain(session: SendingHalf[Any], deadline: float) -> None:
 
 
 def _read_and_drop(session: SendingHalf[Any]) -> bytes | None:
-    """Some of what has come; empty: the peer's FIN; ``None``: nothing is there."""
+    """Read some received bytes; empty: the peer's FIN; ``None``: no bytes are there."""
     try:
         data: bytes = session._sock.recv(DRAIN_SIZE)
     except BlockingIOError:
@@ -111,10 +111,10 @@ def _read_and_drop(session: SendingHalf[Any]) -> bytes | None:
 
 
 def _wait(session: SendingHalf[Any], seconds: float, *, readable: bool = False) -> None:
-    """Wait, at most so long; ends early when the session is woken, or (`readable`) bytes come.
+    """Wait for `seconds`, or until the session is woken, or with `readable` until bytes come.
 
     Raises:
-        OSError: the session was aborted before.
+        OSError: the session was aborted before the wait.
     """
     if session._released:
         raise OSError("aborted")

@@ -1,19 +1,19 @@
-"""Accepted messages that no caller waits on: posts, and messages that were collected.
+"""The outbox: accepted messages that no caller waits for, both posts and collected messages.
 
-It stands in the session's queue of senders (`psofa_gevent.session.send_queue`) like anyone else, in
-batches: a batch ends where another sender lined up, so bytes leave in the order in which they were
-sent and posted. The hub sends a batch on whenever the peer takes more. What other threads post
-waits in an inbox until the hub comes to it, and counts from the call on.
+The messages stand in the session's send queue (`psofa_gevent.session.send_queue`) in batches. A
+batch ends where another sender joins the queue, so bytes leave in the order in which they were sent
+and posted. The hub goes on with a batch whenever the peer takes more. Posts of other threads wait
+in an inbox until the hub takes them out, and count from the call on.
 
-What waits is limited by ``high_water``, and the session's `PsOverflow` says what happens to a post
-beyond that. It counts the bytes of messages; with DROP_OLDEST also one for each, for where it ends.
-In memory that is less than twice as much (`psofa_gevent.session.send_buffers`). A message of a
-broadcast counts in each session that it waits in, although the sessions share it. Messages that
-were collected (`PsSession.corked`) are always kept: they are few, and were sent.
+``high_water`` limits the waiting posts, and the session's `PsOverflow` decides about a post beyond
+it. The limit counts the bytes of messages, and with DROP_OLDEST one byte more for each message, for
+the place where it ends. In memory the messages take less than twice that
+(`psofa_gevent.session.send_buffers`). A broadcast's message counts in each session in which it
+waits, although the sessions share it. Collected messages (`PsSession.corked`) are always kept: they
+are few, and their senders were told that they are sent.
 
-All of it belongs to the hub's thread, but for the inbox, which `HubThread.lock` guards. Nothing
-here switches or raises, but for `Outbox.wait`. An outbox does not hold its session: that would be a
-cycle.
+Everything belongs to the hub's thread, except the inbox, which `HubThread.lock` guards. Only
+`Outbox.wait` switches or raises. An outbox does not hold its session, which would be a cycle.
 """
 
 from __future__ import annotations
@@ -35,38 +35,39 @@ if TYPE_CHECKING:
 __all__ = ["Inbox", "Outbox"]
 
 SHARE_OF_INBOX = 4
-"""Which part of ``high_water`` an inbox has, of which the hub has yet to drop the oldest."""
+"""With DROP_OLDEST an inbox may hold this fraction (1/4) of ``high_water`` beside a full outbox."""
 
 
 class Inbox:
-    """What other threads have posted, and the hub has not come to. All of it under the lock."""
+    """Posts of other threads that the hub has not taken yet. Every use needs the lock."""
 
     __slots__ = ("buffers", "dropped", "is_shut", "refused")
 
     def __init__(self) -> None:
         self.buffers: Buffers | None = None
-        """The messages; None: there are none, so the hub has to be called for the next one."""
+        """The messages; None: there are none, so the hub must be called for the next one."""
         self.is_shut = False
-        """Nothing more is taken."""
+        """Whether the inbox refuses all further posts."""
         self.refused = 0
-        """Bytes of the post that was too much where that closes the session; 0: there was none."""
+        """Bytes of the post beyond ``high_water`` that will close the session; 0: there is none."""
         self.dropped = 0
 
     @property
     def size(self) -> int:
-        """Bytes that wait."""
+        """Bytes of the waiting messages."""
         return 0 if self.buffers is None else self.buffers.size
 
     @property
     def weight(self) -> int:
-        """What counts for ``high_water``."""
+        """Bytes that count for ``high_water``."""
         return 0 if self.buffers is None else self.buffers.weight
 
     def put(self, data: bytes, settings: SessionSettings, waiting: int) -> bool:
-        """Keep `data`, if there is room for it; whether it was taken.
+        """Keep `data`, if there is room for it; return whether it was taken.
 
-        `waiting`: what waits in the outbox, in weight. With DROP_OLDEST that will make room, but
-        only the hub can touch it: so a part of ``high_water`` is the inbox's, whatever waits there.
+        `waiting` is the weight of the outbox. With DROP_OLDEST the outbox will make room, but only
+        the hub may change it. So a part of ``high_water`` is reserved for the inbox, however much
+        waits in the outbox.
         """
         if self.is_shut:
             return False
@@ -98,18 +99,18 @@ class Outbox:
     def __init__(self) -> None:
         self._batches: list[Batch] = []
         self.parkings: list[Parking] = []
-        """Where those wait who want to know that it has left."""
+        """The parkings of callers that wait until messages have left (`wait`)."""
         self._dropped = 0
         self.inbox = Inbox()
 
     @property
     def size(self) -> int:
-        """Bytes that wait in the queue."""
+        """Bytes that wait in the send queue."""
         return sum(batch.buffers.size for batch in self._batches)
 
     @property
     def weight(self) -> int:
-        """What of that counts for ``high_water``. Other threads ask, too."""
+        """Bytes of the send queue that count for ``high_water``. From any thread."""
         weight = 0
         for batch in self._batches:
             weight += batch.buffers.weight
@@ -117,7 +118,7 @@ class Outbox:
 
     @property
     def dropped(self) -> int:
-        """Posts that were dropped."""
+        """The number of dropped posts."""
         return self._dropped + self.inbox.dropped
 
     def keep(
@@ -129,14 +130,14 @@ class Outbox:
         begun: bool,
         droppable: bool = False,
     ) -> None:
-        """Send `data` after all that waits now.
+        """Send `data` after all messages that wait now.
 
         Args:
             session: the session.
-            data: what the kernel has not taken; nobody changes it any more.
-            timeout: seconds in which the peer takes nothing, after which the session fails.
+            data: the bytes that the kernel has not taken; they must not change any more.
+            timeout: seconds without progress after which the session closes with FAILED.
             begun: whether a part of that message has left.
-            droppable: whether it may be dropped to make room.
+            droppable: whether the message may be dropped to make room.
         """
         last = self._last_like(session, timeout, droppable=droppable)
         if last is not None:
@@ -148,7 +149,7 @@ class Outbox:
         self._queue_up(session, buffers, timeout, droppable=droppable)
 
     def post(self, session: Connection[Any], data: bytes | memoryview, *, begun: bool) -> bool:
-        """Send `data` after all that waits now, if there is room for it; whether it was taken."""
+        """Send `data` after all waiting messages, if there is room; return whether it was taken."""
         if not data:
             return True
         settings = session._manager.settings
@@ -167,11 +168,11 @@ class Outbox:
         return True
 
     def empty_inbox(self, lock: AbstractContextManager[object]) -> tuple[Buffers | None, int, int]:
-        """Take what other threads have posted out of the inbox.
+        """Take the posts of other threads out of the inbox.
 
         Returns:
-            The messages, if there are any; bytes of the post that was too much, or 0; and bytes
-            that waited then, in the inbox and the queue.
+            The messages, if there are any; the bytes of the refused post, or 0; and the bytes that
+            waited until now, in the inbox and in the send queue.
         """
         with lock:
             inbox = self.inbox
@@ -180,12 +181,12 @@ class Outbox:
         return buffers, refused, size
 
     def send_on(self, session: Connection[Any], buffers: Buffers) -> None:
-        """Send what came out of the inbox, after all that waits now."""
+        """Send messages from the inbox, after all messages that wait now."""
         if session._send_queue is None:
             try:
-                buffers.give(session)  # most often the kernel takes all
+                buffers.give(session)  # usually the kernel takes all
             except PsSendError:
-                return  # it has closed the session
+                return  # the failed send has closed the session
         elif session._manager.settings.overflow is PsOverflow.DROP_OLDEST:
             wanted = self.weight + buffers.weight - session._manager.settings.high_water
             wanted -= self._drop(wanted)
@@ -202,7 +203,7 @@ class Outbox:
     def _last_like(
         self, session: Connection[Any], timeout: float | None, *, droppable: bool
     ) -> Batch | None:
-        """The last batch, if one more message may become a part of it."""
+        """The last batch, if another message may be added to it."""
         if not self._batches or session._send_queue is None:
             return None
         last = self._batches[-1]
@@ -222,7 +223,10 @@ class Outbox:
         batch.start(queue_up(session, buffers, timeout, batch, begun=True), self._stepped)
 
     def _make_room(self, wanted: int) -> bool:
-        """Drop the oldest for `wanted` bytes, or all that wait; if neither is enough, nothing."""
+        """Drop the oldest messages, for `wanted` bytes of weight or all that wait.
+
+        Drops nothing, and returns false, if neither is possible.
+        """
         most = sum(batch.buffers.droppable_weight for batch in self._batches if batch.droppable)
         if most < min(wanted, self.weight):
             return False
@@ -230,7 +234,7 @@ class Outbox:
         return True
 
     def _drop(self, wanted: int) -> int:
-        """Drop the oldest for `wanted` bytes, or as many as can be; how many that were."""
+        """Drop the oldest messages, for `wanted` bytes if possible; return the dropped weight."""
         dropped = 0
         for batch in self._batches:
             if batch.droppable and dropped < wanted:
@@ -240,7 +244,7 @@ class Outbox:
         return dropped
 
     def overflow(self, session: Connection[Any], waiting: int, size: int) -> None:
-        """Close `session`: `size` bytes more than the `waiting` ones are beyond ``high_water``."""
+        """Close `session`: `size` bytes in addition to the `waiting` ones exceed ``high_water``."""
         error = PsSendError(
             f"{session!r}: {waiting} bytes wait for the peer, and {size} more are beyond "
             f"high_water={session._manager.settings.high_water}"
@@ -252,9 +256,9 @@ class Outbox:
         session._log_peer("more posts than high_water wait", "%s", error)
 
     async def wait(self, session: Connection[Any], parking: Parking, *, in_callback: bool) -> None:
-        """Wait until all that is kept now has left. It leaves also if the wait is broken off.
+        """Wait until all messages kept now have left; they also leave if the wait is interrupted.
 
-        There must be something, and the last of it must not be droppable.
+        There must be a message, and the last one must not be droppable.
 
         Raises:
             PsSendError: the session was closed meanwhile.
@@ -268,7 +272,7 @@ class Outbox:
                 await parking
         finally:
             self.parkings.remove(parking)
-        if session._is_broken or session._released:  # then it was dropped
+        if session._is_broken or session._released:  # then the messages were dropped
             session._check_sending(in_callback=in_callback)
 
     def _stepped(self, batch: Batch) -> None:

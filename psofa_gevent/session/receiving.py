@@ -1,17 +1,16 @@
 """The receiving half of a session: it waits for bytes and hands them over, from open to close.
 
-`ReceivingHalf._read` takes every message to ``on_message``. It ends at any close request. It makes
-one itself for the peer's FIN, for an error of the connection, and for a peer that was silent for
-the idle time. `ReceivingHalf.receive` reads in the middle of a callback, for
-straight-line code, and waits in the same way: with the same clock for idle peers and unfinished
-messages, and with what was collected sent before.
+`ReceivingHalf._read` takes every message to ``on_message``. It ends at any close request. It
+requests the close itself for the peer's FIN, for an error of the connection, and for a peer that
+was silent for the idle time. `ReceivingHalf.receive` reads in the middle of a callback, for
+straight-line code. It waits in the same way: with the same clocks for idle peers and unfinished
+messages, and after sending the collected messages.
 
-Runs in the session's own greenlet. Who may wake it there, and how: `Connection`'s rules.
+Runs in the session's own greenlet. `psofa_gevent.session.connection` says who may wake it there.
 
-- The wait comes before the read: an idle session owns no buffer.
-- What may switch: a callback, the wait, and the end of a turn between two messages of one read
-  (`psofa_gevent.session.framed`). Nothing else, so between two of them no other greenlet
-  runs.
+- The wait comes before the read, so an idle session owns no buffer.
+- What may switch: a callback, a wait, and the end of a turn between two messages of one read
+  (`psofa_gevent.session.framed`). Nothing else switches, so no other greenlet runs between these.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from psofa_gevent.session.sending import SendingHalf
 __all__ = ["ReceivingHalf"]
 
 HALF_OPEN_LOOK = 1.0
-"""Seconds between two looks for a reset, while the peer has closed its half."""
+"""Seconds between two checks for a reset, after the peer has closed its half."""
 RETRY = 0.005
-"""Seconds after which one whose time was over is woken again, if it has waited on."""
+"""Seconds after which a `receive` that has timed out but still waits is woken again."""
 
 
 class ReceivingHalf(SendingHalf[M]):
@@ -53,18 +52,18 @@ class ReceivingHalf(SendingHalf[M]):
     # Ask for a message
 
     def receive(self, timeout: float | None = None) -> M:
-        """Wait for the next message, and return it: straight-line code instead of ``on_message``.
+        """Wait for the next message and return it, for straight-line code without ``on_message``.
 
-        For `PsHandler`, and for the sync callbacks ``on_open`` and ``on_message`` of this session:
-        what they receive does not come to ``on_message`` any more. The wait is one for bytes, as
-        between two callbacks: the session may close with TIMEOUT after the idle time, and
-        ``callback_timeout`` does not count it.
+        For `PsHandler`, and for the sync callbacks ``on_open`` and ``on_message`` of this session.
+        ``on_message`` does not get the messages that they receive. The call waits for bytes as the
+        session does between two callbacks: the session may close with TIMEOUT after the idle time,
+        and ``callback_timeout`` does not count the wait.
 
         Args:
-            timeout: seconds; ``None``: until there is a message, or the session closes.
+            timeout: seconds to wait; ``None``: until there is a message, or the session closes.
 
         Raises:
-            TimeoutError: no message came in that time. The session stays open.
+            TimeoutError: no message came within `timeout`. The session stays open.
             PsClosedError: no message will come: the peer has sent its FIN, or the session has
                 closed for another reason.
             RuntimeError: called in another greenlet than the session's own, or in a coroutine.
@@ -91,7 +90,7 @@ class ReceivingHalf(SendingHalf[M]):
             del message
 
     def _receive_next(self, timeout: float | None) -> Any:
-        """The next message. Arguments and errors as of `PsSession.receive`."""
+        """The next message. Arguments and errors as for `PsSession.receive`."""
         limit = self._time_limit
         if self._framed is not None:
             message = self._framed.take(self)
@@ -107,7 +106,7 @@ class ReceivingHalf(SendingHalf[M]):
     def _wait_for_message(self, timeout: float | None) -> Any:
         if timeout is None:
             return self._read_message(NEVER)
-        # Again and again: it may come a little early, or in the moment in which bytes come.
+        # Repeats: a timer may fire a little early, or in the moment in which bytes come.
         timer = watch(self._loop.timer(max(timeout, SHORTEST_TIMER), RETRY))
         timer.start(self._resume)
         try:
@@ -140,9 +139,13 @@ class ReceivingHalf(SendingHalf[M]):
             del data  # a session that waits owns no buffer
 
     def _get_ready(self, *, waits: bool) -> None:
-        """Do what comes before a wait for bytes. Raises when there is nothing to wait for.
+        """Send the collected messages and set the clocks, before a wait for bytes.
 
-        `waits`: what was collected may wait for the peer, too.
+        With `waits`, that send may wait for the peer.
+
+        Raises:
+            PsClosedError: no message will come.
+            PsSendError: the collected messages could not be sent, and the session is open.
         """
         if self._open:
             self._uncork_before_wait(waits=waits)
@@ -152,7 +155,7 @@ class ReceivingHalf(SendingHalf[M]):
             raise self._closed_error()
         waited, received = self._waited
         if waited and received == self._bytes_received:
-            # With no bytes in between it is still the same wait.
+            # No bytes came since the last wait, so its time counts as well.
             self.waiting_since = monotonic() - waited
             if self._slice is not None:
                 self._slice.due = min(self._slice.due, self.waiting_since + self._idle)
@@ -184,17 +187,18 @@ class ReceivingHalf(SendingHalf[M]):
     # Read
 
     def _read(self, receive_deadline: float = 0.0) -> bytes | None:  # noqa: C901, PLR0912, PLR0915
-        """Wait, read, hand over, until a close is requested: the way of every message.
+        """Wait, read and hand over, until a close is requested. Every message comes through here.
 
-        Each wait is a switch to the next session that is readable, or to the hub if there is none
-        (`psofa_gevent.hub.ready`). All in one function, as each call more would be felt.
+        Each wait is a switch to the next ready session, or to the hub if there is none
+        (`psofa_gevent.hub.ready`). All in one function, because each call would cost noticeable
+        time.
 
         Args:
-            receive_deadline: not 0: hand over nothing, but return what was read; None when this
-                moment of the monotonic clock has come, and somebody woke the session.
+            receive_deadline: if not 0, hand over nothing, but return the bytes that were read; at
+                the first wake-up without bytes after this monotonic time, return None.
         """
         of_hub = self._ready
-        ready: list[Any] = of_hub.sessions  # whoever waits has a greenlet
+        ready: list[Any] = of_hub.sessions  # each session that waits has a greenlet
         become_ready = ready.append
         hub = self._manager.thread.hub
         size = self._manager.settings.read_buffer_size
@@ -230,7 +234,7 @@ class ReceivingHalf(SendingHalf[M]):
                     self._log(logging.DEBUG, "%r: receive failed: %s", self, exc)
                     return None
                 if message is None:
-                    # Woken by the idle timer, or by nothing at all: no bytes are there.
+                    # No bytes are there: the idle timer or another wake-up, perhaps a stale one.
                     self._look_at_clock(is_pulled=receive_deadline > 0.0)
                     if receive_deadline and monotonic() >= receive_deadline:
                         return None
@@ -249,7 +253,7 @@ class ReceivingHalf(SendingHalf[M]):
                     on_message(self, message)
                 else:
                     self._framed.feed(self, message)
-                if self._framed is not None:  # or since just now
+                if self._framed is not None:  # on_message may have set the first framing
                     self._framed.hand_over(self)
                 del message  # a session that waits owns no buffer
         finally:
@@ -274,9 +278,9 @@ class ReceivingHalf(SendingHalf[M]):
         self._wait_half_open()
 
     def _wait_half_open(self) -> None:
-        """Wait for the close of a session whose peer sends no more.
+        """Wait for the close, after the peer's FIN.
 
-        The socket is readable for ever now, so nothing tells of a reset: look for one.
+        The socket stays readable from now on, so no event reports a reset: this checks for one.
         """
         look = watch(self._loop.timer(HALF_OPEN_LOOK, HALF_OPEN_LOOK))
         look.start(self._resume)
@@ -296,8 +300,8 @@ class ReceivingHalf(SendingHalf[M]):
             unwatch(look)
 
     def _look_at_clock(self, *, is_pulled: bool) -> None:
-        """No bytes are there. `is_pulled`: a callback waits for them."""
-        if self._tls is not None and self._tls.has_progress:  # but a part of a record
+        """Check the deadlines, as no bytes are there. `is_pulled`: a callback waits for bytes."""
+        if self._tls is not None and self._tls.has_progress:  # a part of a record came
             self._tls.has_progress = False
             self.waiting_since = monotonic()
         if self._framed is not None and monotonic() >= self._frame_deadline:
@@ -307,7 +311,7 @@ class ReceivingHalf(SendingHalf[M]):
             self._be_idle(may_call=not is_pulled)
 
     def _be_idle(self, *, may_call: bool = True) -> None:
-        """The idle time is over: close, unless there is a callback for that."""
+        """Call ``on_idle`` after the idle time. Close if it returns False, or is not called."""
         on_idle = self._manager.callbacks.on_idle
         if on_idle is None or not may_call:
             self._request_close(PsCloseReason.TIMEOUT)
@@ -315,11 +319,11 @@ class ReceivingHalf(SendingHalf[M]):
         self.waiting_since = 0.0
         self._waited = (0.0, 0)
         if self._framed is not None:
-            self._framed.stop_clock(self)  # what a callback takes is not the peer's time
+            self._framed.stop_clock(self)  # a callback's time does not count as the peer's
         if on_idle(self) is False:
             self._request_close(PsCloseReason.TIMEOUT)
         elif self._framed is not None:
-            self._framed.hand_over(self)  # it may have received messages itself
+            self._framed.hand_over(self)  # on_idle may have received messages itself
 
     def _is_idle(self) -> bool:
         return monotonic() - self.waiting_since >= self._idle

@@ -1,6 +1,6 @@
-"""Messages in the send queue that nobody waits for: the hub sends them on.
+"""A batch: messages in the send queue that no caller waits for; the hub sends them.
 
-All of it belongs to the hub's thread, and nothing here switches.
+Everything belongs to the hub's thread, and nothing switches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Batch"]
 
 
 class Batch:
-    """Messages that nobody waits for, in line together: their own parking, resumed by the hub."""
+    """Messages that share a place in the send queue. Their own parking, resumed by the hub."""
 
     __slots__ = (
         "_coroutine",
@@ -39,16 +39,16 @@ class Batch:
         self._stepped: Callable[[Batch], None] | None = None
         self._waits = False
         self.has_ended = False
-        """All of it has left, or never will."""
+        """Whether all messages have left, or no more of them will leave."""
 
     def start(
         self, coroutine: Coroutine[Any, None, None], stepped: Callable[[Batch], None]
     ) -> None:
-        """Begin to send, in any greenlet of the hub's thread. Does not switch.
+        """Begin to send. In any greenlet of the hub's thread; does not switch.
 
         Args:
-            coroutine: what sends the buffers, with this as its parking.
-            stepped: called when some of them may have left, and at the end.
+            coroutine: sends the buffers, with this batch as its parking.
+            stepped: called when some of the messages may have left, and at the end.
         """
         self._coroutine = coroutine
         self._stepped = stepped
@@ -60,20 +60,20 @@ class Batch:
         yield
 
     def wake(self) -> bool:
-        """Go on, soon."""
+        """Have the hub resume the batch soon."""
         if self._waits:
             self._loop.run_callback(self._go_on)
         return True
 
     def _go_on(self) -> None:
-        # Since the wake-up it may have gone on, or ended.
+        # Since the wake-up, the batch may have gone on, or ended.
         if self._coroutine is None or not self._waits:
             return
         self._waits = False
         try:
             self._coroutine.send(None)
         except (StopIteration, PsSendError):
-            # Whatever was wrong has closed the session, which has the reason.
+            # The error has closed the session, which keeps it.
             self._end()
         except BaseException:
             self._end()

@@ -1,12 +1,12 @@
-"""Bytes that wait for a peer: whole messages, kept in little more memory than they have bytes.
+"""Buffers for messages that wait for a peer; they take little more memory than the messages' bytes.
 
-A bytes object takes some 50 bytes beside its own, so 16 times as much as a message of three. So
-`Buffers` puts small messages together, in blocks from which the kernel takes them as they are.
-Larger ones stay what they are, which also lets sessions share what was broadcast to them. However
-sizes mix, what waits takes less than twice its bytes, and `Buffers.weight` has what is kept besides
-where single messages can be dropped.
+A bytes object takes some 50 bytes in addition to its content: 16 times the size of a message of
+three bytes. So `Buffers` joins small messages into blocks, from which the kernel takes them without
+a copy. Larger messages stay separate objects, so sessions can share a broadcast's message. In any
+mix of sizes, waiting messages take less than twice their bytes. `Buffers.weight` also counts the
+bytes that mark where messages end, if single messages can be dropped.
 
-Nothing here switches or raises, but for what the socket says.
+Nothing here switches, and only errors of the socket are raised.
 """
 
 from __future__ import annotations
@@ -24,45 +24,46 @@ __all__ = ["Block", "Buffers", "Source", "Step"]
 Block: TypeAlias = bytes | bytearray | memoryview
 
 JOIN_SIZE = 65_536
-"""Bytes up to which blocks are put together for one system call."""
+"""Most bytes of blocks that are joined for one system call."""
 BLOCK_SIZE = 16_384
-"""Bytes up to which small messages are put together. A block grows by copies, and with 64 KiB what
-these leave in the heap was as much again for some blocks; with this it was a twentieth."""
+"""Most bytes of a block of small messages. A block grows by copies, which leave gaps in the heap.
+With 64 KiB the gaps of some blocks took as much memory as the blocks, with 16 KiB a twentieth."""
 OWN_BLOCK = 160
-"""Bytes from which on a message is a block of its own. With what that costs (a bytes object 56 at
-most, a bytearray for a single small message between two of these 88) it is less than doubled."""
+"""Bytes from which on a message gets a block for itself: the overhead then less than doubles it. A
+bytes object has at most 56 bytes of overhead; a bytearray for a single small message between two
+such blocks has 88."""
 _SIZES = [bytes((size,)) for size in range(OWN_BLOCK)]
-"""The size of a small message, as it is kept."""
+"""The size of each small message, encoded in one byte."""
 
 
 class Step(enum.Enum):
-    """How far a `Source` has come with a step."""
+    """How far one step of a `Source` has come."""
 
     ALL = enum.auto()
-    """Nothing is left."""
+    """All has left."""
     SOME = enum.auto()
-    """More when the socket is writable again, and others had their turn."""
+    """There is more for when the socket is writable again and others had their turn."""
     MORE = enum.auto()
-    """More at once, if the session lets it: others may have run."""
+    """There is more to give at once. Check the session before: the source may have switched."""
 
 
 class Source(Protocol):
-    """What a sender has to send."""
+    """The data of one sender."""
 
     begun: bool
     """Whether a part has left, so that the stream is broken if the rest does not follow."""
     offered_at: float
-    """When it last had to wait for something else than the peer (monotonic clock); 0: never."""
+    """Monotonic time up to which the source last kept the peer waiting for data; 0: never."""
 
     def give(self, session: Connection[Any]) -> Step:
-        """Give the session's socket some of it, and nothing more after having switched.
+        """Give the session's socket some data. After a switch, give no more before returning.
 
-        Whatever it raises ends the message: the session closes with FAILED if a part has left.
+        Any exception ends the message: the session closes with FAILED if a part has left.
         """
 
 
 class Buffers:
-    """Messages on their way (a `Source`)."""
+    """Messages that wait to be sent (a `Source`)."""
 
     __slots__ = ("_blocks", "_front", "_number", "_sizes", "begun", "left", "size")
 
@@ -71,25 +72,25 @@ class Buffers:
     def __init__(
         self, data: bytes | memoryview = b"", *, droppable: bool = False, must_stay: bool = False
     ) -> None:
-        """`data` is the first message, or what is left of one, and the only one that has begun.
+        """Begin with `data`: a message, or the rest of one. Only this first message may have begun.
 
         Args:
-            data: nobody changes it any more.
-            droppable: keep where messages end, so that single ones can be dropped.
-            must_stay: not this first one: a part of it has left, or is encrypted.
+            data: the bytes; they must not change any more.
+            droppable: record where messages end, so that single messages can be dropped.
+            must_stay: never drop this first message: a part of it has left, or is encrypted.
         """
         self._front: Block = b""
-        """What is left of messages that must stay, where others can be dropped."""
+        """The rest of messages that must stay, if other messages can be dropped."""
         self._blocks: deque[Block] = deque()
-        """All others: small ones together in a bytearray, and each larger one by itself."""
+        """All other messages: small ones joined in a bytearray, each larger one by itself."""
         self._sizes: deque[Block] | None = deque() if droppable else None
-        """The size of each message in the blocks, a byte; 0: that of a block of its own."""
+        """A byte for each message in the blocks: its size; 0: it has a block for itself."""
         self._number = 0
-        """How many these are."""
+        """The number of messages in `_sizes`."""
         self.size = 0
         """Bytes that have not left."""
         self.left = 0
-        """Bytes that have."""
+        """Bytes that have left."""
         self.begun = False
         if droppable and must_stay:
             self._front = data
@@ -99,16 +100,16 @@ class Buffers:
 
     @property
     def weight(self) -> int:
-        """Bytes that have not left, and what is kept to tell messages apart."""
+        """Bytes that have not left, and one more for each message whose end is recorded."""
         return self.size + self._number
 
     @property
     def droppable_weight(self) -> int:
-        """That of the messages of which nothing has left; only where they can be dropped."""
+        """Weight of the messages that can be dropped. Only if messages can be dropped."""
         return self.weight - len(self._front)
 
     def give(self, session: Connection[Any]) -> Step:
-        """As much as the kernel takes now. Does not switch."""
+        """Give the kernel as much as it takes now. Does not switch."""
         while self.size:
             data = self._first()
             taken = session._send_now(data)
@@ -122,7 +123,7 @@ class Buffers:
         return Step.ALL
 
     def append(self, data: bytes | memoryview) -> None:
-        """One more message; not an empty one."""
+        """Add one more message, which must not be empty."""
         size = len(data)
         self.size += size
         if size < OWN_BLOCK:
@@ -134,7 +135,7 @@ class Buffers:
             _join(self._sizes, _SIZES[size if size < OWN_BLOCK else 0])
 
     def extend(self, others: Buffers) -> None:
-        """All of `others`, of which nothing has left, and which are not used any more."""
+        """Add all messages of `others`, from which no byte has left. Do not use `others` again."""
         self.size += others.size
         self._number += others._number
         for block in others._blocks:
@@ -147,10 +148,10 @@ class Buffers:
                 _join(self._sizes, sizes)
 
     def drop(self, weight: int) -> tuple[int, int]:
-        """Drop the oldest messages of which nothing has left, for so much, or all there are.
+        """Drop the oldest messages that have not begun, until `weight` is dropped, or all are.
 
         Returns:
-            How many messages that were, and their weight.
+            The number of dropped messages, and their weight.
         """
         number, size = self._count_messages(weight, besides=1)
         self._forget(number)
@@ -159,7 +160,7 @@ class Buffers:
         return number, size + number
 
     def clear(self) -> None:
-        """Drop all of them."""
+        """Drop all messages."""
         self._front = b""
         self._blocks.clear()
         if self._sizes is not None:
@@ -168,20 +169,20 @@ class Buffers:
         self.size = 0
 
     def _first(self) -> Block:
-        """What to send next: what is small together. There must be something."""
+        """The bytes to send next, small blocks joined. There must be some."""
         parts: list[Block] = [self._front] if self._front else []
         room = JOIN_SIZE - len(self._front)
         for block in self._blocks:
             if room <= 0:
                 break
-            # A large one by itself as it is, and behind others as much as there is room for.
+            # The first block is taken whole; a later one as far as there is room.
             fits = not parts or len(block) <= room
             parts.append(block if fits else memoryview(block)[:room])
             room -= len(block)
         return _together(parts)
 
     def _took(self, count: int) -> None:
-        """The kernel took so many bytes."""
+        """Remove the first `count` bytes, which the kernel took."""
         self.size -= count
         self.left += count
         if self._front and count:
@@ -197,7 +198,7 @@ class Buffers:
             self._front = _together(self._pull(size - count))
 
     def _keep_front(self, count: int) -> None:
-        """Let nobody drop the messages to which the first `count` bytes belong."""
+        """Protect the messages to which the first `count` bytes belong from being dropped."""
         count -= len(self._front)
         if self._sizes is not None and count > 0:
             number, size = self._count_messages(count)
@@ -206,9 +207,9 @@ class Buffers:
             self._front = _together([self._front, *parts] if self._front else parts)
 
     def _count_messages(self, count: int, *, besides: int = 0) -> tuple[int, int]:
-        """In how many messages of the blocks the first `count` bytes are, and the size of these.
+        """The number and size of the messages in the blocks that contain the first `count` bytes.
 
-        `besides`: what each message counts beside its bytes.
+        `besides`: bytes that each message counts in addition to its size.
         """
         if self._sizes is None:
             return 0, 0
@@ -222,13 +223,13 @@ class Buffers:
         return number, total
 
     def _forget(self, number: int) -> None:
-        """Keep no more of the sizes of so many messages."""
+        """Remove the recorded sizes of the first `number` messages."""
         if self._sizes is not None:
             self._number -= number
             _cut(self._sizes, number)
 
     def _pull(self, count: int) -> list[Block]:
-        """Take so many bytes out of the blocks: as they are, as far as whole blocks go."""
+        """Take the first `count` bytes out of the blocks, without copying whole blocks."""
         parts: list[Block] = []
         while count:
             block = self._blocks[0]
@@ -240,7 +241,7 @@ class Buffers:
 
 
 def _join(blocks: deque[Block], data: Block) -> None:
-    """Add `data` to the last one, or begin another."""
+    """Append `data` to the last block, or begin another one."""
     if blocks and type(last := blocks[-1]) is bytearray and len(last) + len(data) <= BLOCK_SIZE:
         last += data
     else:
@@ -248,7 +249,7 @@ def _join(blocks: deque[Block], data: Block) -> None:
 
 
 def _cut(blocks: deque[Block], count: int) -> None:
-    """Let go of so many bytes in front."""
+    """Remove the first `count` bytes."""
     while count:
         block = blocks[0]
         size = len(block)

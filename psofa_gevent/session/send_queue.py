@@ -1,26 +1,28 @@
-"""The slow way of a message: senders in a queue for a connection that does not take it all at once.
+"""The send queue: the senders of one session that wait for the peer to take their bytes.
 
-`PsSession.send` tries the socket first; only what the kernel did not take comes here. A `SendQueue`
-exists while someone waits, and goes with the last one:
+`PsSession.send` tries the socket first; only the bytes that the kernel did not take come here. A
+`SendQueue` exists while there are senders in it:
 
-- The first in line writes, whenever the socket is writable; the others wait their turn. So bytes
+- The first sender writes whenever the socket is writable; the others wait for their turns. So bytes
   of two messages never mix, and messages leave in the order in which their sends began.
 - Each sender's timeout is the longest time in which the peer takes nothing. Progress is a growing
-  number of acknowledged bytes (SIOCOUTQ) where the system tells, for writability comes only when a
-  third of the buffer is free; elsewhere it is a successful write. It counts for all in the queue.
-- A close request wakes all of them, and they raise `PsSendError`. SHUTDOWN leaves callbacks alone,
-  and no close stops a `Batch`, of whose messages the senders were told that they are taken: the
-  session lets it go on while it lingers.
-- A sender that is thrown out (killed, cancelled, a `gevent.Timeout`) after a part of its message
-  left closes the session with FAILED, as the stream is broken; before that, nothing happened.
-- Nothing follows a message that broke off in its middle, whatever ended its sender: the peer would
-  take it for the rest.
+  number of acknowledged bytes (SIOCOUTQ) where the system reports it, because a socket is writable
+  only when a third of its buffer is free; elsewhere progress is a successful write. Progress counts
+  for all senders in the queue.
+- A close request wakes all senders, and they raise `PsSendError`. SHUTDOWN does not interrupt
+  callbacks. No close stops a `Batch`, whose senders were told that their messages are taken: the
+  session lets the batch go on while it lingers.
+- A sender that is interrupted (killed, cancelled, a `gevent.Timeout`) after a part of its message
+  has left closes the session with FAILED, because the stream is broken. A sender that is
+  interrupted before that leaves no trace.
+- After a message that broke off in its middle nothing is sent, whatever ended its sender: the peer
+  would take further bytes for the rest of that message.
 
 A sender sends a `Source` (`psofa_gevent.session.send_buffers`): `Buffers` of bytes, or a file
-(`psofa_gevent.session.files`), which gives the session some of it whenever it is its turn.
+(`psofa_gevent.session.files`). A source gives the session a part of its data at each turn.
 
-Runs in whichever greenlet or asyncio task sends; the algorithm is one coroutine, and what differs
-is the `Parking` that it awaits (`psofa_gevent.hub.parking`). The hub resumes that of a `Batch`
+Runs in the greenlet or asyncio task that sends. The algorithm is one coroutine, for any `Parking`
+that it awaits (`psofa_gevent.hub.parking`). The hub runs the coroutine of a `Batch`
 (`psofa_gevent.session.send_batch`).
 """
 
@@ -51,15 +53,15 @@ if TYPE_CHECKING:
 __all__ = ["SendQueue", "queue_up"]
 
 SAMPLES_PER_TIMEOUT = 8
-"""How often progress is looked at in the time of one timeout: it is found late by 1/8 at most."""
+"""Checks for progress per timeout: a timeout is found at most 1/8 of its time too late."""
 LONGEST_SAMPLE = 1.0
-"""Seconds between two looks at most, for a long timeout."""
+"""Most seconds between two checks, for a long timeout."""
 SHORTEST_SAMPLE = 0.001
-"""Seconds between two looks at least: a timeout of zero must not spin."""
+"""Least seconds between two checks: a timeout of zero must not spin."""
 
 
 class _Sender:
-    """One who waits: where, since when, and whether a part of the message has left."""
+    """One sender: its parking, when it began, and whether a part of its message has left."""
 
     __slots__ = ("_begun", "began", "in_callback", "is_batch", "parking", "source", "ticks")
 
@@ -74,12 +76,12 @@ class _Sender:
 
     @property
     def begun(self) -> bool:
-        """Whether the stream is broken if no more of it follows."""
+        """Whether the stream is broken if the rest of the message does not follow."""
         return self._begun or self.source.begun
 
 
 class SendQueue:
-    """The senders of one session that have to wait, in order."""
+    """The waiting senders of one session, in order."""
 
     __slots__ = (
         "_acknowledged",
@@ -100,7 +102,7 @@ class SendQueue:
         self._closed = False
         self._is_writable = False
         self._giver: Any = None
-        """The greenlet in which the first one's source is just giving, or who holds the queue."""
+        """The greenlet that runs the first sender's `Source.give`, or the holder of the queue."""
         self._watcher = session._loop.io(session._sock.fileno(), WRITE)
 
     async def send(
@@ -115,15 +117,15 @@ class SendQueue:
         """Send all of `source`, however long the peer takes for it.
 
         Args:
-            source: what is still to be sent.
+            source: the data to send.
             timeout: seconds in which the peer takes nothing; ``None``: no limit.
             parking: where the caller waits.
-            begun: whether a part of the message left before.
-            in_callback: whether a callback sends: then SHUTDOWN does not interrupt it.
+            begun: whether a part of the message has left already.
+            in_callback: whether a callback sends: then SHUTDOWN does not interrupt the send.
 
         Raises:
-            PsSendError: the session was closed, or closes now, because of an error or the timeout.
-            BaseException: what the source raised.
+            PsSendError: the session was closed, or closes now for an error or the timeout.
+            BaseException: an exception of the source, or one thrown into the wait.
         """
         sender = _Sender(source, parking, begun=begun, in_callback=in_callback)
         if self._giver is getcurrent() and not sender.is_batch:
@@ -167,33 +169,33 @@ class SendQueue:
             self._progress_at = max(self._progress_at, source.offered_at)
 
     def interrupt(self) -> None:
-        """Wake all senders, so that they see that the session closes."""
+        """Wake all senders, to let them see that the session closes."""
         for sender in list(self._senders):
             self._wake(sender)
 
     @property
     def holds_callbacks(self) -> bool:
-        """Whether a callback is among the senders, and waits."""
+        """Whether a callback is among the senders."""
         return any(sender.in_callback and not sender.is_batch for sender in self._senders)
 
     @property
     def parkings(self) -> list[Parking]:
-        """Where the senders wait."""
+        """The parkings of the senders."""
         return [sender.parking for sender in self._senders]
 
     @property
     def holds_batches(self) -> bool:
-        """Whether messages are among them that nobody waits for: they count as sent."""
+        """Whether a batch is among the senders: its messages count as sent."""
         return any(sender.is_batch for sender in self._senders)
 
     def ends_with(self, parking: Parking) -> bool:
-        """Whether the last sender waits there."""
+        """Whether the last sender waits at `parking`."""
         return bool(self._senders) and self._senders[-1].parking is parking
 
     def close(self) -> None:
-        """Release the watcher, before the descriptor is closed, and wake the senders.
+        """Release the watcher, and wake the senders. Call it before the descriptor is closed.
 
-        They find the session closed, and touch neither watcher nor socket again.
+        The senders find the session closed, and do not use the watcher or the socket again.
         """
         if not self._closed:
             self._closed = True
@@ -202,7 +204,7 @@ class SendQueue:
             self.interrupt()
 
     def let_go(self) -> None:
-        """Release the watcher, and wake nobody: the connection is the parent process's."""
+        """Release the watcher in a child process, and wake nobody: the parent sends."""
         if not self._closed:
             self._closed = True
             release(self._watcher)
@@ -210,7 +212,7 @@ class SendQueue:
     def _wake_first(self) -> None:
         if self._closed:  # a child process is about to release the watcher
             return
-        # Level-triggered: it would fire until the sender ran.
+        # Level-triggered: the watcher would fire until the sender has run.
         self._watcher.stop()
         self._is_writable = True
         if self._senders:
@@ -219,7 +221,7 @@ class SendQueue:
     def _wake(self, sender: _Sender) -> None:
         if sender.parking.wake():
             return
-        # Its asyncio loop was closed under it: it must not stand in the way of the others.
+        # The sender's asyncio loop was closed, so it will never run: remove it from the queue.
         self._leave(sender)
         if sender.begun:
             self._session._break_stream()
@@ -239,7 +241,7 @@ class SendQueue:
         if was_first:
             self._wake(self._senders[0])
         if not self._session._open:
-            self._session._wake()  # it may linger for this one
+            self._session._wake()  # it may linger for this sender
 
     def _start_ticking(self, sender: _Sender, timeout: float | None) -> None:
         if timeout is not None:
@@ -250,8 +252,8 @@ class SendQueue:
     def _check_progress(self, sender: _Sender, timeout: float | None) -> None:
         acknowledged = self._count_acknowledged()
         now = monotonic()
-        # A socket that the first sender has not come to write to, a source that waits for something
-        # of its own, one who holds the queue: not the peer is what is slow.
+        # The peer is not the slow one if the first sender has yet to write to a writable socket, if
+        # a source waits for its data, or if the queue is held.
         is_idle = self._is_writable or self._giver is not None
         if acknowledged > self._acknowledged or is_idle:
             self._acknowledged = acknowledged
@@ -262,20 +264,20 @@ class SendQueue:
             f"{self._session!r}: send timed out: the peer accepted no data for {timeout:g} s"
         )
         self._session._request_close(PsCloseReason.FAILED, error, linger=False)
-        raise PsSendError(*error.args)  # not the one that the session keeps
+        raise PsSendError(*error.args)  # another object than the one that the session keeps
 
     def _count_acknowledged(self) -> int:
-        """Bytes of the session that reached the peer; where nobody knows, those that left."""
+        """Bytes that the peer acknowledged; those that the kernel took if the system can't tell."""
         try:
             outstanding = unacknowledged(self._session._sock)
         except OSError:
-            return 0  # released: the next look at the session raises
+            return 0  # the socket is released: the next check of the session raises
         return self._session._wire_sent - (outstanding or 0)
 
     def hold(self, parking: Parking) -> Callable[[], None]:
-        """Stand in front of all others, and send nothing, until what is returned is called.
+        """Take the first place in the queue, and send nothing; return a function that ends this.
 
-        `parking` is woken when the session closes. What follows must not take this for nothing.
+        `parking` is woken when the session closes: the code that waits there must check for that.
         """
         holder = _Sender(Buffers(), parking, begun=True, in_callback=False)
         self._senders.appendleft(holder)
@@ -297,9 +299,9 @@ def queue_up(
     *,
     begun: bool,
 ) -> Coroutine[Any, Any, None]:
-    """Send `source` after all senders of `session` that wait now: the coroutine to run.
+    """Return the coroutine that sends `source` after all waiting senders of `session`.
 
-    Arguments as of `SendQueue.send`; by default `timeout` is the owner's ``send_timeout``.
+    Arguments as for `SendQueue.send`. With `DEFAULT`, `timeout` is the owner's ``send_timeout``.
     """
     queue: SendQueue | None = session._send_queue
     if queue is None:

@@ -1,17 +1,17 @@
-"""The sending half of a session: what `send` promises, and its quick way.
+"""The sending half of a session: the public methods that send, and the fast path of a message.
 
-While a session is corked, sends are collected instead, and leave together: when the cork is taken
-off, when there is much of them, and before its greenlet waits for anything.
-
-A send tries the socket at once; only what the kernel did not take goes the slow way, behind
-other senders (`psofa_gevent.session.send_queue`). So does a post, but nobody waits for that: what
-is left of it goes into the session's `Outbox`. A file always stands in the queue
+A send tries the socket at once. Only the bytes that the kernel did not take go into the send queue,
+behind other senders (`psofa_gevent.session.send_queue`). A post does the same, but no caller waits
+for the rest, which goes into the session's `Outbox`. A file always goes through the queue
 (`psofa_gevent.session.files`).
 
-Runs in whichever greenlet or asyncio task sends; callers in other OS threads are handed over to the
-hub's thread. Only a send that has to wait switches, and what a user gave for a file.
+While a session is corked, messages are collected, and leave together: when the cork is removed,
+when they reach `CORK_SIZE`, and before the session's greenlet waits for anything.
 
-Most of this file is the contract of its public methods, so it is longer than others.
+Runs in the greenlet or asyncio task that sends; calls of other OS threads are run in the hub's
+thread. Only a send that has to wait switches, and the functions that a user gives for a file.
+
+This file is longer than others because it contains the documentation of its public methods.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from psofa_gevent.settings import DEFAULT, Default
 __all__ = ["SendingHalf"]
 
 PIECE_SIZE = 65_536
-"""Bytes of a file that are read at a time, where the kernel can't send it by itself."""
+"""Bytes of a file that are read at a time, if the kernel can't send the file by itself."""
 CORK_SIZE = 65_536
-"""Bytes that are collected at most. More would fill buffers, and let the peer wait."""
+"""Most bytes that a cork collects. More would fill buffers, and keep the peer waiting."""
 COLLECTED = 48
-"""Bytes that each message counts then beside its own: what a bytes object in a list takes."""
+"""Bytes that each collected message counts in addition to its own: a bytes object in a list."""
 
 
 class SendingHalf(Connection[M]):
@@ -63,24 +63,24 @@ class SendingHalf(Connection[M]):
         """Send a message, and return when the kernel has taken all of it.
 
         From any greenlet and any OS thread. Two sends never mix their bytes. In an async callback
-        it works as long as it need not wait; ``await session.send_async`` waits there. Not in a
-        handler of ``signal.signal``, which may hit a send of this very session half-way; one of
-        ``gevent.signal_handler`` runs in a greenlet of its own.
+        this works as long as the call need not wait; use ``await session.send_async`` there. Not
+        allowed in a handler of ``signal.signal``, which may interrupt a send of the same session; a
+        handler of ``gevent.signal_handler`` runs in its own greenlet, and may send.
 
         Args:
             message: bytes, or text, which is sent as UTF-8. A mutable buffer must not change until
-                this returns. With a framing, whatever that encodes.
+                the call returns. With a framing: any message that the framing encodes.
             timeout: seconds in which the peer takes nothing, after which the session closes with
                 FAILED; ``None``: no limit; by default the owner's ``send_timeout``.
-            raw: bytes (or text) that the session's framing shall leave alone.
+            raw: send bytes (or text) without the session's framing.
 
         Raises:
             PsFramingError: the session's framing can't carry the message. Nothing was sent.
             PsSendError: the session is closed, was closed meanwhile, the peer took nothing for
-                `timeout`, or the socket failed; or the call would have had to wait where it must
-                not (in a coroutine, in the hub).
+                `timeout`, or the socket failed; or the call would have to wait where waiting is
+                not allowed (in a coroutine, in the hub).
             TypeError: `message` is neither text nor bytes.
-            UnicodeEncodeError: `message` is text with a lone surrogate, which is no UTF-8.
+            UnicodeEncodeError: `message` is text with a lone surrogate, which UTF-8 can't encode.
             ValueError: `timeout` is negative.
         """
         if self._encode is not None and not raw:
@@ -102,7 +102,7 @@ class SendingHalf(Connection[M]):
                 if self._corked_size >= CORK_SIZE:
                     self._send_collected(self._take_collected(), timeout)
                 return
-            self._keep_collected()  # no more than that: this one waits
+            self._keep_collected()  # these messages only: the new one waits behind them
         sent = 0
         begun = False
         if self._send_queue is None:
@@ -122,9 +122,10 @@ class SendingHalf(Connection[M]):
         *,
         raw: bool = False,
     ) -> None:
-        """`send` for coroutines: waits without holding up the loop.
+        """`send` for coroutines: waits without blocking the asyncio loop.
 
-        In any asyncio loop, of the hub's thread or of another; arguments and errors as for `send`.
+        In any asyncio loop, of the hub's thread or another thread. Arguments and errors as for
+        `send`.
         """
         if self._encode is not None and not raw:
             data: Any = self._encode(message)
@@ -154,32 +155,32 @@ class SendingHalf(Connection[M]):
         await queue_up(self, rest, timeout, TaskParking(), begun=begun)
 
     def post(self, message: M | Message, *, raw: bool = False) -> bool:
-        """Send a message without ever waiting: what the kernel does not take now leaves later.
+        """Send a message without ever waiting: bytes that the kernel does not take now leave later.
 
-        At most ``high_water`` bytes wait for the peer, and a single message that is larger when
-        nothing else waits; the setting ``overflow`` says what happens beyond that. Small messages
-        are put together, so in memory they take less than twice their bytes, whatever their sizes;
-        with ``DROP_OLDEST`` each counts one byte more. However long the peer takes nothing, what
-        waits stays, until it reads again or the session closes; then ``linger_timeout`` is what it
-        has. Sends and posts leave in the order of their calls.
+        At most ``high_water`` bytes wait for the peer, or a single larger message if nothing else
+        waits; the setting ``overflow`` says what happens to posts beyond that. Small messages are
+        joined, so in memory they take less than twice their bytes, whatever their sizes; with
+        ``DROP_OLDEST`` each counts one byte more. Posts have no timeout: they wait until the peer
+        reads again, or the session closes and its ``linger_timeout`` ends. Sends and posts leave in
+        the order of their calls.
 
-        What other threads post counts as well, from the call on: a thread that posts much at once,
-        faster than the hub comes to it, needs a ``high_water`` for it.
+        The posts of other threads count as well, from the call on: a thread that posts many bytes,
+        faster than the hub takes them, needs a ``high_water`` that is large enough.
 
-        From any greenlet, the hub and coroutines included, and any OS thread.
+        From any greenlet, including the hub, any coroutine, and any OS thread.
 
         Args:
             message: as for `send`; copied if it could change.
             raw: as for `send`.
 
         Returns:
-            Whether the message was taken: not so when the session is closed, or closes because of
-            this, or the message was dropped. In another OS thread: whether the hub will try.
+            Whether the message was taken. False: the session is closed, or closes because of this
+            post, or the message was dropped. In another OS thread: whether the hub will try.
 
         Raises:
             PsFramingError: the session's framing can't carry the message.
             TypeError: `message` is neither text nor bytes.
-            UnicodeEncodeError: it is text with a lone surrogate, which is no UTF-8.
+            UnicodeEncodeError: `message` is text with a lone surrogate, which UTF-8 can't encode.
         """
         encode: Any = self._encode
         data = as_bytes(message if raw or encode is None else encode(message))
@@ -188,14 +189,14 @@ class SendingHalf(Connection[M]):
         return self._post_from_thread(data)
 
     def _post_from_thread(self, data: bytes) -> bool:
-        """Post in another thread: have the hub come to it, unless it will already."""
+        """Post in another thread than the hub's: call the hub, unless it was called before."""
         if not self._open:
             return False
         outbox = self._get_outbox()
         manager = self._manager
         with manager.thread.lock:
-            # The hub is called in here: another thread, which need not call it for what it posts
-            # now, may ask for a close next.
+            # The hub is called under the lock: as soon as the lock is free, another thread may post
+            # without calling the hub, and then ask for a close, which must come after the posts.
             comes = outbox.inbox.buffers is not None or outbox.inbox.refused > 0
             is_taken = outbox.inbox.put(data, manager.settings, outbox.weight)
             if not comes and (outbox.inbox.buffers is not None or outbox.inbox.refused):
@@ -203,7 +204,7 @@ class SendingHalf(Connection[M]):
         return is_taken
 
     def _take_inbox(self) -> None:
-        """Send what other threads have posted, after all that waits now. In the hub."""
+        """Send the posts of other threads, after all waiting messages. In the hub."""
         outbox = self._get_outbox()
         buffers, refused, size = outbox.empty_inbox(self._manager.thread.lock)
         if self._refuses_posts():
@@ -217,15 +218,15 @@ class SendingHalf(Connection[M]):
 
     def _get_outbox(self) -> Outbox:
         if self._outbox is None:
-            with self._manager.thread.lock:  # others may just make one, too
+            with self._manager.thread.lock:  # another thread may be making one
                 if self._outbox is None:
                     self._outbox = Outbox()
         return self._outbox
 
     def _post_here(self, data: bytes) -> bool:
-        """Post in the hub's thread what the framing has made of a message."""
-        # While another thread's close is on its way there is no reason yet: what that thread posted
-        # before comes before it.
+        """Post an encoded message, in the hub's thread; return whether it was taken."""
+        # While another thread's close request is on its way there is no reason yet: the posts of
+        # that thread come before its request.
         has_ended = self._reason is not PsCloseReason.NONE or self._abort_asked
         if (has_ended or self._eof_requested) and self._is_refused():
             return False
@@ -241,14 +242,14 @@ class SendingHalf(Connection[M]):
             try:
                 sent = self._send_now(data)
             except PsSendError:
-                return False  # it has closed the session
+                return False  # the failed send has closed the session
         if sent == len(data):
             return True
         rest = memoryview(data)[sent:] if sent else data
         return self._get_outbox().post(self, rest, begun=sent > 0)
 
     def _refuses_posts(self) -> bool:
-        """Whether the session takes no posts any more; as `_post_here` has it."""
+        """Whether the session refuses posts: the same check as in `_post_here`."""
         has_ended = self._reason is not PsCloseReason.NONE or self._abort_asked
         return (has_ended or self._eof_requested) and self._is_refused()
 
@@ -272,47 +273,48 @@ class SendingHalf(Connection[M]):
         raw: bool = False,
         piece_size: int = PIECE_SIZE,
     ) -> int:
-        """Send a file, as one message: return when the kernel has taken all of it.
+        """Send a file as if it were one message; return when the kernel has taken all of it.
 
-        All that holds for `send` holds for the whole file: the order, that nobody's bytes come into
-        its middle, and that the session closes with FAILED when it breaks off after a part has
-        left. It is never in memory, only a piece of it is; without framing and TLS the kernel sends
-        a regular file by itself (sendfile(2)). Reading a regular file blocks the thread while the
-        disk works. In a callback ``callback_timeout`` counts all of that; elsewhere the idle time
-        runs meanwhile, as the session waits for bytes.
+        The promises of `send` hold for the whole file: it leaves in the order of the calls, no
+        other bytes come into its middle, and the session closes with FAILED if the transfer breaks
+        off after a part has left. Only a piece of the file is in memory at a time. Without framing
+        and TLS the kernel sends a regular file by itself (sendfile(2)). Reading a regular file
+        blocks the thread while the disk works. In a callback, ``callback_timeout`` counts the whole
+        transfer; elsewhere the idle time runs meanwhile, because the session waits for bytes.
 
-        From any greenlet and any OS thread; for another thread the file is read, and `progress`
-        called, in the hub's. In a coroutine ``await session.send_file_async``.
+        From any greenlet and any OS thread. For a call of another thread, the hub's thread reads
+        the file and calls `progress`. In a coroutine use ``await session.send_file_async``.
 
         Args:
-            file: a path of a regular file; or a binary file of `open`, whose position, if it is a
-                regular one, is neither used nor moved; or any object whose ``read(n)`` returns at
-                most n bytes, and none at its end: a `gzip.GzipFile`, an `io.BytesIO`, a pipe. Such
-                a ``read`` should wait in gevent's way (`gevent.fileobject.FileObject`).
-            offset: bytes from the beginning of the file at which to begin. An object that can seek
-                is made to.
-            count: bytes to send; ``None``: up to the end, which for a regular file is where it was
-                at the call.
+            file: the path of a regular file; or a binary file from `open`, whose position is
+                neither used nor moved if it is a regular file; or any object whose ``read(n)``
+                returns at most n bytes, and no bytes at its end: a `gzip.GzipFile`, an
+                `io.BytesIO`, a pipe. Such a ``read`` should wait by gevent
+                (`gevent.fileobject.FileObject`).
+            offset: the position to begin at, in bytes. An object that can seek is moved there.
+            count: bytes to send; ``None``: up to the end, which for a regular file is its end at
+                the time of the call.
             timeout: as for `send`: seconds in which the peer takes nothing.
-            progress: called with the bytes of the file that have left, and with how many it will be
-                (``None``: nobody knows), in the greenlet that sends, after each piece, or each
-                megabyte at most by sendfile(2). What it raises ends the transfer. A `send` to this
-                session in it (or in ``read``) would wait for itself, and is refused; `post` works.
-            raw: the file's bytes as they are. Without it, where the session has a framing, each
-                piece becomes a message: of `piece_size` bytes, only the last is shorter.
-            piece_size: bytes that are read at a time; with a framing no more than that takes.
+            progress: called with the number of bytes of the file that have left, and the number
+                that will leave in all (``None``: unknown). Called in the greenlet that sends, after
+                each piece; with sendfile(2) after each megabyte at most. An exception of `progress`
+                ends the transfer. A `send` to this session in `progress` (or in ``read``) would
+                wait for itself, and is refused; `post` works.
+            raw: send the file's bytes without framing. Otherwise, if the session has a framing,
+                each piece becomes a message of `piece_size` bytes; only the last may be shorter.
+            piece_size: bytes to read at a time; with a framing, no more than the framing allows.
 
         Returns:
-            Bytes of the file that were sent, without what a framing adds.
+            The number of bytes of the file that were sent, without the bytes that a framing adds.
 
         Raises:
             OSError: the file could not be opened or read.
             PsFramingError: the session's framing can't carry a piece.
             PsSendError: as for `send`; or the file ended before `count`.
-            TypeError: `file` is none of these, can't be read, or gives text; or an argument has the
-                wrong type.
-            ValueError: an argument is out of range; the path is that of a FIFO or a device; an
-                `offset` in something that can't seek.
+            TypeError: `file` is not one of these, can't be read, or returns text; or an argument
+                has the wrong type.
+            ValueError: an argument is out of range; the path is of a FIFO or a device; or `offset`
+                is not 0 for an object that can't seek.
         """
         source = self._file_source(file, offset, count, timeout, progress, piece_size, raw=raw)
         with contextlib.closing(source):
@@ -336,10 +338,10 @@ class SendingHalf(Connection[M]):
         raw: bool = False,
         piece_size: int = PIECE_SIZE,
     ) -> int:
-        """`send_file` for coroutines: waits for the peer without holding up the loop.
+        """`send_file` for coroutines: waits for the peer without blocking the asyncio loop.
 
-        In any asyncio loop, of the hub's thread or of another; arguments and errors as for
-        `send_file`. `progress` is a plain function here too. A ``read`` that waits holds the loop.
+        In any asyncio loop, of the hub's thread or another thread. Arguments and errors as for
+        `send_file`. `progress` must be a plain function. A ``read`` that waits blocks the loop.
         """
         source = self._file_source(file, offset, count, timeout, progress, piece_size, raw=raw)
         with contextlib.closing(source):
@@ -391,35 +393,35 @@ class SendingHalf(Connection[M]):
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that were posted, or collected, and that the kernel has not taken yet."""
+        """Bytes that were posted or collected, and that the kernel has not taken yet."""
         outbox = self._outbox
         waiting = 0 if outbox is None else outbox.size + outbox.inbox.size
         return sum(map(len, self._cork or ())) + waiting
 
     @property
     def messages_dropped(self) -> int:
-        """Posts that the setting ``overflow`` dropped."""
+        """The number of posts that were dropped because of the setting ``overflow``."""
         return 0 if self._outbox is None else self._outbox.dropped
 
     # Corked
 
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
-        """Let what is sent in the block leave together, in one system call if it is not too much.
+        """Send the messages of the block together, in one system call if they are not too large.
 
-        A send in the block returns when its message is collected. It leaves at the end of the
-        block, which may wait for that as a send does; and before, when there is much, and when a
-        callback of this session waits for anything in the block, which then ends the collecting
-        (not if a plain ``greenlet`` that the callback runs waits). If it can't be sent, the session
-        closes with FAILED.
+        A send in the block returns when its message is collected. The messages leave at the end of
+        the block, which may wait for that as a send does. They leave earlier if they become too
+        many, or if a callback of this session waits for anything in the block. Such a wait ends the
+        collecting (except the wait of a plain ``greenlet`` that the callback runs). If they can't
+        be sent, the session closes with FAILED.
 
-        With a framing a session is corked while its callbacks handle the messages of one read.
+        With a framing, a session is corked while its callbacks handle the messages of one read.
 
-        In the hub's thread. In other greenlets than the session's own, and in coroutines, better
-        wait for nothing in the block: what others send meanwhile is collected, too.
+        In the hub's thread. In a coroutine, or in another greenlet than the session's own, do not
+        wait in the block: messages that others send meanwhile are collected as well.
 
         Raises:
-            PsSendError: the session is closed, or what was collected could not be sent.
+            PsSendError: the session is closed, or the collected messages could not be sent.
             RuntimeError: called in another thread.
         """
         if get_ident() != self._thread_ident:
@@ -435,7 +437,7 @@ class SendingHalf(Connection[M]):
             self._uncork()
 
     def _collect(self, data: bytes | memoryview) -> bool:
-        """Keep `data` for later; whether so much is kept now that it should leave."""
+        """Collect `data`; return whether the collected messages have reached `CORK_SIZE`."""
         assert self._cork is not None
         self._cork.append(data if type(data) is bytes else bytes(data))
         self._corked_size += len(data) + COLLECTED
@@ -450,7 +452,7 @@ class SendingHalf(Connection[M]):
         return data
 
     def _uncork(self) -> None:
-        """Send what was collected. May wait, where that is possible."""
+        """Remove the cork and send the collected messages. Waits, and switches, if it may."""
         if self._cork is None:
             return
         if not self._open or self._cork_has_posts:
@@ -473,9 +475,9 @@ class SendingHalf(Connection[M]):
             await self._send_collected_async(data, DEFAULT)
 
     def _send_collected(self, data: bytes, timeout: float | Default | None) -> None:
-        """Send what others were told that it is sent, and wait for that, where it is possible.
+        """Send data whose senders were told that it was sent, and wait for the peer if allowed.
 
-        If the wait is broken off it goes on: it counts as sent, also for a close that comes now.
+        If the wait is interrupted the data is still sent, even if a close follows.
         """
         self._keep(data, timeout)
         if self._outbox is not None and self._outbox.size and may_wait():
@@ -492,7 +494,7 @@ class SendingHalf(Connection[M]):
             self._check_sending(in_callback=sends_to_the_end())
 
     def _uncork_without_waiting(self) -> None:
-        """Send what was collected, now and, what the kernel does not take, later."""
+        """Remove the cork, and send the collected messages without waiting for the peer."""
         if self._cork is not None:
             self._keep_collected()
             self._cork = None
@@ -502,9 +504,9 @@ class SendingHalf(Connection[M]):
         self._keep(self._take_collected(), timeout)
 
     def _keep(self, data: bytes, timeout: float | Default | None) -> None:
-        """Send what others were told that it is sent, without waiting, and before a FIN.
+        """Send data whose senders were told that it was sent. Does not wait; precedes any FIN.
 
-        `timeout`: as of `send`; None for posts, which wait for as long as the peer takes nothing.
+        `timeout`: as for `send`; None for posts, which have no time limit.
         """
         if not data or self._released or self._eof_sent or self._is_broken:
             return
@@ -513,22 +515,23 @@ class SendingHalf(Connection[M]):
             try:
                 sent = self._send_now(data)
             except PsSendError:
-                return  # it has closed the session
+                return  # the failed send has closed the session
             if sent == len(data):
                 return
         limit = self._manager.settings.send_timeout if timeout is DEFAULT else timeout
         self._get_outbox().keep(self, memoryview(data)[sent:], limit, begun=sent > 0)
 
     def send_eof(self) -> None:
-        """Send no more: the peer gets a FIN after the sends that have begun (half-close).
+        """End sending: the peer gets a FIN after the sends that have begun (half-close).
 
-        Never waits. Later sends raise `PsSendError`; receiving goes on, and the session stays open
+        Never waits. Later sends raise `PsSendError`. Receiving goes on, and the session stays open
         until the peer's FIN. From any greenlet and any OS thread.
         """
         if get_ident() != self._thread_ident:
             if self._released:
-                return  # in a child process nobody may ever release the lock
-            # All of it, for it must not overtake a send that another thread has begun.
+                return  # in a child process the lock may be held for ever
+            # All under the lock: the half-close must not overtake a send that another thread has
+            # begun.
             with self._manager.thread.lock:
                 self._get_outbox().inbox.is_shut = True
                 self._manager.thread.call_soon(self.send_eof)
@@ -546,13 +549,13 @@ class SendingHalf(Connection[M]):
             self._break_stream()
             self._request_close(PsCloseReason.FAILED, error)
             self._log(logging.ERROR, "%s; part of the message was already sent", error)
-        raise PsSendError(*error.args)  # not the one that the session keeps
+        raise PsSendError(*error.args)  # another object than the one that the session keeps
 
     def _send_bytes(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
         self.send(data, timeout, raw=True)
 
     def _send_from_thread(self, data: bytes | memoryview, timeout: float | Default | None) -> None:
-        """Send for a caller in another OS thread, which blocks natively meanwhile."""
+        """Send for a caller in another OS thread; that thread blocks natively meanwhile."""
         self._check_sending(in_callback=False)
         if not self._manager.thread.run(lambda: self._released, self._send_bytes, data, timeout):
             raise PsSendError(f"{self!r}: the session is closed")
@@ -560,7 +563,7 @@ class SendingHalf(Connection[M]):
     async def _send_from_other_loop(
         self, data: bytes | memoryview, timeout: float | Default | None
     ) -> None:
-        """Send for a coroutine in an asyncio loop of another OS thread, which goes on meanwhile."""
+        """Send for a coroutine of another OS thread; its asyncio loop goes on meanwhile."""
         self._check_sending(in_callback=False)
         if not await self._manager.thread.run_async(
             lambda: self._released, self._send_bytes, data, timeout
@@ -569,7 +572,7 @@ class SendingHalf(Connection[M]):
 
 
 class _Refusal:
-    """The parking of one who must not wait: who comes here has to, and is refused."""
+    """The parking of a caller that must not wait: awaiting it raises `PsSendError`."""
 
     __slots__ = ("_session", "_source")
 
@@ -581,5 +584,5 @@ class _Refusal:
         self._session._refuse_to_wait(begun=self._source.begun, instead="send_file_async")
 
     def wake(self) -> bool:
-        """There is nobody."""
+        """Nobody waits here."""
         return True

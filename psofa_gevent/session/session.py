@@ -1,11 +1,11 @@
 """A session as its user sees it: `PsSession`, the public face of a connection.
 
-Mostly contract: the work is done by the classes below it, each in a file of this package
-(`psofa_gevent.session.connection` has the chain, the state and the rules), and by the parts that
-these use. `PsSession.send`, `post` and `corked` are in `psofa_gevent.session.sending`, `receive` in
-`psofa_gevent.session.receiving`.
+This file mostly documents public methods. Its base classes, each in a file of this package, and the
+parts that they use do the work (`psofa_gevent.session.connection` lists the classes, the state and
+the rules). `PsSession.send`, `post` and `corked` are in `psofa_gevent.session.sending`, `receive`
+is in `psofa_gevent.session.receiving`.
 
-What may switch: `start_tls`. All else returns without another greenlet in between.
+What may switch in this file: `start_tls`. While any other function runs no other greenlet runs.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ P = ParamSpec("P")
 
 
 class PsSession(SessionLife[M]):
-    """One connection. The library makes it and hands it to every callback; never construct one.
+    """One connection. The library makes sessions and hands them to callbacks; never construct one.
 
     `send`, `send_file`, `post`, `send_eof`, `close` and `abort` may be called from any greenlet and
-    any OS thread, the other methods from any greenlet of the hub's thread.
+    any OS thread; the other methods from any greenlet of the hub's thread.
     """
 
     __slots__ = ()
 
-    # What a callback asks
+    # Information about the session
 
     @property
     def connection_id(self) -> uuid.UUID:
         """The session's id: random, or what the client chose in ``connect``."""
         chosen = self._connection_id
         if isinstance(chosen, bytes):
-            # Another thread that asks just now makes an equal one.
+            # Another thread that reads the id at the same time makes an equal one.
             chosen = self._connection_id = uuid.UUID(bytes=chosen)
         return chosen
 
@@ -72,7 +72,7 @@ class PsSession(SessionLife[M]):
 
     @property
     def local_endpoint(self) -> Endpoint | None:
-        """This end: (host, port), or (host, port, flow info, scope id) on IPv6 sockets.
+        """The local end: (host, port), or (host, port, flow info, scope id) on IPv6 sockets.
 
         Still known after the close. ``None`` for a socket without an address.
         """
@@ -82,25 +82,25 @@ class PsSession(SessionLife[M]):
     def remote_endpoint(self) -> Endpoint | None:
         """The peer's end, in the form of `local_endpoint`; still known after the close.
 
-        With ``proxy_protocol`` it is the client's, as the load balancer has told.
+        With ``proxy_protocol``, the client's endpoint from the load balancer's header.
         """
         return self._remote_endpoint
 
     @property
     def proxy(self) -> PsProxyInfo | None:
-        """What the load balancer's header says, with ``proxy_protocol``. Known after the close."""
+        """The load balancer's header, with ``proxy_protocol``. Still known after the close."""
         return self._proxy
 
     @property
     def is_open(self) -> bool:
-        """Turns false in the moment in which a close is requested, by whomever."""
+        """Whether the session is open: false from the moment in which any code requests a close."""
         return self._open
 
     @property
     def close_cause(self) -> BaseException | None:
         """The exception behind a `PsCloseReason.FAILED`; ``None`` for every other reason.
 
-        It has its traceback until ``on_close`` has returned, not longer.
+        It keeps its traceback only until ``on_close`` has returned.
         """
         return self._close_cause
 
@@ -111,20 +111,20 @@ class PsSession(SessionLife[M]):
 
     @property
     def last_received_at(self) -> datetime | None:
-        """When the session last read bytes, in UTC; ``None``: it has read none yet.
+        """When the session last read bytes, in UTC; ``None``: it has not read any bytes yet.
 
-        Bytes of a message that is not whole count, a FIN, a TLS handshake and the header of a load
-        balancer do not; nor do bytes that wait in the kernel while a callback runs. Of the sessions
-        that have become readable at the same time all have the moment in which the first of them
-        was read: it is early by what the callbacks of those before it took.
+        Bytes of an unfinished message count. A FIN, a TLS handshake, a load balancer's header, and
+        bytes that wait in the kernel while a callback runs do not count. Sessions that become
+        readable at the same time all get the time at which the first of them was read: for a later
+        one it is too early by the time that the callbacks of the sessions before it took.
         """
         return datetime.fromtimestamp(self._received_at, UTC) if self._received_at else None
 
     @property
     def bytes_received(self) -> int:
-        """Bytes handed to ``on_message``, the current message included.
+        """Bytes handed to ``on_message`` or returned by `receive`, including the current message.
 
-        With a framing, what was read: with lengths and delimiters, and of messages not whole yet.
+        With a framing: all bytes read, including lengths, delimiters and unfinished messages.
         """
         return self._bytes_received
 
@@ -135,7 +135,7 @@ class PsSession(SessionLife[M]):
 
     @property
     def messages_received(self) -> int:
-        """Calls of ``on_message``, the current one included."""
+        """Messages handed to ``on_message`` or returned by `receive`, including the current one."""
         return self._messages_received
 
     def __repr__(self) -> str:
@@ -147,7 +147,7 @@ class PsSession(SessionLife[M]):
 
     @property
     def tls(self) -> PsTlsInfo | None:
-        """What TLS says of the connection; ``None``: it is not encrypted. Known after the close."""
+        """What TLS knows about the connection; ``None``: it has no TLS. Known after the close."""
         return None if self._tls is None else self._tls.info
 
     # A user's values
@@ -175,24 +175,24 @@ class PsSession(SessionLife[M]):
 
     @property
     def framing(self) -> Framing[Any] | None:
-        """What cuts the stream into messages; ``None``: nothing does."""
+        """The framing that cuts the stream into messages; ``None``: the session has none."""
         return None if self._framed is None else self._framed.framing
 
     def set_framing(self, framing: Framing[Any] | None) -> None:
-        """Go on with another framing, from the next byte on: for a handshake, or an upgrade.
+        """Use another framing from the next byte on: for a handshake, or an upgrade.
 
-        What was read already, and belongs to no message that was handed over, is the new framing's.
-        `send` takes it at once. With ``Raw(size)`` the next `size` bytes come as they are, then the
-        framing of before goes on; sending stays with that.
+        The new framing also gets bytes that were read but not handed over in a message. `send` uses
+        it at once. With ``Raw(size)``, the next `size` bytes are received unchanged, and then the
+        previous framing is used again; `send` uses the previous framing all the time.
 
-        To be called in a callback of this session.
+        Must be called in a callback of this session.
 
         Args:
-            framing: ``None``: bytes come and go as they are.
+            framing: the new framing; ``None``: bytes are sent and received unchanged.
 
         Raises:
-            TypeError: that is no framing.
-            RuntimeError: the session waits for bytes, so this is no callback of it.
+            TypeError: `framing` is not a framing.
+            RuntimeError: the session waits for bytes, so the caller is not a callback of it.
         """
         if self.waiting_since:
             raise RuntimeError(f"{self!r}: set_framing must be called in a callback of the session")
@@ -203,30 +203,31 @@ class PsSession(SessionLife[M]):
         self._framed.set_framing(framing)
         self._encode = None if self.framing is None else self.framing.encode
 
-    # What belongs to it
+    # Session tasks
 
     def spawn(
         self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs
     ) -> Greenlet[..., Any]:
-        """Run `function` beside the callbacks, as work of this session, which ends with it.
+        """Run `function` in a session task, a greenlet beside the callbacks.
 
-        When the session's callbacks are through it is killed (`gevent.GreenletExit` where it waits,
-        which cancels a coroutine), again each second until it has ended, and then ``on_close``
-        comes. What it raises is logged and closes the session with FAILED, as in a
-        callback. ``callback_timeout`` does not count it. It runs in the session's own context: what
-        it sets there, the callbacks see. A context of its own is
+        The task ends with the session. When the session's callbacks have ended, the task is killed
+        (`gevent.GreenletExit` where it waits, which cancels a coroutine), again each second until
+        it has ended; then ``on_close`` is called. An exception of `function` is logged and closes
+        the session with FAILED, as in a callback. ``callback_timeout`` does not count the task. It
+        runs in the session's context, so the callbacks see the context variables that it sets. To
+        give it a separate context, use
         ``session.spawn(contextvars.copy_context().run, function)``.
 
         In the hub's thread, in any greenlet or coroutine. Returns at once.
 
         Args:
             function: a function, or a coroutine function, which runs on the hub's asyncio loop.
-            *args: its arguments.
-            **kwargs: its keyword arguments.
+            *args: the function's arguments.
+            **kwargs: the function's keyword arguments.
 
         Returns:
-            The greenlet, for ``join``, ``kill`` and ``get``, which gives what `function` returned,
-            or ``None`` if it raised.
+            The greenlet, with ``join``, ``kill`` and ``get``. ``get`` returns the result of
+            `function`, or ``None`` if it raised.
 
         Raises:
             PsClosedError: the session is closed.
@@ -251,29 +252,32 @@ class PsSession(SessionLife[M]):
         server_hostname: str | None = None,
         timeout: float | None = 10.0,
     ) -> None:
-        """Go over to TLS in the middle of the session (STARTTLS), and return when it is encrypted.
+        """Begin TLS in the middle of the session (STARTTLS), and return when it is encrypted.
 
-        What was sent before leaves unencrypted, what comes afterwards is encrypted. Bytes that were
-        read already and belong to no message that was handed over came before the handshake: an
-        attacker may have put them there (CVE-2011-0411), so they are refused.
+        Messages sent before the call leave unencrypted, later ones encrypted. Bytes that were read
+        but not handed over in a message came before the handshake. An attacker may have inserted
+        them (CVE-2011-0411), so they are refused.
 
-        In a sync callback of this session, or a `PsHandler`; in async callbacks `start_tls_async`.
-        What others send meanwhile is sent encrypted, after the handshake; if that is not completed
-        nothing more is sent, also not of what was posted. A handshake that is broken off (by a
-        ``gevent.Timeout``, say) closes the session with FAILED, as a part of it may have left.
+        Call it in a sync callback of this session, or in a `PsHandler`; in async callbacks use
+        `start_tls_async`. Messages that others send meanwhile leave encrypted, after the handshake.
+        If the handshake is not completed, nothing more is sent, not even posts. A handshake that is
+        interrupted (by a ``gevent.Timeout``, for example) closes the session with FAILED, because a
+        part of it may have left.
 
         Args:
-            ssl_context: for a server one with a certificate, for a client one that verifies it.
+            ssl_context: for a server, a context with a certificate; for a client, one that verifies
+                certificates.
             server_side: whether this end is the server.
-            server_hostname: at the client, the name that the certificate must be for.
-            timeout: seconds for the handshake; ``None``: any time.
+            server_hostname: for a client, the name that the certificate must be valid for.
+            timeout: seconds for the handshake; ``None``: no limit.
 
         Raises:
-            PsTlsError: the handshake failed, or was not complete in time; or there were bytes
-                before it. The session closes with FAILED.
-            PsSendError: what was sent before could not leave.
-            RuntimeError: called elsewhere, or the session has TLS already.
-            TypeError, ValueError: an argument is not what it should be.
+            PsTlsError: the handshake failed, or was not complete in time; or bytes came before it.
+                The session closes with FAILED.
+            PsSendError: messages sent before the call could not leave.
+            RuntimeError: not called in a sync callback of the session, or it has TLS already.
+            TypeError: an argument has the wrong type.
+            ValueError: an argument is out of range or does not fit the others.
         """
         begin_tls(self, Handshake.of(ssl_context, server_side, server_hostname, timeout))
 
@@ -285,10 +289,11 @@ class PsSession(SessionLife[M]):
         server_hostname: str | None = None,
         timeout: float | None = 10.0,
     ) -> None:
-        """`start_tls` for async callbacks: waits without holding up the loop.
+        """`start_tls` for async callbacks: waits without blocking the asyncio loop.
 
-        Arguments and errors as for `start_tls`. To be awaited in an async callback of this session
-        itself: not in another task that the callback makes. Cancelling it breaks the handshake off.
+        Arguments and errors as for `start_tls`. Must be awaited in an async callback of this
+        session, and not in another task that the callback makes. Cancelling it interrupts the
+        handshake.
         """
         handshake = Handshake.of(ssl_context, server_side, server_hostname, timeout)
         await begin_tls_async(self, handshake)
@@ -296,14 +301,14 @@ class PsSession(SessionLife[M]):
     # Idle time
 
     def change_idle_milliseconds(self, idle_milliseconds: int | None) -> None:
-        """Change after how long a wait for bytes the session closes, and restart that clock.
+        """Change the session's idle time, and restart its clock.
 
         Args:
-            idle_milliseconds: milliseconds, 1 or more; ``None``: never.
+            idle_milliseconds: milliseconds, 1 or more; ``None``: no limit.
 
         Raises:
-            TypeError: not a whole number.
-            ValueError: less than 1.
+            TypeError: `idle_milliseconds` is not an int or None.
+            ValueError: `idle_milliseconds` is less than 1.
         """
         check_idle("idle_milliseconds", idle_milliseconds)
         self._idle = NEVER if idle_milliseconds is None else idle_milliseconds / 1_000
@@ -311,20 +316,21 @@ class PsSession(SessionLife[M]):
         if self.waiting_since:
             self.waiting_since = monotonic()
         if self._slice is not None:
-            self._slice.due = 0.0  # it may be shorter than what was before
+            self._slice.due = 0.0  # the new idle time may be shorter than the old one
 
     # Closing
 
     def close(self) -> None:
-        """Ask for the close (`PsCloseReason.SELF_CLOSE`) and return at once.
+        """Request the close (`PsCloseReason.SELF_CLOSE`), and return at once.
 
-        What was sent before still reaches the peer. A callback that runs is not interrupted; the
-        session ends when it returns. From any greenlet and any OS thread; again without effect.
+        Messages sent before still reach the peer. A running callback is not interrupted; the
+        session ends when it returns. From any greenlet and any OS thread. A second call has no
+        effect.
         """
         self._ask_to_close(PsCloseReason.SELF_CLOSE)
 
     def abort(self) -> None:
-        """Reset the connection (RST) at once: nothing is drained, also while a close lingers.
+        """Reset the connection (RST) at once, without lingering; also ends a linger.
 
         The session ends in its own greenlet with `PsCloseReason.SELF_CLOSE`, unless it was closed
         for another reason before. From any greenlet and any OS thread.

@@ -1,8 +1,9 @@
 """The TLS handshake of a session, before ``on_open`` or in the middle of the session.
 
-A handshake in the middle of a session (`begin_tls`, `begin_tls_async`) is a callback's: it runs in
-the session's own greenlet, or in the task for which that waits. What others send meanwhile waits,
-and if the handshake is not completed it never leaves, as that would be unencrypted.
+A callback begins a handshake in the middle of a session (`begin_tls`, `begin_tls_async`). The
+handshake runs in the session's own greenlet, or in the asyncio task for which that greenlet waits;
+it switches, or awaits, whenever it waits for the peer. Messages that others send meanwhile wait. If
+the handshake is not completed they never leave, because they would leave unencrypted.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["Handshake", "SessionParking", "begin_tls", "begin_tls_async", "wait_for_peer"]
 
 WRITE_LOOK = 0.01
-"""Seconds between two looks whether a full kernel takes more of a handshake: a rare thing."""
+"""Seconds between two tries to send a handshake to a full kernel buffer, which is rare."""
 
 
 class SessionParking:
-    """Waits as the session itself does, in its own greenlet: so whoever closes it wakes it."""
+    """Waits in the session's own greenlet, in a wait of the session, which a close ends."""
 
     __slots__ = ("_session",)
 
@@ -49,14 +50,14 @@ class SessionParking:
         yield from ()
 
     def wake(self) -> bool:
-        """Go on, soon."""
+        """Wake the session soon."""
         self._session._wake()
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """A TLS handshake that a session is to go through, until `deadline` at most."""
+    """A TLS handshake that a session must complete before `deadline` (monotonic clock)."""
 
     context: ssl.SSLContext
     deadline: float
@@ -71,10 +72,11 @@ class Handshake:
         server_hostname: str | None,
         timeout: float | None,
     ) -> Handshake:
-        """One as a user asks for it, beginning now.
+        """Make a handshake from a user's arguments; its timeout begins now.
 
         Raises:
-            TypeError, ValueError: an argument is not what it should be.
+            TypeError: an argument has the wrong type.
+            ValueError: an argument is out of range or does not fit the others.
         """
         check_ssl_context("ssl_context", ssl_context, server_side=server_side)
         if not isinstance(ssl_context, ssl.SSLContext):
@@ -85,11 +87,11 @@ class Handshake:
         return cls(ssl_context, deadline, server_side, server_hostname)
 
     async def shake_hands(self, session: ReceivingHalf[Any], parking: Parking) -> None:
-        """Go over to TLS. Waits for the peer there.
+        """Run the handshake and give the session its TLS socket. Waits for the peer in `parking`.
 
         Raises:
-            OSError: it failed (`ssl.SSLError`), was not complete in time (`TimeoutError`), or the
-                session was closed meanwhile (`ConnectionAbortedError`).
+            OSError: the handshake failed (`ssl.SSLError`), was not complete in time
+                (`TimeoutError`), or the session was closed meanwhile (`ConnectionAbortedError`).
         """
         tls = TlsSocket(
             session._sock,
@@ -97,7 +99,7 @@ class Handshake:
             server_side=self.server_side,
             server_hostname=self.server_hostname,
         )
-        tls.wire_sent = session._wire_sent  # whoever waits in the queue counts on
+        tls.wire_sent = session._wire_sent  # the senders in the queue count from there
         while True:
             try:
                 tls.shake_hands()
@@ -109,7 +111,7 @@ class Handshake:
 
 
 def begin_tls(session: ReceivingHalf[Any], handshake: Handshake) -> None:
-    """Go over to TLS in the middle of a session: see `PsSession.start_tls`."""
+    """Begin TLS in the middle of a session (`PsSession.start_tls`). Switches."""
     if getcurrent() is not session.greenlet or session.waiting_since:
         raise RuntimeError(
             f"{session!r}: start_tls must be called in a sync callback of the session "
@@ -121,9 +123,9 @@ def begin_tls(session: ReceivingHalf[Any], handshake: Handshake) -> None:
 
 
 async def begin_tls_async(session: ReceivingHalf[Any], handshake: Handshake) -> None:
-    """Go over to TLS in an async callback: see `PsSession.start_tls_async`.
+    """Begin TLS in an async callback (`PsSession.start_tls_async`).
 
-    The session's own greenlet waits for that callback, and leaves the read watcher alone.
+    The session's own greenlet waits for that callback, and does not use the read watcher meanwhile.
     """
     if not _is_awaited_by(session):
         raise RuntimeError(
@@ -135,9 +137,9 @@ async def begin_tls_async(session: ReceivingHalf[Any], handshake: Handshake) -> 
 
 
 def _is_awaited_by(session: ReceivingHalf[Any]) -> bool:
-    """Whether the running task is that of a callback of `session`.
+    """Whether the running task is the task of a callback of `session`.
 
-    (Its error keeps the frames that it came through, so none of those may keep the task.)
+    (The task keeps its exception, which keeps its frames: so a frame must not keep the task.)
     """
     task = asyncio.current_task()
     waiting = None if task is None else greenlet_that_waits(task)
@@ -150,8 +152,8 @@ def _check_is_plain(session: ReceivingHalf[Any]) -> None:
 
 
 async def _go_over(session: ReceivingHalf[Any], handshake: Handshake, parking: Parking) -> None:
-    """What both do, and where it waits."""
-    session.stop_watching()  # it is watched for the handshake now
+    """Send what is in the queue, then run the handshake. Waits in `parking`."""
+    session.stop_watching()  # the handshake uses the watcher now
     try:
         while session._send_queue is not None and session._open:
             await wait_for_peer(session, handshake.deadline, parking, writes=True)  # sent before
@@ -170,9 +172,9 @@ async def _go_over(session: ReceivingHalf[Any], handshake: Handshake, parking: P
 
 
 def _failed(session: ReceivingHalf[Any], error: PsTlsError) -> PsTlsError:
-    """Close the session with `error`, unless it is closed, and return it, to be raised.
+    """Close the session with `error`, unless it is closed, and return `error`, to be raised.
 
-    In the frame that raises it, a name for it would be a cycle.
+    A local name for the error in the frame that raises it would be a reference cycle.
     """
     if session._open:
         session._request_close(PsCloseReason.FAILED, error)
@@ -182,10 +184,11 @@ def _failed(session: ReceivingHalf[Any], error: PsTlsError) -> PsTlsError:
 
 @contextlib.contextmanager
 def _holding_senders(session: ReceivingHalf[Any], parking: Parking) -> Iterator[None]:
-    """What others send in the block waits for its end: it must not leave unencrypted.
+    """Make messages that others send wait for the end of the block: they must leave encrypted.
 
-    A close wakes `parking`, as it wakes all senders. If the block fails nothing is sent any more,
-    also not of what was posted; and if it was broken off (by a kill, say), the session fails.
+    A close wakes `parking`, as it wakes all senders. If the block fails, nothing more is sent, not
+    even posts. If the block was interrupted (by a kill, for example), the session closes with
+    FAILED.
     """
     queue = session._send_queue = SendQueue(session)
     release = queue.hold(parking)
@@ -203,10 +206,11 @@ def _holding_senders(session: ReceivingHalf[Any], parking: Parking) -> Iterator[
 async def wait_for_peer(
     session: ReceivingHalf[Any], deadline: float, parking: Parking, *, writes: bool
 ) -> None:
-    """Wait until something may have come; with `writes`, until something may leave.
+    """Wait until bytes may have come; with `writes`, until bytes may leave.
 
     Raises:
-        OSError: it is `deadline` (`TimeoutError`), or the session was closed meanwhile.
+        OSError: `deadline` has passed (`TimeoutError`), or the session was closed meanwhile
+            (`ConnectionAbortedError`).
     """
     left = deadline - monotonic()
     if left <= 0:
@@ -229,5 +233,5 @@ async def wait_for_peer(
 
 
 def _become_readable(session: ReceivingHalf[Any], parking: Parking) -> None:
-    session._watcher.stop()  # it would tell of it again until someone reads
+    session._watcher.stop()  # it would fire again until the bytes are read
     parking.wake()

@@ -1,11 +1,12 @@
-"""Work that belongs to a session: greenlets and coroutines beside its callbacks, and their end.
+"""Session tasks: greenlets and coroutines that run beside a session's callbacks, and their end.
 
-They end with their session: when its callbacks are through they are killed, and ``on_close`` comes
-when all of them have ended. The session's own greenlet waits for that (`TaskReaper`), and passes on
-what is thrown into it meanwhile. A session whose greenlet never began counts until its work has
-ended. Where a shutdown kills a callback that does not end, it kills the work beside that, too.
+Tasks end with their session: they are killed when its callbacks have ended, and ``on_close`` is
+called when all tasks have ended. The session's own greenlet waits for that (`TaskReaper`). When an
+exception is thrown into it meanwhile, it kills the tasks again. A session whose greenlet never
+began counts as a session of its manager until its tasks have ended. A shutdown that kills a
+callback which does not end also kills the tasks beside it.
 
-All of it belongs to the hub's thread.
+Everything belongs to the hub's thread. Only `TaskReaper.wait` switches, and the tasks themselves.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["TaskReaper", "kill_tasks", "spawn_task"]
 
 KILL_PERIOD = 1.0
-"""Seconds after which work that has not ended is killed again: it may have swallowed the first."""
+"""Seconds after which a task that has not ended is killed again: it may have swallowed a kill."""
 LOUD_AFTER = 5
-"""Kills after which that is worth a record in the log."""
+"""Kills after which the tasks that have not ended are logged."""
 
 
 def spawn_task(session: Connection[Any], function: Callable[[], object]) -> Greenlet[..., Any]:
-    """Run `function` in a greenlet that belongs to `session`, soon. Does not switch."""
+    """Start a task of `session` that runs `function` soon. Does not switch."""
     greenlet = SessionTask(partial(_run, session, function))
     greenlet.gr_context = session._context
     work: set[LibraryGreenlet] | None = session._tasks
@@ -49,34 +50,34 @@ def spawn_task(session: Connection[Any], function: Callable[[], object]) -> Gree
 
 
 def kill_tasks(session: Connection[Any]) -> None:
-    """Ask all of it to end. Does not switch."""
+    """Kill all tasks of `session`, without waiting for their end. Does not switch."""
     for greenlet in list(session._tasks or ()):
         greenlet.kill(block=False)
 
 
 class TaskReaper:
-    """Kills the work of a session whose callbacks are through, again and again until all has ended.
+    """Kills the tasks of a session whose callbacks have ended, repeatedly until all have ended.
 
-    It may have swallowed the first kill.
+    A task may swallow a kill.
     """
 
     def __init__(self, session: Connection[Any], all_ended: Callable[[], object]) -> None:
-        """Begin. In the hub's thread; does not switch.
+        """Begin to kill. In the hub's thread; does not switch.
 
         Args:
-            session: the one whose work it is. There is some.
-            all_ended: called in the hub when none is left.
+            session: the session; it must have tasks.
+            all_ended: called in the hub when all tasks have ended.
         """
         self._session = session
         self.all_ended = all_ended
         self._kills = 0
-        # A stuck one must not keep a program alive.
+        # A stuck task must not keep a program alive.
         self._timer = watch(session._loop.timer(KILL_PERIOD, KILL_PERIOD, ref=False))
         self._timer.start(self._kill)
         self._kill()
 
     def stop(self) -> None:
-        """Kill no more."""
+        """Stop killing."""
         unwatch(self._timer)
 
     def _kill(self) -> None:
@@ -89,13 +90,13 @@ class TaskReaper:
             session._log(logging.WARNING, text, session, left)
 
     def wait(self) -> None:
-        """Wait until all has ended. In the session's own greenlet; raises nothing."""
+        """Wait until all tasks have ended. In the session's own greenlet; switches, can't raise."""
         session = self._session
         while session._tasks:
             try:
                 session._wait_until_woken(None)
             except BaseException as exc:
-                # Killed, in the end of a shutdown: so are they.
+                # Killed, at the end of a shutdown: kill the tasks as well.
                 if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                     session._manager.thread.raise_in_main(exc)
                 kill_tasks(session)
