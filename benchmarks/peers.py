@@ -1,4 +1,4 @@
-"""Who takes part: each peer is one way to write the same server."""
+"""The peers: each is one way to write the same server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 __all__ = ["C_SERVER", "PEERS", "Peer", "missing_requirement"]
 
 C_SERVER = "c"
-"""The server mode of the load generator: shows what the load generator is able to."""
+"""The load generator's own server: shows the most that the load generator can do."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class Peer:
     """One kind of server.
 
     Attributes:
-        name: what ``--peers`` and the JSON file call it.
-        label: what tables and plots call it.
-        module: the one of ``benchmarks.servers`` that serves it; empty for the C server.
-        variant: which of the module's variants.
+        name: its name in ``--peers`` and in the JSON file.
+        label: its name in tables and plots.
+        module: its module in ``benchmarks.servers``; empty for the C server.
+        variant: the variant of the module.
         requires: the package that must be installed, if any.
-        delivers_closes: at SIGUSR1 it closes all sessions, and tells how many were told.
+        delivers_closes: at SIGUSR1 it closes all sessions, and reports the calls of ``on_close``.
     """
 
     name: str
@@ -50,7 +50,7 @@ PEERS = {
 
 
 def missing_requirement(peer: Peer) -> str | None:
-    """The package that `peer` needs and that is not installed."""
+    """The package that `peer` needs, if it is not installed."""
     if peer.requires and importlib.util.find_spec(peer.requires) is None:
         return peer.requires
     return None

@@ -1,4 +1,4 @@
-"""Take the samples in turn: A B C, A B C, so that whatever drifts hits all alike."""
+"""Takes the samples in turn: A B C, A B C, so that a drift of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from benchmarks.rows import Row
 __all__ = ["choose", "run"]
 
 OTHER_DESCRIPTORS = 1_500
-"""What a server needs besides its sessions: psofa's own reserve of a sixteenth, and some."""
+"""Descriptors that a server needs beside its sessions: psofa's reserve of a sixteenth, and some."""
 
 
 def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[Row]:
-    """The rows with the peers that can be measured here; the others are noted."""
+    """The rows and peers that can be measured here; `results` gets notes of the others."""
     _soft, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     chosen = []
     absent: set[str] = set()
@@ -54,7 +54,7 @@ def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[
 
 
 def _missing(row: Row) -> str | None:
-    """What the load generators, or all peers, lack for `row`."""
+    """Why no peer can be measured in `row` here; None: nothing is missing."""
     if row.kind == "redis" and not has_redis_benchmark():
         return "no redis-benchmark (Debian: redis-tools)"
     if row.is_encrypted and not speaks_tls():
@@ -68,7 +68,7 @@ def run(rows: Sequence[Row], plan: Plan, results: Results) -> bool:
     """Measure `rows` into `results`, with a progress bar on standard error.
 
     Returns:
-        Whether every sample could be taken. Those that could not are noted.
+        Whether every sample could be taken. `results` gets a note of each failure.
     """
     total = sum(len(row.peers) * (_rounds(row, plan) + plan.warm_up_rounds) for row in rows)
     columns = (
@@ -80,7 +80,7 @@ def run(rows: Sequence[Row], plan: Plan, results: Results) -> bool:
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     failures = 0
-    # Drawn seldom: it is done on the load generator's core.
+    # Drawn seldom, because drawing uses the load generator's core.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task("", total=total)
 
