@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 NEEDED = ("psutil", "rich")
-"""Of the extra. Each of the others is needed for one peer, or for ``--plot``."""
+"""Packages that every run needs. The others of the extra are for one peer, or for ``--plot``."""
 
 
 def check() -> None:

@@ -1,4 +1,4 @@
-"""The ratios to peers that a later change must not lose: kept in a file, and compared against."""
+"""Keeps ratios to peers in a file, and compares later runs with them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.targets import TARGETS
 __all__ = ["compare", "keep"]
 
 TOLERANCE = 0.08
-"""How far a ratio may fall, as a share of it: more than runs on a quiet machine differ by."""
+"""The share by which a ratio may get worse: more than the spread of runs on a quiet machine."""
 TOLERANCES = {"p99_ms": 0.3, "kb_per_session": 0.05, "idle_cpu_percent": 0.5}
 
 
 def _ratios(results: Results) -> Iterator[tuple[str, str, float]]:
-    """By CPU time rather than by rates, which a busy load generator limits."""
+    """The ratios of the targets, by CPU time: a busy load generator limits rates."""
     for target in TARGETS:
         metric = "per_cpu_second" if target.metric == "rate" else target.metric
         result = results.rows.get(target.row)
@@ -47,13 +47,13 @@ def keep(results: Results, path: Path) -> None:
 
 
 def compare(results: Results, path: Path) -> tuple[str, bool]:
-    """Hold the ratios of `results` against the kept ones.
+    """Compare the ratios of `results` with the kept ones.
 
     Returns:
-        A table, and whether no ratio is worse than its kept one by more than its tolerance.
+        A table; and False if no ratio was compared, or one got worse by more than its tolerance.
 
     Raises:
-        KeyError: nothing is kept for this version of Python.
+        KeyError: the file has no ratios for this version of Python.
     """
     kept = json.loads(path.read_text())[results.python]
     lines = []

@@ -1,4 +1,4 @@
-"""The command line: what to measure, and what to do with what came out."""
+"""The command line: selects the measurements, and reports, plots, keeps or compares the results."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ QUICK = Plan(
 )
 BASELINE = Path(__file__).with_name("baseline.json")
 BUSY = 0.5
-"""A load average from which on others are likely to take part in the result."""
+"""A load average above which other programs are likely to influence the result."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, or read what was measured; then tell.
+    """Measure, or read the results of an earlier run; then report.
 
     Returns:
         The exit code: 1 if a sample could not be taken, or a kept ratio got worse.

@@ -15,14 +15,14 @@ from benchmarks.rows import GROWTH_PEERS, GROWTH_SIZES
 __all__ = ["COSTS", "Cost", "Curve", "curves", "growth_report"]
 
 FIT_FROM = 1_000
-"""Sessions. Below, what does not depend on the sessions at all makes the exponent too small."""
+"""Sessions. With fewer, costs that do not depend on sessions make the exponent too small."""
 TOLERATED = 1.1
-"""Exponent. Caches get too small for 15,000 sessions, which costs a peer as much as it costs us."""
+"""Exponent. 15,000 sessions are too many for the caches, which costs the peers as much as us."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What grows: `metric` of the rows ``growth-KIND-…``."""
+    """One cost: `metric` of the rows ``growth-KIND-…``."""
 
     label: str
     kind: str
@@ -48,7 +48,7 @@ class Curve:
 
     @property
     def exponent(self) -> float | None:
-        """Of the total over the number of sessions: 1 is linear. None: too few points."""
+        """The exponent of the total cost by number of sessions; 1: linear. None: too few points."""
         sizes = [size for size in self.per_item if size >= FIT_FROM and self.per_item[size] > 0]
         if len(sizes) < 2:
             return None
@@ -58,7 +58,7 @@ class Curve:
 
 
 def curves(results: Results) -> Iterator[Curve]:
-    """What `results` has of growth."""
+    """The curves that `results` has."""
     for cost in COSTS:
         for peer in GROWTH_PEERS:
             per_item = dict(_points(results, cost, peer))
@@ -67,7 +67,7 @@ def curves(results: Results) -> Iterator[Curve]:
 
 
 def growth_report(results: Results) -> str:
-    """The table of growth; empty if it was not measured."""
+    """The table of growth; an empty string if growth was not measured."""
     lines = [_line(curve) for curve in curves(results)]
     if not lines:
         return ""

@@ -1,4 +1,4 @@
-"""The load generators: ours, which is compiled when it is needed, and redis-benchmark."""
+"""The load generators: our own, compiled when it is needed, and redis-benchmark."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ TLS_SUFFIX = "-tls"
 
 @functools.cache
 def load_program() -> Path:
-    """The compiled load.c, from the cache directory if it is there; with TLS where OpenSSL is.
+    """The compiled load.c, from the cache directory if possible; with TLS if OpenSSL is there.
 
     Raises:
-        BenchmarkError: there is no C compiler, or it does not compile.
+        BenchmarkError: there is no C compiler, or it can't compile the file.
     """
     source = SOURCE.read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "psofa-benchmarks")
@@ -73,7 +73,7 @@ def _has_openssl(compiler: str) -> bool:
 
 
 def speaks_tls() -> bool:
-    """Whether our load generator does."""
+    """Whether our load generator was compiled with TLS."""
     return load_program().name.endswith(TLS_SUFFIX)
 
 
@@ -110,10 +110,10 @@ def has_redis_benchmark() -> bool:
 def redis_benchmark(row: Row, server: Server, messages: int) -> dict[str, Any]:
     """Let redis-benchmark send `messages` PINGs; the result is like that of our load generator.
 
-    We are on the load generator's core, which it inherits.
+    redis-benchmark inherits our core, which is the load generator's.
 
     Raises:
-        BenchmarkError: it failed.
+        BenchmarkError: redis-benchmark failed.
     """
     command = ["redis-benchmark", "-h", "127.0.0.1", "-p", str(server.port), "--csv"]
     command += ["-c", str(row.connections), "-n", str(messages), "-t", "ping_inline"]
@@ -131,7 +131,7 @@ def redis_benchmark(row: Row, server: Server, messages: int) -> dict[str, Any]:
         "items": messages,
         "seconds": messages / float(result["rps"]),
         "server_cpu": cpu,
-        # Of the whole time of the process, its start included: a little less than it was.
+        # The share of the process's whole time, its start included: a little too small.
         "load_cpu": (used.ru_utime - usage.ru_utime + used.ru_stime - usage.ru_stime)
         / seconds
         * (messages / float(result["rps"])),

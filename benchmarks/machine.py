@@ -1,4 +1,4 @@
-"""On what, and with which versions, was it measured."""
+"""The machine and the versions of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe() -> dict[str, Any]:
-    """The ``about`` of the JSON file."""
+    """The entry ``about`` of the JSON file."""
     from gevent import config
 
     return {

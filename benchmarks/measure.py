@@ -1,4 +1,4 @@
-"""One sample: one load on one server, and what came of it."""
+"""Takes one sample: one server under one load."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["METRICS", "Metric", "Plan", "Sample", "measure"]
 
 Sample = dict[str, float]
 LARGE = 64 * 1024
-"""Bytes from which on a message's throughput is told in MB/s."""
+"""Bytes of a message from which on the throughput is also given in MB/s."""
 REDIS_MESSAGES_PER_SECOND = 100_000
 """redis-benchmark takes a number of messages, not a time: this many for each second of the plan."""
 WAIT_SECONDS = 120.0
-"""For what may take long, such as opening 15,000 sessions on a busy machine."""
+"""Seconds for steps that may take long, such as opening 15,000 sessions on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure is called, and whether more of it is better."""
+    """The label of a figure, and whether more is better."""
 
     label: str
     more_is_better: bool
@@ -50,23 +50,23 @@ METRICS = {
     "waited": Metric("waited %", more_is_better=False, digits=1),
     "load_busy": Metric("load ran %", more_is_better=False, digits=0),
 }
-"""In the order of the tables. `Row.item` goes into the braces."""
+"""The metrics, in the order of the tables. `Row.item` goes into the braces."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how often.
+    """How long a run measures, and how often.
 
     Attributes:
-        rounds: how many samples of each peer count.
-        rounds_per_server: after this many rounds the servers of a row are started anew. What is
-            chosen at random when a process starts (where its memory lies, its hashes) is worth some
+        rounds: samples of each peer that count.
+        rounds_per_server: rounds after which the servers of a row are started anew. What a process
+            chooses at random when it starts (where its memory lies, its hashes) is worth some
             percent, so a ratio needs several processes of each peer.
-        warms_up: whether a shorter sample that does not count comes first, with each new server.
-        seconds: that are counted in each sample.
-        warm: seconds before them, on the same connections.
-        settle: seconds after the opening of idle sessions.
-        idle: seconds for which their CPU time is taken.
+        warms_up: whether a shorter sample, which does not count, comes first with each new server.
+        seconds: seconds that are counted in each sample.
+        warm: seconds of load before them, on the same connections, which are not counted.
+        settle: seconds of rest after the opening of idle sessions.
+        idle: seconds for which the CPU time of idle sessions is measured.
     """
 
     rounds: int
@@ -78,7 +78,7 @@ class Plan:
     idle: float
 
     def for_warm_up(self) -> Plan:
-        """What a sample that does not count takes."""
+        """The plan of a sample that does not count."""
         return replace(self, seconds=self.seconds / 2, settle=self.settle / 4, idle=self.idle / 4)
 
 
@@ -124,7 +124,7 @@ def _redis(row: Row, server: Server, plan: Plan) -> Sample:
 
 def _sessions(row: Row, server: Server, plan: Plan) -> Sample:
     first = replace(row, connections=10)
-    with start_load("hold", first, server, 0, 0) as load:  # what is made at first use is not theirs
+    with start_load("hold", first, server, 0, 0) as load:  # first uses are not the sessions' cost
         load.answer()
     memory = server.resident_bytes()
     with start_load("hold", row, server, 0, 0) as load:

@@ -1,4 +1,4 @@
-"""Who takes part: each peer is one way to write the same server."""
+"""The peers: each is one way to write the same server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS = ("psofa", "psofa-async")
 BEFORE = "-before"
 
 C_SERVER = "c"
-"""The server mode of the load generator: shows what the load generator is able to."""
+"""The load generator's own server: shows the most that the load generator can do."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Peer:
     """One kind of server.
 
     Attributes:
-        name: what ``--peers`` and the JSON file call it.
-        label: what tables and plots call it.
-        module: the one of ``benchmarks.servers`` that serves it; empty for the C server.
-        variant: which of the module's variants.
+        name: its name in ``--peers`` and in the JSON file.
+        label: its name in tables and plots.
+        module: its module in ``benchmarks.servers``; empty for the C server.
+        variant: the variant of the module.
         requires: the package that must be installed, if any.
-        delivers_closes: at SIGUSR1 it closes all sessions, and tells how many were told.
+        delivers_closes: at SIGUSR1 it closes all sessions, and reports the calls of ``on_close``.
         checkout: the one whose package and servers run; None: this one.
     """
 
@@ -74,7 +74,7 @@ def peers_of(checkout: Path) -> Iterator[Peer]:
 
 
 def missing_requirement(peer: Peer) -> str | None:
-    """The package that `peer` needs and that is not installed."""
+    """The package that `peer` needs, if it is not installed."""
     if peer.requires and importlib.util.find_spec(peer.requires) is None:
         return peer.requires
     return None

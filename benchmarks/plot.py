@@ -22,7 +22,7 @@ OURS, OTHERS = "#7b3fa0", "#b9bcc4"
 LINES = {"psofa": OURS, "gevent": "#4c9f70", "uvloop": "#d08a2e"}
 COLUMNS = 3
 TITLE_WIDTH = 34
-"""Letters in a line, so that the title of one plot leaves the next one's alone."""
+"""Letters in a line of a title, so that titles of neighbouring plots do not overlap."""
 OVERVIEW = ("echo-100", "async-100", "pipelined", "accept", "broadcast", "sessions-15000")
 """The rows that the README shows."""
 STYLE: dict[Any, Any] = {
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
 
 
 def plot(results: Results, directory: Path) -> list[Path]:
-    """Write what was measured into `directory`: ``overview``, ``benchmarks`` and ``growth``."""
+    """Write the plots into `directory`: ``overview``, ``benchmarks`` and ``growth``."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     bars = {

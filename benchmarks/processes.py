@@ -1,4 +1,4 @@
-"""Processes, each on its own core: the server on one, the load generator and we on the other."""
+"""Processes on two cores: the server on one, the load generator and this process on the other."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ __all__ = [
 
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 30.0
-"""How long a program may take until it answers, on a machine that is busy with other things."""
+"""Seconds that a program may take to answer, on a busy machine."""
 CPUCLOCK_SCHED = 2
 _cores = sorted(os.sched_getaffinity(0))
 server_core, load_core = _cores[0], _cores[-1]
 
 
 class BenchmarkError(Exception):
-    """A measurement that can't be taken; says why."""
+    """A measurement can't be taken; the text says why."""
 
 
 def pin_to_load_core() -> None:
-    """Keep this process, and what it starts by default, off the server's core."""
+    """Keep this process, and by default its children, off the server's core."""
     os.sched_setaffinity(0, {load_core})
 
 
@@ -58,7 +58,7 @@ def _on_core(core: int) -> Iterator[None]:
 
 
 class Child:
-    """A process that answers with lines of JSON; killed at the end of its ``with``."""
+    """A process that answers with lines of JSON; it is killed at the end of its ``with``."""
 
     def __init__(
         self, command: Sequence[str | Path], core: int, environment: Mapping[str, str] | None = None
@@ -85,10 +85,10 @@ class Child:
         self._errors.close()
 
     def answer(self, seconds: float = START_SECONDS) -> dict[str, Any]:
-        """The next line of its output.
+        """The next line of its output, parsed.
 
         Raises:
-            BenchmarkError: it ended instead, or did not answer within `seconds`.
+            BenchmarkError: the process ended, or did not answer within `seconds`.
         """
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
@@ -107,12 +107,12 @@ class Child:
     def cpu_seconds(self) -> float:
         """The CPU time that the process has used, with the resolution of the scheduler (ns).
 
-        By its CPU clock, see clock_getcpuclockid(3): /proc/PID/stat counts in ticks of 10 ms.
+        Read from its CPU clock, see clock_getcpuclockid(3): /proc/PID/stat counts ticks of 10 ms.
         """
         return time.clock_gettime((~self.pid << 3) | CPUCLOCK_SCHED)
 
     def waited_seconds(self) -> float:
-        """How long the process was ready to run while something else had its core."""
+        """Seconds that the process was ready to run while another one had its core."""
         _ran, waited, _times = Path(f"/proc/{self.pid}/schedstat").read_text().split()
         return int(waited) / 1e9
 
@@ -122,7 +122,7 @@ class Child:
 
 
 class Server(Child):
-    """A server, on the server's core, that listens on `port`."""
+    """A server on the server's core, which listens on `port`."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ def start_server(
         seconds: the server must listen by then.
 
     Raises:
-        BenchmarkError: it does not.
+        BenchmarkError: it does not listen.
     """
     if not peer.module:
         return Server(peer, [*under, load_program, "serve"], seconds=seconds)

@@ -1,4 +1,4 @@
-"""The tables, in Markdown: to be read in a terminal, and to be pasted."""
+"""The tables, in Markdown: to read in a terminal, and to paste."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RATIOS = "A ratio is the median of the rounds' ratios."
 
 
 def report(results: Results) -> str:
-    """Everything that `results` says, except growth."""
+    """All tables of `results`, except growth."""
     about = results.about
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     machine = (

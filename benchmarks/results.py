@@ -1,4 +1,4 @@
-"""What was measured: every sample of every round, and the medians and ratios they give."""
+"""The results of a run: every sample of every round, with medians and ratios."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.targets import Target
 __all__ = ["DISTURBED", "SATURATED", "Results", "RowResult", "Spread", "judged_metric"]
 
 SATURATED = 95.0
-"""Percent of its core from which on the load generator may be what limits a rate."""
+"""Percent of its core above which the load generator may be the limit of a rate."""
 DISTURBED = 5.0
-"""Percent of the time that others may have had the server's core before a row is marked."""
+"""Percent of the time that other programs may use the server's core before a row is marked."""
 
 
 class Spread(NamedTuple):
-    """The median of the rounds, the least and the most."""
+    """The median, the least and the greatest value of the rounds."""
 
     median: float
     low: float
@@ -53,7 +53,7 @@ class RowResult:
         return Spread.of(self.values(peer, metric))
 
     def ratio(self, ours: str, peer: str, metric: str) -> Spread | None:
-        """Ours divided by the peer's, round by round: what the machine does cancels out."""
+        """Ours divided by the peer's, round by round: the speed of the machine cancels out."""
         pairs = zip(self.values(ours, metric), self.values(peer, metric), strict=False)
         return Spread.of([mine / other for mine, other in pairs if other])
 
@@ -68,7 +68,7 @@ class RowResult:
 
 @dataclass
 class Results:
-    """A whole run."""
+    """The results of a whole run."""
 
     about: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Results:
         return ".".join(str(self.about["python"]).split(".")[:2])
 
     def spread_of(self, target: Target) -> tuple[Spread | None, str]:
-        """What is held against the target's bound, and by which metric."""
+        """The value to compare with the target's bound, and its metric."""
         result = self.rows.get(target.row)
         if result is None:
             return None, target.metric
@@ -130,7 +130,7 @@ class Results:
 
 
 def judged_metric(result: RowResult, target: Target) -> str:
-    """The target's metric; CPU time instead of a rate that others than the server limited."""
+    """The target's metric; CPU time if the load or other programs limited a rate."""
     limited = any(
         result.is_load_limited(peer) or result.is_disturbed(peer)
         for peer in (target.ours, target.peer)

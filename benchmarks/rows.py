@@ -1,4 +1,4 @@
-"""What is measured: one row for each line of the targets, and a few beside them."""
+"""The rows, which are the measurements: one for each line of the targets, and a few others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TLS_LOOPS = ("psofa", "gevent", "asyncio", "uvloop")
 STREAMS = ("asyncio-streams", "uvloop-streams")
 COROUTINES = ("psofa-async", *STREAMS)
 MANY = 15_000
-"""Sessions. A process may open 20,000 descriptors on many a machine."""
+"""Sessions. On many machines a process may open 20,000 descriptors."""
 GROWTH_SIZES = (10, 100, 1_000, 5_000, MANY)
 GROWTH_PEERS = ("psofa", "gevent", "uvloop")
 
@@ -25,18 +25,18 @@ class Row:
     """One comparison.
 
     Attributes:
-        name: what ``--rows`` and the JSON file call it.
-        title: what it is, in words.
-        kind: how it is measured: echo, accept, sessions, broadcast or redis.
-        work: what the servers do: see `benchmarks.servers`.
-        connections: how many at a time.
-        peers: who takes part, in turn.
-        size: of a message, in bytes.
+        name: its name in ``--rows`` and in the JSON file.
+        title: its description.
+        kind: the way to measure: echo, accept, sessions, broadcast or redis.
+        work: the servers' work: see `benchmarks.servers`.
+        connections: connections at a time.
+        peers: the peers that are measured, in turn.
+        size: bytes of a message.
         depth: messages under way on each connection.
-        item: what is counted.
+        item: the name of the thing that is counted.
         shown: the metric that plots show.
-        rounds: how many times the plan's rounds are taken.
-        quick_peers: who takes part with ``--quick``; nobody: the row is left out.
+        rounds: factor for the number of the plan's rounds.
+        quick_peers: the peers with ``--quick``; if empty, the row is left out.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether it goes over TLS."""
+        """Whether the connections use TLS."""
         return self.work == TLS
 
 
@@ -220,7 +220,7 @@ ROWS = (
 
 
 def growth_rows() -> Iterator[Row]:
-    """What ``--growth`` measures: the same costs with more and more sessions."""
+    """The rows of ``--growth``: the same costs with more and more sessions."""
     for count in GROWTH_SIZES:
         for kind, work, item in (
             ("echo", "echo", "message"),

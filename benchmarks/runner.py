@@ -1,4 +1,4 @@
-"""Take the samples: short ones of all peers, in an order that is shuffled in each round.
+"""Takes the samples: short ones of all peers, in an order that is shuffled in each round.
 
 A machine that others share changes its speed from one second to the next, and drifts. Short samples
 put those that are compared close together, and the shuffling gives each peer every place among
@@ -36,13 +36,13 @@ from benchmarks.rows import Row
 __all__ = ["choose", "run"]
 
 OTHER_DESCRIPTORS = 1_500
-"""What a server needs besides its sessions: psofa's own reserve of a sixteenth, and some."""
+"""Descriptors that a server needs beside its sessions: psofa's reserve of a sixteenth, and some."""
 ALONE = frozenset({"sessions"})
 """Kinds of rows with a new server for each sample: its memory is counted, or it shuts down."""
 
 
 def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[Row]:
-    """The rows with the peers that can be measured here; the others are noted."""
+    """The rows and peers that can be measured here; `results` gets notes of the others."""
     _soft, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     chosen = []
     absent: set[str] = set()
@@ -65,7 +65,7 @@ def choose(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[
 
 
 def _missing(row: Row) -> str | None:
-    """What the load generators, or all peers, lack for `row`."""
+    """Why no peer can be measured in `row` here; None: nothing is missing."""
     if row.kind == "redis" and not has_redis_benchmark():
         return "no redis-benchmark (Debian: redis-tools)"
     if row.is_encrypted and not speaks_tls():
@@ -99,7 +99,7 @@ def run(rows: Sequence[Row], plan: Plan, results: Results, *, instructions: bool
         results.notes.append(f"instructions not counted: {missing}")
         instructions = False
     is_good = True
-    # Drawn seldom: it is done on the load generator's core.
+    # Drawn seldom, because drawing uses the load generator's core.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task("", total=sum(len(row.peers) * _rounds(row, plan) for row in rows))
 

@@ -1,4 +1,4 @@
-"""What we mean to reach, as ratios to peers of the same run, and a few absolute bounds."""
+"""Our aims: ratios to peers of the same run, and a few absolute bounds."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Target:
     """One bound.
 
     Attributes:
-        row: in which row.
-        metric: of which metric.
+        row: the name of the row.
+        metric: the name of the metric.
         sense: ``>=`` or ``<=``.
-        bound: what the ratio, or without `peer` and `other_row` the value, is held against.
-        peer: the metric is divided by this peer's.
-        other_row: the metric is divided by our own in this row.
-        ours: which of our two.
+        bound: the bound of the ratio, or of the value if there is no `peer` and no `other_row`.
+        peer: our metric is divided by that of this peer.
+        other_row: our metric is divided by our own in this row.
+        ours: which of our own servers is compared.
     """
 
     row: str

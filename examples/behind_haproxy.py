@@ -1,12 +1,13 @@
-"""A server that knows its clients, though all its connections come from a load balancer.
+"""A server that knows its clients although all connections come from a load balancer.
 
     python examples/behind_haproxy.py              # on 127.0.0.1:8710
     haproxy -db -f examples/haproxy.cfg            # on 127.0.0.1:8700, in front of it
     nc 127.0.0.1 8700
 
-Each connection begins with a header of the PROXY protocol, in which HAProxy says whose it is. It is
-believed because it comes from this machine (`trusted_proxies`); who connects to 8710 without one is
-closed. The limits are about clients, not about HAProxy: so many sessions for each address.
+Each connection begins with a header of the PROXY protocol, in which HAProxy names the client. The
+server trusts the header because it comes from this machine (`trusted_proxies`), and closes a
+connection to 8710 that has none. The limit of sessions for each address counts the sessions of
+clients, not those of HAProxy.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
         print("listening on {}:{}".format(*server.address), flush=True)
         server.serve_forever()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no such port; it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     refused = {reason.name: count for reason, count in server.refused.items() if count}
     print("refused:", refused or "nobody")
 

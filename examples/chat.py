@@ -1,12 +1,12 @@
-"""A chat room: what one member says, all others hear, and a slow one holds up nobody.
+"""A chat room: all members get what one of them says, and a slow member holds up nobody.
 
     python examples/chat.py                       # listens on 127.0.0.1:8710
     nc 127.0.0.1 8710                             # in as many terminals as you like
 
-The members are a `PsGroup`, and what is posted to that waits for nobody: what a member has not read
-yet is kept for it, up to ``high_water`` bytes here, behind what the kernel has taken. One who reads
-too slowly is dropped in the end: the alternatives are to drop lines (``overflow``), to wait for the
-slowest, or to let memory grow.
+The members are a `PsGroup`, and a post to a group waits for nobody. Lines that a member has not
+read are kept for it: some in the kernel, and up to ``high_water`` bytes here. A member that reads
+too slowly loses its connection in the end. The alternatives are to drop lines (``overflow``), to
+wait for the slowest member, or to let memory grow.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from psofa_gevent import (
 )
 from psofa_gevent.framing import Line
 
-# What a member can cost: a line that is not whole, what waits for it here, and what the kernel has
-# taken and not sent, which would be megabytes.
+# The memory that a member can cost: an unfinished line, the posts that wait for it here, and the
+# bytes that the kernel has taken and not sent, which would be megabytes.
 MAX_LINE = 1_000
 HIGH_WATER = 250_000
 UNSENT_LOW_WATER = 100_000
@@ -61,7 +61,7 @@ class ChatRoom(PsCallback):
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         name = session.get_value(NAME)
         if name is not None:
-            self.room.post(f"* {name} left")  # it has left the group by itself
+            self.room.post(f"* {name} left")  # the session has left the group by itself
 
     def introduce(self, session: PsSession, name: str) -> None:
         if not name or len(name) > MAX_NAME:
@@ -91,13 +91,13 @@ def main() -> None:
             host=args.host,
             port=args.port,
             framing=Line(max_size=MAX_LINE),
-            idle_milliseconds=None,  # listening in silence is allowed
+            idle_milliseconds=None,  # members may stay silent
             high_water=HIGH_WATER,
             unsent_low_water=UNSENT_LOW_WATER,
         )
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     host, port = server.address[:2]
     print(f"listening on {host}:{port}", flush=True)
     server.serve_forever()  # until Ctrl-C or SIGTERM, then shuts down

@@ -1,4 +1,4 @@
-"""The original's first sample, the client: it runs the same callback as the server.
+"""PurpleSofa's first sample, the client: it runs the same callback as the server.
 
     python examples/counter_client.py             # connects to 127.0.0.1:8710
 
@@ -25,7 +25,7 @@ KEY = "inc"
 
 
 class CounterCallback(PsCallback):
-    """The server's callback, and an event that tells when the one session is over."""
+    """The server's callback, with an event that is set when the one session has closed."""
 
     def __init__(self) -> None:
         self.closed = Event()
@@ -42,7 +42,7 @@ class CounterCallback(PsCallback):
         try:
             session.send(f"inc: {inc}")
         except PsSendError:
-            return  # the other side has counted past three first and hung up
+            return  # the other side counted past three first and closed
         if inc > 3:
             session.close()
 
@@ -63,8 +63,8 @@ def main() -> None:
         client = PsClient(callback, args.host, args.port)
         client.connect()
     except (ValueError, PsClientError) as error:
-        sys.exit(str(error))  # no port has that number; or names host, port and cause
-    # The callbacks run in the session's greenlet while this one waits.
+        sys.exit(str(error))  # invalid port number; or the error names host, port and cause
+    # The callbacks run while this greenlet waits.
     callback.closed.wait()
     client.disconnect()
 

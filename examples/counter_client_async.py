@@ -25,12 +25,12 @@ KEY = "inc"
 
 
 class CounterAsyncCallback(PsCallback):
-    """The async server's callback, and an event that tells when the one session is over."""
+    """The async server's callback, with an event that is set when the one session has closed."""
 
     use_async_callback = True
 
     def __init__(self) -> None:
-        # A gevent event: the main greenlet waits for it, and a coroutine may set it.
+        # A gevent event, because the main greenlet waits for it; a coroutine may set it.
         self.closed = Event()
 
     async def on_open_async(self, session: PsSession) -> None:
@@ -45,7 +45,7 @@ class CounterAsyncCallback(PsCallback):
         try:
             await session.send_async(f"inc: {inc}")
         except PsSendError:
-            return  # the other side has counted past three first and hung up
+            return  # the other side counted past three first and closed
         if inc > 3:
             session.close()
 
@@ -66,7 +66,7 @@ def main() -> None:
         client = PsClient(callback, args.host, args.port)
         client.connect()
     except (ValueError, PsClientError) as error:
-        sys.exit(str(error))  # no port has that number; or names host, port and cause
+        sys.exit(str(error))  # invalid port number; or the error names host, port and cause
     callback.closed.wait()
     client.disconnect()
 

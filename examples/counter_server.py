@@ -1,4 +1,4 @@
-"""The original's first sample, the server: both sides count the messages they get.
+"""PurpleSofa's first sample, the server: both sides count the messages they get.
 
     python examples/counter_server.py             # listens on 127.0.0.1:8710
     python examples/counter_client.py             # in a second terminal
@@ -25,9 +25,9 @@ KEY = "inc"
 
 
 class CounterCallback(PsCallback):
-    """One object serves all sessions, so what belongs to one session is kept on the session.
+    """One object serves all sessions, so data that belongs to one session is kept on the session.
 
-    The callbacks run in the session's own greenlet, one at a time: the count needs no lock.
+    The callbacks of a session run one at a time, so the count needs no lock.
     """
 
     def on_open(self, session: PsSession) -> None:
@@ -37,16 +37,16 @@ class CounterCallback(PsCallback):
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         # TCP carries bytes, not messages: two sends in quick succession may arrive as one. For
-        # counting that is good enough; chat.py shows how to split lines.
+        # counting this is good enough; chat.py shows how to get whole lines.
         print(f"on_message {session} {message.decode()}", flush=True)
         inc = session.get_value(KEY) + 1
         session.set_value(KEY, inc)
         try:
             session.send(f"inc: {inc}")
         except PsSendError:
-            return  # the other side has counted past three first and hung up
+            return  # the other side counted past three first and closed
         if inc > 3:
-            session.close()  # what was sent just now still arrives: close lingers for it
+            session.close()  # the last message still arrives: a close lingers
 
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         inc = session.get_value(KEY)
@@ -63,7 +63,7 @@ def main() -> None:
         server = PsServer(CounterCallback(), host=args.host, port=args.port)
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     host, port = server.address[:2]
     print(f"listening on {host}:{port}", flush=True)
     server.serve_forever()  # until Ctrl-C or SIGTERM, then shuts down

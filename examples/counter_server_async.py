@@ -3,8 +3,8 @@
     python examples/counter_server_async.py       # listens on 127.0.0.1:8710
     python examples/counter_client_async.py       # or counter_client.py: the bytes are the same
 
-The callbacks run as tasks of one asyncio loop, which itself runs on gevent's hub: any asyncio
-library may be awaited in them, and sync servers and clients go on in the same process.
+The callbacks run as tasks of one asyncio loop, which runs on gevent's hub. They may await any
+asyncio library, and sync servers and clients go on in the same process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEY = "inc"
 
 
 class CounterAsyncCallback(PsCallback):
-    """With this switch the ``*_async`` methods are called, and the others are not."""
+    """With ``use_async_callback`` the ``*_async`` methods are called, and the others are not."""
 
     use_async_callback = True
 
@@ -35,16 +35,16 @@ class CounterAsyncCallback(PsCallback):
         await session.send_async("inc: 0")
 
     async def on_message_async(self, session: PsSession, message: bytes) -> None:
-        # Still one callback at a time per session: the next read starts when this has returned.
+        # One callback at a time for a session: the next read starts when this one has returned.
         print(f"on_message {session} {message.decode()}", flush=True)
         inc = session.get_value(KEY) + 1
         session.set_value(KEY, inc)
         try:
             await session.send_async(f"inc: {inc}")
         except PsSendError:
-            return  # the other side has counted past three first and hung up
+            return  # the other side counted past three first and closed
         if inc > 3:
-            session.close()  # only a request: nothing to await
+            session.close()  # only a request, so there is nothing to await
 
     async def on_close_async(self, session: PsSession, close_reason: PsCloseReason) -> None:
         inc = session.get_value(KEY)
@@ -57,12 +57,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8710, help="0: a free one (%(default)s)")
     args = parser.parse_args()
 
-    # Starting and stopping stay sync: only the callbacks live on the asyncio loop.
+    # Starting and stopping stay sync: only the callbacks run on the asyncio loop.
     try:
         server = PsServer(CounterAsyncCallback(), host=args.host, port=args.port)
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     host, port = server.address[:2]
     print(f"listening on {host}:{port}", flush=True)
     server.serve_forever()  # until Ctrl-C or SIGTERM, then shuts down

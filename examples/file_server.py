@@ -1,16 +1,16 @@
-r"""Sends files: a client names one in a line, and gets its size in a line, then its bytes.
+r"""A file server: a client sends a name in a line, and gets the size in a line, then the bytes.
 
     python examples/file_server.py /usr/share/doc               # serves on 127.0.0.1:8710
     echo bash/copyright | nc -q 1 127.0.0.1 8710                # OpenBSD's nc
     echo bash/copyright | socat -t 60 - TCP:127.0.0.1:8710 | tail -n +2 > copyright
 
-What is no file in that directory gets a line that begins with ``-``. `PsSession.send_file` never
-has a file in memory: the kernel takes it from the disk by itself, and a slow client holds up
-nobody.
+If there is no such file in the directory, the reply is a line that begins with ``-``.
+`PsSession.send_file` never has a file in memory: the kernel reads the file from the disk by itself,
+and a slow client holds up nobody.
 
-A name comes from the network. It is made a path without ``..`` and symbolic links, and only what is
-still inside the directory is opened. The size is that of the opened file, so that what is sent is
-as long as was announced, whatever becomes of the name meanwhile.
+A name comes from the network. The server resolves ``..`` and symbolic links in it, and opens the
+path only if it is still inside the directory. The size is that of the opened file, so the file is
+sent in the announced length even if the name stands for another file meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FileServer(PsCallback):
     def on_message(self, session: PsSession, message: bytes) -> None:
         try:
             file = self.open(os.fsdecode(message))
-        except (OSError, ValueError):  # no such file; or a name with a zero byte in it
+        except (OSError, ValueError):  # no such file, or a name with a zero byte
             session.send("- no such file")
             return
         with file:
@@ -63,11 +63,11 @@ def main() -> None:
             port=args.port,
             framing=Line(max_size=4_096),
             frame_timeout=10,
-            send_timeout=30,  # seconds in which a client takes nothing
+            send_timeout=30,  # seconds in which a client may accept nothing
         )
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     print("listening on {}:{}".format(*server.address), flush=True)
     server.serve_forever()
 

@@ -3,9 +3,9 @@
     python examples/guessing_game.py              # serves on 127.0.0.1:8710
     nc 127.0.0.1 8710                             # guess the number
 
-A `PsHandler` has a session for itself: it asks for the next message and waits for it, instead of
-being called with each, so what has happened so far is where the code stands, and in its local
-variables. Beside it runs work that belongs to the session, and ends with it: the clock.
+A `PsHandler` has a session to itself: it asks for the next message and waits for it, instead of
+being called with each message. So the state of the game is the place in the code, and the local
+variables. The clock is work that runs beside it, belongs to the session, and ends with the session.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Game(PsHandler[bytes]):
             name = session.receive(timeout=self.seconds).decode(errors="replace").strip()
         except TimeoutError:
             session.send("No name? Bye!")
-            return  # and the session closes
+            return  # then the session closes
         session.spawn(self.tick, session)
         number = self.number or random.randint(1, LARGEST)
         session.send(f"Hello, {name}. Guess a number from 1 to {LARGEST}.")
@@ -49,7 +49,7 @@ class Game(PsHandler[bytes]):
                 return
 
     def tick(self, session: PsSession) -> None:
-        """Tell the time, every tenth second, and end the game when it is over."""
+        """Post the seconds left, every tenth second, and end the game when its time is over."""
         for left in range(self.seconds, 0, -1):
             if left % 10 == 0:
                 session.post(f"{left} seconds left")
@@ -73,7 +73,7 @@ def main() -> None:
         )
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     print("listening on {}:{}".format(*server.address), flush=True)
     server.serve_forever()
 

@@ -2,9 +2,10 @@
 
 gunicorn reads this file in its main process; the two functions below run in the worker.
 
-gunicorn opens both ports once, in its main process, and hands them to each worker. So nobody is
-refused at a reload (SIGHUP) or an upgrade (SIGUSR2), when the old worker and the new one run side
-by side. The old worker's devices are disconnected when it ends; they connect again, to the new one.
+gunicorn opens both ports once, in its main process, and hands them to each worker. So no connection
+is refused at a reload (SIGHUP) or an upgrade (SIGUSR2), when the old worker and the new one run
+side by side. When the old worker ends, it disconnects its devices; they connect again, to the new
+worker.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 bind = ["127.0.0.1:8080", "127.0.0.1:8711"]  # HTTP, and the devices
 worker_class = "gevent"
 
-# One: a device is connected to one process, and a request must come to that one.
+# One: a device is connected to one process, and requests for it must come to that process.
 workers = 1
 
 wsgi_app = "gunicorn_app:app"
 pythonpath = str(Path(__file__).resolve().parent)
 preload_app = False  # the application must be imported after the fork, in the worker
-graceful_timeout = 5  # seconds for requests that run when gunicorn is told to end
-control_socket_disable = True  # leaves nothing in the home directory; older gunicorns ignore it
+graceful_timeout = 5  # seconds that running requests have when gunicorn ends
+control_socket_disable = True  # leaves no file in the home directory; older gunicorns ignore it
 
 
 def post_worker_init(worker: Any) -> None:
@@ -31,7 +32,7 @@ def post_worker_init(worker: Any) -> None:
     import gunicorn_app
 
     http, devices = worker.sockets  # in the order of `bind`
-    worker.sockets = [http]  # all that is left to gunicorn
+    worker.sockets = [http]  # gunicorn serves only this one
     worker.device_server = gunicorn_app.serve_devices(devices)
 
 

@@ -2,10 +2,10 @@
 
     gunicorn -c examples/gunicorn.conf.py         # HTTP on 127.0.0.1:8080, devices on :8711
 
-gunicorn imports this module in the worker, patched and on the worker's own hub. It is not imported
-in gunicorn's main process, which forks: greenlets and servers must not be made before a fork. The
-main process has the sockets only, of both ports: see gunicorn.conf.py, which starts the `PsServer`
-in the worker, and shuts it down when the worker ends.
+gunicorn imports this module in the worker, which is patched and has its own hub. gunicorn's main
+process does not import it, because it forks: greenlets and servers must not be made before a fork.
+The main process has only the sockets of both ports. gunicorn.conf.py starts the `PsServer` in the
+worker, and shuts it down when the worker ends.
 """
 
 from __future__ import annotations

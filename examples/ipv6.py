@@ -25,15 +25,15 @@ from psofa_gevent import (
 
 
 class WhoAmI(PsCallback):
-    """Tells every client from where it came."""
+    """Tells every client its own address."""
 
     def on_open(self, session: PsSession) -> None:
-        assert session.remote_endpoint is not None  # known as long as there is a session
+        assert session.remote_endpoint is not None  # a TCP session always has one
         session.send(f"you are {session.remote_endpoint[0]}")
 
 
 class Listen(PsCallback):
-    """Hands what it hears to the greenlet that asked."""
+    """Hands the answers to the greenlet that asked."""
 
     def __init__(self) -> None:
         self.answers: Queue[str] = Queue()
@@ -43,7 +43,7 @@ class Listen(PsCallback):
 
 
 def ask(host: str, port: int, family: PsSocketAddressFamily) -> str:
-    """Connect, wait for what the server says, and disconnect."""
+    """Connect, wait for the server's message, and disconnect."""
     callback = Listen()
     client = PsClient(callback, host, port, socket_address_family=family)
     client.connect()
@@ -63,7 +63,7 @@ def main() -> None:
         server = PsServer(WhoAmI(), port=args.port, socket_address_family=ipv6)
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; a port in use; a machine without IPv6
+        sys.exit(str(error))  # invalid port number, port in use, or no IPv6 on this machine
     try:
         host, port = server.address[:2]
         print(f"listening on [{host}]:{port}", flush=True)

@@ -1,15 +1,15 @@
-r"""Messages instead of chunks: a JSON object a line, typed from end to end.
+r"""Messages instead of chunks: one JSON object per line, typed from end to end.
 
     python examples/json_lines.py                 # serves on 127.0.0.1:8710
     echo '{"name": "pi", "value": 3.14}' | nc -q 1 127.0.0.1 8710
     printf 'UPLOAD 5\n12345' | nc -q 1 127.0.0.1 8710
 
-TCP is a stream of bytes: what a peer sends in two sends may arrive glued together or cut anywhere.
-A framing cuts it into messages. `Line` gives lines, and `Reading` below makes each of them a
-dataclass, so ``on_message`` gets that, and type checkers know it. A line that is no such object
-closes its session with FAILED and a line in the log.
+TCP is a stream of bytes: the data of two sends may arrive glued together or cut anywhere. A framing
+cuts the stream into messages. `Line` gives lines, and ``typed(decode, encode)`` makes a `Reading`
+or an `Upload` of each line, so ``on_message`` gets these dataclasses, and type checkers know them.
+Any other line closes its session with FAILED and a line in the log.
 
-For binary protocols the same is done with `LengthPrefix` and msgpack, or `Varint` and protobuf:
+Binary protocols do the same with `LengthPrefix` and msgpack, or with `Varint` and protobuf:
 ``LengthPrefix().typed(msgpack.unpackb, msgpack.packb)``,
 ``Varint().typed(MyMessage.FromString, MyMessage.SerializeToString)``.
 """
@@ -34,7 +34,7 @@ class Reading:
 
 @dataclass
 class Upload:
-    """The announcement of so many bytes that follow as they are."""
+    """The announcement of an upload: `size` bytes follow as they are."""
 
     size: int
 
@@ -43,7 +43,7 @@ Message = Reading | Upload | bytes
 
 
 def decode(line: bytes) -> Message:
-    """A line as a message. Whatever this raises is a malformed message."""
+    """A line as a message. Any exception raised here means that the message is malformed."""
     if line.startswith(b"UPLOAD "):
         size = int(line[7:])
         if size < 0:
@@ -60,7 +60,7 @@ def encode(message: Message) -> bytes:
 
 
 class Summing(PsCallback[Message]):
-    """Answers each reading with the sum of all that had its name, each upload with its size."""
+    """Answers each reading with the sum of all readings of its name, each upload with its size."""
 
     def on_message(self, session: PsSession[Message], message: Message) -> None:
         if isinstance(message, Reading):
@@ -71,9 +71,9 @@ class Summing(PsCallback[Message]):
             session.set_value("received", 0)
             session.set_value("size", message.size)
             if message.size:
-                session.set_framing(Raw(message.size))  # then lines again
+                session.set_framing(Raw(message.size))  # afterwards lines again
         else:
-            # Chunks of the upload, as they come: however large it is, no more is in memory.
+            # Chunks of the upload, as they come: even of a large upload only one is in memory.
             received = session.get_value("received") + len(message)
             session.set_value("received", received)
             if received == session.get_value("size"):
@@ -95,7 +95,7 @@ def main() -> None:
         )
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     print("listening on {}:{}".format(*server.address), flush=True)
     server.serve_forever()
 

@@ -3,9 +3,9 @@
     pip install msgpack
     python examples/msgpack_requests.py
 
-`LengthPrefix` tells where a message ends, msgpack what is in it. A request and its reply have the
-same ``id``, so any number of requests may be on their way over one connection, and the quick ones
-overtake the slow ones. For protobuf it would be
+`LengthPrefix` finds the end of a message, msgpack decodes it. A request and its reply have the
+same ``id``, so any number of requests may be on their way over one connection, and quick replies
+overtake slow ones. With protobuf the framing would be
 ``Varint().typed(MyMessage.FromString, MyMessage.SerializeToString)``.
 """
 
@@ -35,10 +35,10 @@ FRAMING: Framing[Message] = LengthPrefix(max_size=65_536).typed(msgpack.unpackb,
 
 
 class Squares(PsCallback[Message]):
-    """Squares numbers; the larger, the longer it takes."""
+    """Squares numbers; a larger number takes longer."""
 
     def on_message(self, session: PsSession[Message], message: Message) -> None:
-        session.spawn(self.answer, session, message)  # the next request need not wait
+        session.spawn(self.answer, session, message)  # so the next request need not wait
 
     def answer(self, session: PsSession[Message], message: Message) -> None:
         gevent.sleep(message["number"] / 100)
@@ -73,7 +73,7 @@ def main() -> None:
         server = PsServer(Squares(), host="127.0.0.1", port=args.port, framing=FRAMING)
         server.start()
     except (ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     with server:
         host, port = server.address[:2]
         print(f"listening on {host}:{port}", flush=True)

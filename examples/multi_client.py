@@ -3,8 +3,8 @@
     python examples/multi_client.py               # servers on 8710, 8711, 8712; ends by itself
 
 The connections of a `PsMultiClient` share one callback, one idle timer and one close greenlet:
-thousands of them cost little more than their sockets. Here three servers run in the same process,
-so that there is something to connect to.
+thousands of them cost little more than their sockets. Here the three
+servers run in the same process.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SERVERS = 3
 
 
 class Echo(PsCallback):
-    """What the servers do."""
+    """The servers' callback."""
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         session.send(message)
 
 
 class CountToThree(PsCallback):
-    """What every connection does: sends 1, 2 and 3, each when the last one came back."""
+    """The clients' callback: sends 1, 2 and 3, each when the one before came back."""
 
     def __init__(self, connections: int) -> None:
         self.remaining = connections
@@ -46,7 +46,7 @@ class CountToThree(PsCallback):
         session.send("1")
 
     def on_message(self, session: PsSession, message: bytes) -> None:
-        assert session.remote_endpoint is not None  # known as long as there is a session
+        assert session.remote_endpoint is not None  # a TCP session always has one
         print(f"port {session.remote_endpoint[1]} answered {message.decode()}", flush=True)
         number = int(message)
         if number == 3:
@@ -55,7 +55,7 @@ class CountToThree(PsCallback):
             session.send(str(number + 1))
 
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
-        # The one close greenlet runs all on_close calls, one after the other.
+        # The one close greenlet makes all on_close calls, one after the other.
         print(f"{session.connection_id} closed: {close_reason.name}", flush=True)
         self.remaining -= 1
         if self.remaining == 0:
@@ -76,15 +76,15 @@ def main() -> None:
             try:
                 server = stack.enter_context(PsServer(Echo(), host="127.0.0.1", port=port))
             except (ValueError, PsServerError) as error:
-                sys.exit(str(error))  # no port has that number; or it is in use
+                sys.exit(str(error))  # invalid port number, or port in use
             ports.append(server.address[1])
             print(f"listening on 127.0.0.1:{ports[-1]}", flush=True)
 
         callback = CountToThree(connections=len(ports))
-        # Initialised on entry; what is still open on the way out is closed there.
+        # The bundle is initialised on entry, and closes all open connections on exit.
         bundle = stack.enter_context(PsMultiClient(callback))
         for port in ports:
-            # The id may be chosen, to find the session again (proxy.py pairs sessions by it).
+            # You may choose the id, to find the session again (proxy.py pairs sessions by it).
             connection = bundle.connect("127.0.0.1", port, connection_id=uuid.uuid4())
             print(f"{connection.session.connection_id} is connected to port {port}", flush=True)
         callback.all_closed.wait()

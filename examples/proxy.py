@@ -1,35 +1,35 @@
-"""The original's second sample: a TCP proxy, with many back ends in turn.
+"""PurpleSofa's second sample: a TCP proxy, with many back ends in turn.
 
     python examples/proxy.py LISTEN_HOST:PORT BACKEND_HOST:PORT [BACKEND_HOST:PORT ...]
     python examples/proxy.py 127.0.0.1:6380 127.0.0.1:6379      # in front of a Redis
     python examples/proxy.py '[::]:8080' '[::1]:8000' '[::1]:8001'
 
-An address in brackets is IPv6 (``[localhost]:80`` is a name looked up there); the listening socket
-is then dual-stack. Every client that connects, the *front*, is paired with a connection of its own
-to a back end, the *back*. All backs belong to one `PsMultiClient`, and a back has the connection
-id of its front: that is how the two find each other.
+An address in brackets is IPv6 (``[localhost]:80`` is a name, looked up in that family); the
+listening socket is then dual-stack. Every client that connects, the *front*, is paired with a
+connection of its own to a back end, the *back*. All backs belong to one `PsMultiClient`. A back has
+the connection id of its front, so the two find each other.
 
-What comes before the back is connected
-    stays in the kernel. ``on_open`` of the front returns only when the back is there, and until it
-    has returned the front is not read. The bound is the socket's receive buffer; there is no
-    buffer here to overflow.
+Bytes that come before the back is connected
+    stay in the kernel. ``on_open`` of the front returns only when the back is connected, and the
+    front is not read until ``on_open`` has returned. The socket's receive buffer is the bound;
+    the proxy has no buffer of its own.
 Back-pressure
     comes in the same way. The send inside ``on_message`` waits until the other side takes the
-    bytes, and until then the sender is not read: it finds the connection as slow as the reader on
-    the other end is. Only this pair waits. At most one message per direction is in memory.
+    bytes, and until then the sender is not read. So the sender finds the connection as slow as the
+    reader on the other end. Only this pair waits. At most one message per direction is in memory.
 Half-close
-    The FIN of one side is passed on as a FIN to the other, after all that came before it. The
-    other direction goes on, until it has ended as well.
+    The FIN of one side is passed on as a FIN to the other, after all bytes that came before it. The
+    other direction goes on until it has ended as well.
 A reset
-    is passed on as a reset, so that nobody takes half an answer for a whole one. What was received
-    before it has been sent on by then; what the other side has not taken from the kernel by then
-    may be lost, as with any reset.
+    is passed on as a reset, so that half an answer is not taken for a whole one. The proxy has by
+    then sent on all bytes that it received before the reset; bytes that the other side has not
+    taken from the kernel by then may be lost, as with any reset.
 A back end that can't be reached
-    is skipped, and for a few seconds is asked only when no other can be reached. When none can, the
-    client is reset: the nearest there is to a refused connection.
+    is skipped, and for a few seconds is tried only when no other one can be reached. If no back end
+    can be reached, the client is reset: the nearest thing to a refused connection.
 
-Idle sessions stay open (the two ends know better when to give up), so a peer that vanished without
-a FIN or a reset keeps its pair until something is sent to it.
+Idle sessions stay open, because the two ends know better when to give up. So if a peer vanished
+without a FIN or a reset, its pair stays until the proxy sends something to that peer.
 """
 
 from __future__ import annotations
@@ -63,24 +63,24 @@ from psofa_gevent import (
 logger = logging.getLogger("proxy")
 
 CONNECT_TIMEOUT = 3.0
-"""Seconds for one back end to answer, while the client waits; a dead network takes minutes."""
+"""Seconds for the connect to one back end, while the client waits; a dead network takes minutes."""
 
 QUARANTINE = 5.0
-"""Seconds in which a back end that failed is asked last: about what a restart takes."""
+"""Seconds in which a back end that failed is tried last: about the time of a restart."""
 
 STALL_TIMEOUT = 600.0
-"""Seconds in which one side may take nothing before its pair is given up. Long, as a reader may
-have its reasons to pause; not endless, as the other side may be gone, which nobody notices while
-all wait for this one."""
+"""Seconds in which one side may accept nothing before its pair is closed. Long, because a reader
+may have its reasons to pause; not endless, because the other side may be gone, and this is not
+noticed while its callback waits for this side."""
 
 SPARE_DESCRIPTORS = 64
-"""Left to the rest of the process."""
+"""Descriptors for the rest of the process."""
 
 PEER = "peer"
 
 
 class Address(NamedTuple):
-    """Where to listen or to connect."""
+    """An address to listen on or to connect to."""
 
     host: str
     port: int
@@ -91,7 +91,7 @@ class Address(NamedTuple):
         """Read ``host:port`` or ``[ipv6-host]:port``; the host may be a name.
 
         Raises:
-            argparse.ArgumentTypeError: it is neither.
+            argparse.ArgumentTypeError: `text` is neither.
         """
         host, colon, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
@@ -110,18 +110,18 @@ class Address(NamedTuple):
 
 
 class Backends:
-    """The back ends, in turn; those that failed lately come last."""
+    """The back ends, in turn; those that failed recently come last."""
 
     def __init__(self, addresses: list[Address]) -> None:
         self._turn = deque(addresses)
         self._dead_until = dict.fromkeys(addresses, 0.0)
 
     def in_order(self) -> list[Address]:
-        """Every back end once: in the order in which the next client should try them."""
+        """Every back end once, in the order in which the next client should try them."""
         order = list(self._turn)
         self._turn.rotate(-1)
         now = time.monotonic()
-        return sorted(order, key=lambda address: self._dead_until[address] > now)  # is stable
+        return sorted(order, key=lambda address: self._dead_until[address] > now)  # a stable sort
 
     def failed(self, address: Address, error: Exception) -> None:
         logger.warning("back end %s skipped for %g s: %s", address, QUARANTINE, error)
@@ -132,10 +132,10 @@ class Backends:
 
 
 class Relay(PsCallback):
-    """What both sides of a pair do: pass on everything to the other one.
+    """The callback of both sides of a pair: passes on everything to the other side.
 
-    A send fails when the other side has ended in the meantime. There is nowhere for the bytes to go
-    then, and the other side's ``on_close`` ends this one.
+    A send fails when the other side has ended meanwhile. Then the bytes have nowhere to go, and the
+    other side's ``on_close`` ends this one.
     """
 
     def on_message(self, session: PsSession, message: bytes) -> None:
@@ -152,7 +152,7 @@ class Relay(PsCallback):
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         logger.debug("%s closed: %s", session, close_reason.name)
         peer = find_peer(session)
-        session.clear_value(PEER)  # they hold each other: let both go now, not at a later gc
+        session.clear_value(PEER)  # they refer to each other: free both now, not at a later gc
         if peer is None:
             return
         if close_reason is PsCloseReason.FAILED:
@@ -172,22 +172,22 @@ def find_peer(session: PsSession) -> PsSession | None:
 
 
 class Back(Relay):
-    """The side of the back ends."""
+    """The callback of the side of the back ends."""
 
     def __init__(self) -> None:
         self.fronts: dict[uuid.UUID, PsSession] = {}  # by connection id, until they close
 
     def on_open(self, session: PsSession) -> None:
-        # connect may not have returned yet to the front, and the back end may speak first.
+        # connect may not have returned to the front, and the back end may speak first.
         front = self.fronts.get(session.connection_id)
         if front is None:
-            session.abort()  # its front was shut down while it waited for us
+            session.abort()  # its front was closed while it waited for this back
         else:
             pair(front, session)
 
 
 class Front(Relay):
-    """The side of the clients."""
+    """The callback of the side of the clients."""
 
     def __init__(self, backends: Backends, back: Back, bundle: PsMultiClient) -> None:
         self.backends = backends
@@ -196,7 +196,7 @@ class Front(Relay):
 
     def on_open(self, session: PsSession) -> None:
         self.back.fronts[session.connection_id] = session
-        self.connect(session)  # this front is not read before it has returned
+        self.connect(session)  # the front is not read before this has returned
 
     def on_close(self, session: PsSession, close_reason: PsCloseReason) -> None:
         self.back.fronts.pop(session.connection_id, None)
@@ -236,7 +236,7 @@ def stop_signal() -> Event:
 def most_pairs() -> int:
     """How many pairs the process has descriptors for; further clients wait in the backlog.
 
-    A pair has two of them: the server's own default would count the fronts only.
+    A pair has two descriptors, and the server's own default would count the fronts only.
     """
     limit, _hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, (limit - SPARE_DESCRIPTORS) // 2)
@@ -273,8 +273,8 @@ def main() -> None:
             host, port = server.address[:2]
             print(f"listening on {Address(host, port, args.listen.family)}", flush=True)
             stopping.wait()
-            # Not serve_forever: it shuts down the server alone and gives running callbacks time.
-            # Here they may wait for the other side to take something, so both sides close at once.
+            # Not serve_forever: it shuts down only the server, and gives running callbacks time.
+            # Here a callback may wait for the other side to accept data, so both sides close now.
             server.stop_accepting()
             for session in (*server.sessions, *bundle.sessions):
                 session.close()

@@ -4,9 +4,9 @@
     python examples/steady_client.py                 # in another one
     python examples/steady_client.py 127.0.0.1:8711  # a second server, for when the first is away
 
-It says hello whenever it is connected. A heartbeat keeps the connection busy, and a server that
-sends nothing for ten seconds is asked once whether it is there, then left. Ctrl-C ends it, also
-while it waits for the server.
+The client says hello whenever it is connected. A heartbeat keeps the connection busy. If the server
+sends nothing for ten seconds, the client asks once whether it is there, and then leaves it. Ctrl-C
+ends the client, also while it waits for the server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Steady(PsCallback):
 
     def on_idle(self, session: PsSession) -> bool:
         if session.get_value("asked"):
-            return False  # it closes with TIMEOUT, and the client connects again
+            return False  # the session closes with TIMEOUT, and the client connects again
         session.set_value("asked", True)
         session.send("ping")
         return True

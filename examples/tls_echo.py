@@ -6,12 +6,12 @@ r"""TLS both ways: a server with a certificate, and a client that verifies it.
     python examples/tls_echo.py ask cert.pem               # trusts that certificate only
     openssl s_client -connect 127.0.0.1:8710 -quiet        # or by hand
 
-On SIGHUP the server reads its files again: new connections get the new certificate, and the open
-ones go on. If there is something wrong with them, it says so and goes on with the old ones.
+On SIGHUP the server reads its files again: new connections get the new certificate, and open
+connections go on. If the files can't be used, it says so and goes on with the old certificate.
 
-With ``--name b.example b.pem b.key`` it has another certificate for clients that ask for that name
-(SNI). With ``--clients ca.pem`` it wants a certificate from its clients, signed by that authority,
-and greets them by it; ``ask ca.pem --identity device.pem device.key`` shows one.
+With ``--name b.example b.pem b.key`` the server has another certificate for clients that ask for
+that name (SNI). With ``--clients ca.pem`` its clients need a certificate signed by that authority,
+and it greets them by the name in it; ``ask ca.pem --identity device.pem device.key`` shows one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from psofa_gevent.framing import Line
 class Echo(PsCallback):
     def on_open(self, session: PsSession) -> None:
         assert session.tls is not None
-        for names in session.tls.peer.get("subject", ()):  # none, unless it was verified
+        for names in session.tls.peer.get("subject", ()):  # empty, unless it was verified
             for kind, name in names:
                 if kind == "commonName":
                     session.send(f"welcome, {name}")
@@ -50,7 +50,7 @@ class Echo(PsCallback):
 
 
 def make_context(args: argparse.Namespace) -> ssl.SSLContext:
-    """The context of the first certificate, which hands over to those of the other names."""
+    """The context of the first certificate; by SNI it switches to those of the other names."""
 
     def load(certificate: str, key: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -82,7 +82,7 @@ def serve(args: argparse.Namespace) -> None:
     def reload() -> None:
         try:
             server.reload_tls(make_context(args))
-        except (OSError, ValueError) as error:  # no such file, or half of one
+        except (OSError, ValueError) as error:  # a file is missing, or only half written
             print("not reloaded:", error, flush=True)
 
     server.start()
@@ -117,7 +117,7 @@ def ask(args: argparse.Namespace) -> None:
         framing=Line(),
     )
     client.connect()
-    failure = ended.get()  # with TLS 1.3 a server that refuses our certificate says so only now
+    failure = ended.get()  # a TLS 1.3 server that refuses our certificate says so only now
     client.disconnect()
     if failure is not None:
         sys.exit(str(failure))
@@ -141,7 +141,7 @@ def main() -> None:
         else:
             serve(args)
     except (OSError, ValueError, PsServerError, PsClientError) as error:
-        sys.exit(str(error))  # no such file or port; it is in use; or the server is not trusted
+        sys.exit(str(error))  # a wrong file or port, port in use, or the server is not trusted
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 
 A device connects, introduces itself with a first line ``HELLO name``, and from then on answers
 every line with a line. ``gevent.pywsgi`` runs every HTTP request in a greenlet and the `PsServer`
-every device, all in one thread: a request waits for its device, and everybody else goes on.
+every device, all in one thread: a request waits for its device, and all others go on.
 
 Neither Flask nor the library needs monkey-patching. An application that also uses blocking
-libraries (``requests``, a database driver) is started patched, first thing:
+libraries (``requests``, a database driver) must be patched before anything else runs:
 ``python -m gevent.monkey examples/wsgi_flask.py``. For gunicorn see gunicorn_app.py.
 """
 
@@ -41,7 +41,7 @@ NAME = "name"
 
 
 class Devices(PsCallback):
-    """The callback of the devices' server, which is known as `server` once that starts."""
+    """The callback of the devices' server; `server` is set when that server starts."""
 
     server: PsServer
 
@@ -64,7 +64,7 @@ class Devices(PsCallback):
             session.close()
             return
         session.set_value(NAME, name)
-        # It may have come back before we noticed that it was gone.
+        # The device may have come back before we noticed that it was gone.
         session.owner.bind(session, name, replace=True)
 
 
@@ -73,7 +73,7 @@ def make_server(devices: Devices, **where: Any) -> PsServer:
     return PsServer(
         devices,
         framing=Line(max_size=65_536),
-        idle_milliseconds=None,  # a device speaks when it is asked, which may be never
+        idle_milliseconds=None,  # a device speaks only when it is asked, which may be never
         **where,
     )
 
@@ -98,7 +98,7 @@ def create_app(devices: Devices, ask_timeout: float = 5.0) -> flask.Flask:
         try:
             return plain_text(devices.requester.request(device, question, ask_timeout), 200)
         except PsRequestTimeoutError:
-            device.close()  # it is stuck: let it connect anew
+            device.close()  # the device is stuck: let it connect again
             return plain_text(f"{name} did not answer", 504)
         except PsRequestClosedError:
             return plain_text(f"{name} has left", 502)
@@ -125,17 +125,17 @@ def main() -> None:
     try:
         device_server = make_server(devices, host=args.host, port=args.device_port)
         app = create_app(devices, args.ask_timeout)
-        # A greenlet per request, at most so many at a time: the others wait in the backlog.
+        # A greenlet per request, at most 1,000 at a time: further ones wait in the backlog.
         http_server = WSGIServer((args.host, args.http_port), app, spawn=1_000)
         device_server.start()
         http_server.start()
     except (OSError, OverflowError, ValueError, PsServerError) as error:
-        sys.exit(str(error))  # no port has that number; or it is in use
+        sys.exit(str(error))  # invalid port number, or port in use
     print(f"devices on {args.host}:{device_server.address[1]}", flush=True)
     print(f"http on {args.host}:{http_server.server_port}", flush=True)
 
     stopping.wait()
-    http_server.stop(timeout=1)  # requests that run may finish: they need their devices
+    http_server.stop(timeout=1)  # running requests may finish: they need their devices
     device_server.shutdown()
 
 

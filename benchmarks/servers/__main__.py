@@ -12,9 +12,10 @@ from benchmarks.peers import PEERS
 
 PR_SET_PDEATHSIG = 1
 FREED_ONCE = 4 * 1024 * 1024
-"""Bytes. glibc maps a block of its own, and unmaps it, for whatever is larger than all that the
-program has freed so far. One that has run for a while has freed much; a fresh one does that for
-each recv of asyncio's Protocol, which asks for 256 KiB: 48 µs of CPU time a message, not 17."""
+"""Bytes. glibc maps a separate block, and unmaps it, for an allocation larger than any block that
+the program has freed so far. A program that has run for a while has freed large blocks. A fresh one
+would map a block for each recv of asyncio's Protocol, which asks for 256 KiB: 48 µs of CPU time a
+message, not 17."""
 
 
 def announce(port: int) -> None:
@@ -22,7 +23,7 @@ def announce(port: int) -> None:
 
 
 def main(name: str, work: str) -> None:
-    # Nothing is left running when the benchmark is killed.
+    # So that no server is left running when the benchmark is killed.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -42,7 +42,7 @@ class Broadcast(Echo):
 
 
 class Lines(Echo):
-    """Written by hand: the lines of a read are answered in one write."""
+    """Framing written by hand: answers the lines of a read in one write."""
 
     rest = b""
 
@@ -57,7 +57,7 @@ class Lines(Echo):
 
 
 class Lengths(Echo):
-    """Written by hand: the messages of a read are answered in one write."""
+    """Framing written by hand: answers the messages of a read in one write."""
 
     rest = b""
 

@@ -15,7 +15,7 @@ from psofa_gevent import PsCallback, PsCloseReason, PsServer, PsSession
 from psofa_gevent.framing import Framing, LengthPrefix, Line
 
 SHUTDOWN_TIMEOUT = 60.0
-"""Seconds: long, so that a slow shutdown is measured rather than cut off."""
+"""Seconds. Long, so that a slow shutdown is measured and not cut off."""
 
 
 class Echo(PsCallback):
@@ -44,7 +44,7 @@ class Broadcast(PsCallback):
 
 
 class EchoAlone(PsCallback):
-    """Each reply in a system call of its own, to show what it is worth that they leave together."""
+    """Sends each reply in a system call of its own, to show the gain of sending them together."""
 
     def on_message(self, session: PsSession, message: bytes) -> None:
         session._cork = None

@@ -1,4 +1,4 @@
-"""What the servers have in common."""
+"""Constants and functions that the servers share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 Context = TypeVar("Context", bound=ssl.SSLContext)
 
 Announce = Callable[[int], None]
-"""Tells the benchmark the port."""
+"""Reports the port to the benchmark."""
 
 HOST = "127.0.0.1"
 BACKLOG = 1024
@@ -31,16 +31,16 @@ PING = b"PING\r\n"
 PONG = b"+PONG\r\n"
 TO_ALL = ord(".")
 TLS = "tls"
-"""The work that goes over TLS."""
+"""The name of the work that uses TLS."""
 
 
 def pongs(message: bytes) -> bytes:
-    """Answer as many lines as came, as they may come glued."""
+    """The answers to all lines of `message`: lines may come glued together."""
     return PONG if message == PING else PONG * message.count(b"\n")
 
 
 def tls_context(kind: type[Context]) -> Context:
-    """For TLS 1.3, with a certificate that nobody knows, made for the occasion."""
+    """A context for TLS 1.3, with a certificate made just now by an unknown authority."""
     import trustme
 
     context = kind(ssl.PROTOCOL_TLS_SERVER)

@@ -5,7 +5,7 @@
 
 With the units echo.socket and echo.service beside it, systemd listens, starts this program for the
 first client, and gives it the sockets. On a restart the sockets stay open: new clients wait for the
-new process, and the old one serves those that it has for up to half a minute.
+new process, and the old process serves its own clients for up to half a minute.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
 
     try:
-        # By hand there are no sockets.
+        # Started by hand, the program gets no sockets.
         listener = systemd.listen_sockets() or ("127.0.0.1", args.port)
         server = PsServer(Echo(), listener=listener)
         server.start()
@@ -36,7 +36,7 @@ def main() -> None:
     for host, port, *_ in server.addresses:
         where = host if host.startswith("unix:") else f"{host}:{port}"
         print(f"listening on {where}", flush=True)
-    # Tells systemd that it is ready, feeds the watchdog, and on SIGTERM tells that it stops.
+    # Tells systemd that the server is ready, feeds the watchdog, and tells it of the stop.
     server.serve_forever(drain=30)
 
 
