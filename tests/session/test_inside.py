@@ -1,6 +1,6 @@
 """A session has one state, in one file, and one door through which the rest of the package asks it.
 
-That nobody goes past the door: `tests/test_architecture.py`.
+That nobody goes past the door: `tests/whole/test_architecture.py`.
 """
 
 from __future__ import annotations

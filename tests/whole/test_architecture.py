@@ -1,7 +1,7 @@
 """The structure of the package: imports run one way, and private names stay where they belong.
 
 What is still open stands in `OPEN_ARROWS` and `MOST_OF_A_SESSION`. Both can only shrink: what is
-done is to be taken out. `python tests/imports.py` prints all of it.
+done is to be taken out. `python tests/support/imports.py` prints all of it.
 """
 
 from __future__ import annotations

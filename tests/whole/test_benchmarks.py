@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import REPOSITORY, TESTS, child_environment
+from helpers import REPOSITORY, SUPPORT, child_environment
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="they use epoll, processor affinity, /proc"),
@@ -36,7 +36,7 @@ def run_benchmarks(
     variables["PYTHONPATH"] = os.pathsep.join((variables["PYTHONPATH"], str(REPOSITORY)))
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *map(str, options)],
-        cwd=TESTS,
+        cwd=SUPPORT,
         env=variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,

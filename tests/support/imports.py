@@ -1,8 +1,9 @@
 """Who imports whom in the package, and who touches whose private names: read from the source.
 
-``python tests/imports.py`` prints the graph of the packages, with the imports that are there for
-type checkers only; circles; arrows up, against the order in `LAYERS`; and how often a file touches
-a private name of another one. `tests/test_architecture.py` holds the package to it.
+``python tests/support/imports.py`` prints the graph of the packages, with the imports that are
+there for type checkers only; circles; arrows up, against the order in `LAYERS`; and how often a
+file touches a private name of another one. `tests/whole/test_architecture.py` holds the package to
+it.
 
 A top-level module of ``psofa_gevent/`` counts as a package of one file. Nothing is imported or run:
 the source is parsed (`ast`), so this works without dependencies and on any Python.
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAME = "psofa_gevent"
 PUBLIC = "__init__"
 """The package of ``psofa_gevent/__init__.py``."""

@@ -1,8 +1,8 @@
 """Draw docs/architecture.svg: the packages, their files, and who imports from whom.
 
-Usage: ``python tests/drawing.py``. `tests/test_drawing.py` fails when the file is not what this
-draws. The imports come from `tests/imports.py`, so nothing of the package is imported or run, and
-this works without dependencies.
+Usage: ``python tests/support/drawing.py``. `tests/whole/test_drawing.py` fails when the file is not
+what this draws. The imports come from `imports.py` beside it, so nothing of the package is imported
+or run, and this works without dependencies.
 
 Each row is a layer of `LAYERS`. An import that follows from others is left out: where A imports
 from B and C, and B from C, the drawing has A–B and B–C. `LOOKS_UP` is left out, too.

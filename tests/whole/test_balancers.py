@@ -22,14 +22,14 @@ import gevent.ssl
 import gevent.subprocess
 import pytest
 
-from example_process import serving_example
+from example_process import EXAMPLES, serving_example
 from helpers import LOOPBACK, accepts_connections
 from marks import needs_ipv6
 from proxy_headers import CLIENT, SERVER, tlv, v1, v2, with_crc
 from psofa_gevent import PsCallback, PsRefusal, PsServer, PsSession
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "haproxy.cfg"
+EXAMPLE = EXAMPLES / "haproxy.cfg"
 MIB = 1_048_576
 
 

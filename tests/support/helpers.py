@@ -31,8 +31,9 @@ from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 P = ParamSpec("P")
 T = TypeVar("T")
 
-TESTS = Path(__file__).resolve().parent
-REPOSITORY = TESTS.parent
+SUPPORT = Path(__file__).resolve().parent
+"""The directory of this file, where programs of tests are started: they may import from it."""
+REPOSITORY = SUPPORT.parent.parent
 LOOPBACK = "127.0.0.1"
 TINY_BUFFER = 4_096
 SLACK = 2.0
@@ -332,7 +333,7 @@ class PythonProcess:
             stdin=gevent.subprocess.DEVNULL,
             stdout=gevent.subprocess.PIPE,
             stderr=gevent.subprocess.STDOUT,
-            cwd=TESTS,
+            cwd=SUPPORT,
             env=child_environment(environment),
             text=True,
         )
@@ -397,7 +398,7 @@ def python_process(
 ) -> Iterator[PythonProcess]:
     """A running ``python *arguments``, killed at the end if it did not end by itself.
 
-    Its working directory is that of the tests: name a file by its whole path.
+    Its working directory is `SUPPORT`: name a file by its whole path.
     """
     process = PythonProcess(arguments, environment)
     try:
@@ -413,7 +414,7 @@ def run_python(
     descriptor_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> gevent.subprocess.CompletedProcess[str]:
-    """Run Python source in a process of its own, in the directory of the tests.
+    """Run Python source in a process of its own, in the directory `SUPPORT`.
 
     Args:
         source: the program, indented as you like.
@@ -437,7 +438,7 @@ def run_python(
             capture_output=True,
             text=True,
             timeout=timeout,
-            cwd=TESTS,
+            cwd=SUPPORT,
             env=child_environment(environment),
         )
     except gevent.subprocess.TimeoutExpired as error:

@@ -17,7 +17,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_the_drawing_is_what_the_imports_say() -> None:
-    assert FILE.read_text(encoding="utf-8") == drawn(read_modules()), "run: python tests/drawing.py"
+    current = FILE.read_text(encoding="utf-8")
+    assert current == drawn(read_modules()), "run: python tests/support/drawing.py"
 
 
 def test_the_drawing_has_each_package() -> None:

@@ -1,4 +1,7 @@
-"""How far a run of the suite is: tests/progress.py, for toxfile.py; and what tox.ini says of it."""
+"""How far a run of the suite is, and what tox.ini says of it.
+
+The first is `tests/support/progress.py`, for toxfile.py.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers import REPOSITORY, TESTS, python_process
+from helpers import REPOSITORY, SUPPORT, python_process
 from progress import VARIABLE
 
 CONFTEST = """\
 import sys
 
-sys.path.append({tests!r})
+sys.path.append({support!r})
 from progress import keep_progress as pytest_configure
 """
 THREE_TESTS = """\
@@ -33,7 +36,7 @@ def test_number(number):
 def test_a_run_tells_how_many_of_its_tests_have_ended(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    (tmp_path / "conftest.py").write_text(CONFTEST.format(tests=str(TESTS)))
+    (tmp_path / "conftest.py").write_text(CONFTEST.format(support=str(SUPPORT)))
     (tmp_path / "test_numbers.py").write_text(THREE_TESTS)
     progress = tmp_path / "progress"
     command = (
