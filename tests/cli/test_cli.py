@@ -39,6 +39,8 @@ from psofa_gevent.listening.settings import ServerSettings
 from psofa_gevent.settings import described
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, eventually
 
+pytestmark = pytest.mark.programs
+
 WHERE_THE_PACKAGE_IS = str(Path(psofa_gevent.__file__).parent.parent)
 SECONDS = 30.0
 """The longest that a process may take for anything."""

@@ -32,6 +32,8 @@ from psofa_gevent.framing import (
     Varint,
 )
 
+pytestmark = pytest.mark.no_gevent
+
 
 def example_of(kind: type[Any], name: str) -> Any:
     """What `name` is in the code that a docstring shows."""

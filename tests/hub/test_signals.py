@@ -52,6 +52,8 @@ from psofa_gevent.testing import (
     eventually,
 )
 
+pytestmark = pytest.mark.long
+
 SOON = 5.0
 """Seconds: nothing here comes near it, unless something waits for itself."""
 

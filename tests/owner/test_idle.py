@@ -40,6 +40,8 @@ from psofa_gevent.testing import (
     eventually,
 )
 
+pytestmark = pytest.mark.long
+
 native_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
 """Blocks the hub, in a patched process too."""
 

@@ -29,6 +29,8 @@ from proxy_headers import CLIENT, SERVER, tlv, v1, v2, with_crc
 from psofa_gevent import PsCallback, PsRefusal, PsServer, PsSession
 from psofa_gevent.testing import RecordingCallback, ScriptedClient, ServerFactory, eventually
 
+pytestmark = pytest.mark.programs
+
 EXAMPLE = EXAMPLES / "haproxy.cfg"
 MIB = 1_048_576
 

@@ -19,6 +19,7 @@ import pytest
 from helpers import REPOSITORY, SUPPORT, child_environment
 
 pytestmark = [
+    pytest.mark.programs,
     pytest.mark.skipif(sys.platform != "linux", reason="they use epoll, processor affinity, /proc"),
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("psutil", "rich")),

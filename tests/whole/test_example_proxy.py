@@ -24,6 +24,8 @@ from helpers import PythonProcess, ScriptedServer, free_port, stalled_peer, wait
 from marks import needs_ipv6
 from psofa_gevent.testing import ScriptedClient, eventually
 
+pytestmark = pytest.mark.programs
+
 psutil: Any = pytest.importorskip("psutil")
 
 MIB = 1_048_576

@@ -45,6 +45,8 @@ from psofa_gevent import PsCallback, PsServer
 from psofa_gevent.framing import Line
 from psofa_gevent.testing import ScriptedClient, eventually
 
+pytestmark = pytest.mark.programs
+
 ASK_TIMEOUT = "1.0"  # seconds: more than the steps between question and answer take in the tests
 
 

@@ -15,6 +15,8 @@ from gunicorn_process import get, reload_gunicorn, under_load
 from helpers import REPOSITORY, free_port, python_process, wait_until_accepting
 from psofa_gevent.testing import ScriptedClient
 
+pytestmark = pytest.mark.programs
+
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROGRAMS: list[str] = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 SNIPPETS: list[str] = re.findall(r"^```py\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
