@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests here."""
+"""A fixture of several files of tests here."""
 
 from __future__ import annotations
 

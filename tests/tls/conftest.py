@@ -1,4 +1,4 @@
-"""What several files of tests of TLS take as a fixture."""
+"""A fixture of several files of tests here."""
 
 from __future__ import annotations
 
