@@ -46,7 +46,8 @@ class Progress:
 
         Args:
             name: the environment's.
-            stage: words, or the file in which tests/progress.py keeps how far the tests are.
+            stage: words, or the file in which tests/support/progress.py keeps how far the tests
+                are.
         """
         with self._lock:
             if self._stages.get(name) == stage:

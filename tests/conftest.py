@@ -59,6 +59,10 @@ from psofa_gevent.testing import ps_client, ps_server
 
 __all__ = ["ps_client", "ps_server"]
 
+SUPPORT = Path(__file__).parent / "support"
+# The asserts in there tell as much as those of tests. (There are none in what is imported already.)
+pytest.register_assert_rewrite(*{path.stem for path in SUPPORT.glob("*.py")} - {"progress"})
+
 TEST_SECONDS = 120.0
 GRACE_SECONDS = 2.0
 """How long what a test leaves may take to go: a kill or a FIN may be on its way through the hub."""

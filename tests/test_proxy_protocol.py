@@ -1,7 +1,7 @@
 """The PROXY protocol: the client's address is told, never guessed, and no byte gets lost.
 
 First the parser, without a socket; then servers behind a scripted load balancer. Behind real ones:
-test_balancers.py.
+tests/whole/test_balancers.py.
 """
 
 from __future__ import annotations
