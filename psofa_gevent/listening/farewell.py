@@ -15,7 +15,7 @@ import contextlib
 from typing import Any
 
 from psofa_gevent.hub.forking import keep, release
-from psofa_gevent.hub.io_events import READ
+from psofa_gevent.hub.io_masks import READ
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.net.sockopts import end
 

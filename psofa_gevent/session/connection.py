@@ -69,7 +69,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.hub.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.hub.greenlets import LibraryGreenlet, sends_to_the_end
-from psofa_gevent.hub.io_events import READ
+from psofa_gevent.hub.io_masks import READ
 from psofa_gevent.hub.logs import PeerLog, log
 from psofa_gevent.hub.ready import ReadySessions, switch
 from psofa_gevent.hub.thread import HubThread, get_ident
