@@ -5,7 +5,7 @@ one session on that session (`PsSession.set_value`). These greenlets run the cal
 
 - ``on_accept``, ``on_open``, ``on_message``, ``on_eof``, ``on_idle``: the session's own greenlet.
   The callbacks of one session run one at a time, those of different sessions side by side. They may
-  block, in gevent's way, for as long as they like.
+  block, if they do so cooperatively, for as long as they like.
 - ``on_close`` and ``on_stop``: the one close greenlet of the server or client. A slow one delays
   other ``on_close`` calls and nothing else.
 - ``on_start``: the greenlet that called ``start``, ``connect`` or ``init_bundle``.

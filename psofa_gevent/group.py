@@ -4,7 +4,7 @@ A session joins and leaves groups, and leaves them by itself when its close is r
 never waits (`PsSession.post`), so a slow member holds up neither the others nor the caller.
 
 A post to thousands of sessions would hold the hub for too long: it takes 6 µs for each session, in
-system calls. So after some 10 ms (`TURN`) the remaining sessions only collect the message, as
+system calls. So after about 10 ms (`TURN`) the remaining sessions only collect the message, as
 corked sessions do, which takes a twentieth of that time. The hub then sends it in turns
 (`_LatePosts`). Anything that is sent or posted to such a session meanwhile is collected behind the
 message, so the order is that of the calls. Anything that sends collected messages, such as a close,

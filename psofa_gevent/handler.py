@@ -2,7 +2,10 @@
 
 The function runs in the session's own greenlet, in the place of ``on_open``. It asks for the
 messages (`PsSession.receive`, or a loop over the session) instead of being called with them. When
-it returns, the session closes. Settings, promises and close reasons are those of callbacks.
+it returns, the session closes. The function may switch, as any callback may.
+
+Settings, promises and close reasons are as with callbacks, but ``callback_timeout`` limits the time
+between two messages, and ``on_message``, ``on_eof`` and ``on_idle`` are not called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The types of messages, and how a message becomes bytes."""
+"""The type variable of messages, and the conversion of text and buffers to bytes.
+
+The functions run in any greenlet and any OS thread, and do not switch.
+"""
 
 from __future__ import annotations
 

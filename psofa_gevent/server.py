@@ -519,7 +519,10 @@ class PsServer(SessionOwner[M]):
 
         Args:
             timeout: seconds that running callbacks have, after `drain`. Then they are killed, and
-                have as long again to end, at least a second. ``None``: as long as they take.
+                have as long again to end, at least a second; ``on_stop`` has a third of that more.
+                So if all of them swallow the kills, the call may take 2⅓ times `timeout` and a
+                second after `drain`; below a `timeout` of one second, about 3 s. It takes up to one
+                second more if a handler of the log waits. ``None``: as long as they take.
             drain: seconds in which the sessions go on and may end by themselves, before they are
                 closed.
 

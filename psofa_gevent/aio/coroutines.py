@@ -9,7 +9,7 @@ Which greenlet runs what:
 - Every step of every task, and every callback of the loop, runs in the loop's own greenlet
   (`LoopGreenlet`). Outside of such a step asyncio sees no running loop, so in a patched process
   ``asyncio.run`` works in another greenlet at the same time.
-- A step that waits in gevent's way (``gevent.sleep``, a sync ``send``, a blocking library in a
+- A step that waits through gevent (``gevent.sleep``, a sync ``send``, a blocking library in a
   patched process) holds the loop: other coroutines wait until the step goes on, other greenlets
   run. ``asyncio.timeout`` can't interrupt such a wait; a ``gevent.Timeout`` in the coroutine can,
   and a kill of the greenlet that waits for the task. A ``gevent.Timeout`` around an ``await`` has
@@ -79,8 +79,8 @@ T = TypeVar("T")
 def run_coroutine(coro: Awaitable[T], timeout: float | None = None) -> T:
     """Run a coroutine on the asyncio loop of this thread's hub, and wait for its result.
 
-    Any number of greenlets may call it at once, in any thread that has a hub. The caller waits in
-    gevent's way, so other greenlets go on. The coroutine sees a copy of the caller's context
+    Any number of greenlets may call it at once, in any thread that has a hub. The caller waits
+    cooperatively, so other greenlets go on. The coroutine sees a copy of the caller's context
     variables.
 
     When the caller is killed, or gets a ``gevent.Timeout``, the task is cancelled, and the caller
@@ -179,7 +179,7 @@ async def await_greenlet(greenlet: Greenlet[..., T]) -> T:
 
 
 def greenlet_that_waits(task: asyncio.Task[Any]) -> greenlet | None:
-    """The greenlet of this thread that waits for `task` in gevent's way, if one does."""
+    """The greenlet of this thread that waits for `task` through gevent, if one does."""
     loop = task.get_loop()
     return loop.greenlet.greenlet_that_waits(task) if isinstance(loop, HubLoop) else None
 
@@ -198,7 +198,7 @@ def run_task(
     first kill (or `KeyboardInterrupt`, `SystemExit`) is raised, or else the last exception.
 
     A task that has not begun begins before it is cancelled. A task that is held in the middle of a
-    step (it waits in gevent's way) is interrupted where it waits.
+    step (it waits through gevent) is interrupted where it waits.
 
     Args:
         coro: A coroutine. It is closed when it can't be run.

@@ -1,7 +1,7 @@
 """The greenlet in which the asyncio loop of a hub runs.
 
 At any time it runs, is parked (in the selector, between two rounds of the loop), or is held (a step
-of a task waits in gevent's way). The parking ends only by a wake of the loop (`LoopGreenlet.wake`,
+of a task waits through gevent). The parking ends only by a wake of the loop (`LoopGreenlet.wake`,
 `LoopGreenlet.unpark`), for a coroutine that is to begin (`LoopGreenlet.begin`,
 `LoopGreenlet.begin_in_turn`), or in `LoopGreenlet.end`. Only the event that the step waits for, or
 an exception thrown into the step, ends the holding: a stale wake must never switch into a step that
@@ -268,7 +268,7 @@ class LoopGreenlet(StepGreenlet):
             self.run_queue.add([self])
 
     def greenlet_that_waits(self, task: Task[Any]) -> greenlet | None:
-        """The greenlet that waits for `task` in gevent's way, if one does."""
+        """The greenlet that waits for `task` through gevent, if one does."""
         run = self.runs.get(task)
         if run is None and self._begins is not None and self._begins.task is task:
             run = self._begins

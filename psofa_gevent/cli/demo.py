@@ -172,7 +172,7 @@ def client_port(session: PsSession) -> object:
 
 
 def run(program: str, out: TextIO) -> int:
-    """Run the demo and print it to `out`. Waits, in gevent's way.
+    """Run the demo and print it to `out`. Waits cooperatively.
 
     Releases everything that it started, however it ends.
 

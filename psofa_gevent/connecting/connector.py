@@ -20,7 +20,7 @@ from gevent import Timeout, get_hub, getcurrent, socket
 from psofa_gevent.enums import PsSocketAddressFamily
 from psofa_gevent.errors import PsError
 from psofa_gevent.hub.forking import release, unwatch, watch
-from psofa_gevent.hub.io_events import READ, WRITE
+from psofa_gevent.hub.io_masks import READ, WRITE
 from psofa_gevent.hub.times import SHORTEST_TIMER
 from psofa_gevent.net.addresses import (
     Address,

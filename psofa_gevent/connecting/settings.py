@@ -1,8 +1,8 @@
-"""The settings of clients, without those that all owners have.
+"""The settings of clients: `ConnectingSettings` and `ClientSettings` add them to `SessionSettings`.
 
-Each is described once, as the settings of sessions are in `psofa_gevent.settings`, which says what
-is made from these descriptions. They are checked where addresses, a context or a policy is made
-from them.
+Each is described once. `psofa_gevent.settings` says what uses the descriptions. They are checked
+where addresses, a context or a policy is made from them. Nothing here touches a socket, or
+switches.
 """
 
 from __future__ import annotations

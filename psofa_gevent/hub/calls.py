@@ -1,6 +1,7 @@
 """Calls from other OS threads into a hub: a list of calls, and one watcher that wakes the hub.
 
-In a thread that is not the hub's, the library touches nothing else of the hub's loop. gevent's own
+In a thread that is not the hub's, the library only sends to this watcher, and on libuv appends to
+the loop's list of callbacks. It changes nothing else of the hub's loop there. gevent's own
 ``run_callback_threadsafe`` does more there than libev and libuv allow:
 
 - On libev it increments the loop's reference count, under the GIL, while the loop decrements it
@@ -20,16 +21,19 @@ When the hub runs calls, and when not:
   (`psofa_gevent.hub.ready`): so if another thread has added a call, work that the hub's thread
   begins afterwards does not run before the call.
 - It runs the calls that are there when it comes to them, in one go. Calls that are added meanwhile
-  wait for the hub's next round: so neither calls that add calls nor threads that never stop starve
-  other work. An exception of a call is handled like that of a callback of gevent's hub, and the
-  next call is run.
+  run later: at the end of this round if the hub has sessions, otherwise in the next round. So
+  neither calls that add calls nor threads that never stop starve other work. An exception of a call
+  is handled like that of a callback of gevent's hub, and the next call is run.
 - It runs them even if nothing else keeps the hub alive, provided they are there before the hub
-  begins to wait: the results of the calls decide whether there is a `LoopExit`. The hub does not
-  wait for calls that may come later: a waiter for such a call keeps the hub alive by a timer or a
+  begins to wait: so a call may start something that prevents a `LoopExit`. The hub does not wait
+  for calls that may come later: a waiter for such a call keeps the hub alive by a timer or a
   watcher. (On libev, a call that is added while the very last thing that kept the hub alive is just
   ending counts as a later one.)
 - It never runs them when it was destroyed or its thread has ended. A child process never runs calls
   that were added before the fork.
+
+What may switch: only `HubCalls.run`, in the hub. A call may switch to a greenlet that switches
+back.
 """
 
 from __future__ import annotations

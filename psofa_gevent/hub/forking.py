@@ -1,7 +1,7 @@
 """Forks: a child process lets go of everything that belongs to its parent's servers and clients.
 
 Only the process that accepted or made a connection serves it. A child has copies of everything:
-descriptors, watchers, greenlets, coroutines. If it waited in gevent's way, its hub would accept the
+descriptors, watchers, greenlets, coroutines. If it waited through gevent, its hub would accept the
 parent's connections and take messages out of the parent's sessions. So the following happens at the
 fork, in the child, before ``os.fork`` returns there (`os.register_at_fork`; for ``os.fork``,
 ``gevent.os.fork`` and ``multiprocessing``):

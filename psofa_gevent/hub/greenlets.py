@@ -81,7 +81,7 @@ class SessionTask(LibraryGreenlet):
 
 
 class StepGreenlet(greenlet):
-    """A greenlet that runs steps of coroutines: a wait in gevent's way holds up all of them."""
+    """A greenlet that runs steps of coroutines: a wait through gevent holds up all of them."""
 
     __slots__ = ()
 

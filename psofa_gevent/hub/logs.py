@@ -2,23 +2,23 @@
 
 `log` may be called anywhere, in the middle of anything: in the hub, in a coroutine, in the greenlet
 of a session. It lets no other greenlet of the library or the program run, does not wait, and raises
-no exception of a handler. For every record:
+no `Exception` of a handler. (A handler's `SystemExit` or `KeyboardInterrupt` leaves it.) A thread
+without a hub runs the handlers itself, and waits for them. For every record:
 
 - It is made at the call: it has the caller's time, thread and place in the source (``funcName``,
   ``lineno``), and its message describes the state at that moment.
 - It is handed to the handlers at once, in a greenlet of the log (`LogGreenlet`). When a handler
   waits (for a patched socket, a lock), the caller goes on, and later records wait and follow in the
-  same order. From then on a record has its message as text, and no longer holds the objects in it
-  (`_settle`). So no kill and no time limit of a callback interrupts a handler, and a handler that
-  waits neither holds up a session nor wakes it.
+  same order. Once a handler has waited, its record and the later ones have their messages as text,
+  and no longer hold the objects in them (`_settle`). So no kill and no time limit of a callback
+  interrupts a handler, and a handler that waits neither holds up a session nor wakes it.
 - Handlers and filters see the context variables of the caller, or those that the caller gives.
 - Its message has at most `LONGEST` characters, in one line, whatever a peer has sent and an
   exception says. The same holds for the text of each exception in a traceback, not counting the
   frames.
 
 The number of waiting records is bounded (`MOST_WAITING`); further records are only counted. A
-shutdown, and the end of the process, wait at most `LAST_MOMENT` for the waiting records. A thread
-without a hub calls the handlers itself.
+shutdown, and the end of the process, wait at most `LAST_MOMENT` for the waiting records.
 
 A peer may repeat what it does as often as it likes. So the log warns about each kind of such events
 once a minute (`PeerLog`), with their number.
@@ -194,7 +194,7 @@ class LogGreenlet(greenlet):
     """Hands records over, and lets the caller of `log` go on as soon as a handler waits.
 
     It is a child of the caller's greenlet, so that it returns there at its end. When a handler
-    waits, it becomes a child of the hub, as greenlets that wait in gevent's way should be.
+    waits, it becomes a child of the hub, as greenlets that wait through gevent should be.
     """
 
     __slots__ = ("_is_on_its_way", "_log")

@@ -34,7 +34,7 @@ from types import FrameType
 from gevent import get_hub
 
 from psofa_gevent.hub.forking import in_child, unwatch, watch
-from psofa_gevent.hub.io_events import READ
+from psofa_gevent.hub.io_masks import READ
 from psofa_gevent.hub.native import get_ident
 
 try:

@@ -73,7 +73,7 @@ class NativeEvent:
 class CallerEvent:
     """Lets the caller that made it wait until another OS thread calls `set`.
 
-    A greenlet of a thread with a hub waits in gevent's way; any other caller blocks its thread.
+    A greenlet of a thread with a hub waits through gevent; any other caller blocks its thread.
     """
 
     __slots__ = ("_calls", "_greenlet", "_hub", "_native")

@@ -5,7 +5,9 @@ on their way to the peer (RFC 2525, section 2.17). So the server shuts down writ
 drops data until the peer closes, within limits on time, on the number of connections and on bytes.
 A connection beyond the limit on connections is sent the farewell and closed at once.
 
-All of it runs in the hub, in callbacks of watchers, without a greenlet. Nothing waits or raises.
+Runs in the hub, in callbacks of watchers, without a greenlet; except `Farewells.close`, which runs
+in the greenlet of the shutdown, or in any thread if the hub was destroyed. Nothing waits. Only
+`Farewells.add` may raise, for lack of memory.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import contextlib
 from typing import Any
 
 from psofa_gevent.hub.forking import keep, release
-from psofa_gevent.hub.io_events import READ
+from psofa_gevent.hub.io_masks import READ
 from psofa_gevent.hub.thread import HubThread
 from psofa_gevent.net.sockopts import end
 

@@ -1,7 +1,8 @@
-"""The settings of servers, without those that all owners have.
+"""The settings of servers: `ServerSettings` adds them to `SessionSettings`.
 
-Each is described once, as the settings of sessions are in `psofa_gevent.settings`, which says what
-is made from these descriptions.
+Each is described once. `psofa_gevent.settings` says what uses the descriptions.
+
+Nothing here touches a socket, or switches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The listening sockets of a server: how each is made, and how it ends.
 
-Resource handling: `bind`, `bind_unix` and `duplicate` return an open socket, or close what they
-made and raise. The socket belongs to the caller, who calls `ListeningSocket.close`.
+Resource handling: `bind`, `bind_unix` and `duplicate` return a `ListeningSocket`, or close what
+they made and raise. The `ListeningSocket` belongs to the caller. Its owner ends it by
+`ListeningSocket.close`, or by `ListeningSocket.end` and a close of the socket (the listener).
 
 These functions run in the greenlet that calls the server's ``start``. Only `bind_unix` switches.
 """

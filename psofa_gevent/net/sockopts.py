@@ -1,10 +1,11 @@
-"""The socket options behind the settings, and the ends of a connection, `end` and `reset`.
+"""The socket options behind the settings, and the functions that end a connection: `end`, `reset`.
 
 A plain close(2) tells the peer nothing as long as another descriptor of the same socket is open:
 in a child process that a C extension has forked, or in any child in the moment after its fork
-(`psofa_gevent.hub.forking`). `end` and `reset` reach the peer even then.
+(`psofa_gevent.hub.forking`). `end` reaches the peer even then, and so does `reset`: on Linux (with
+ctypes) with an RST, elsewhere only with a FIN.
 
-All functions make plain system calls on non-blocking sockets: nothing here waits or switches.
+All functions make plain system calls that do not wait: nothing here switches.
 """
 
 from __future__ import annotations

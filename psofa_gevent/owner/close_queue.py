@@ -1,8 +1,8 @@
 """The close queue: one greenlet that calls ``on_close`` for the sessions that have ended, in order.
 
-The manager queues a session when it has ended and its socket is released. So this greenlet never
-waits for a session, and a slow ``on_close`` delays only other ``on_close`` calls. ``on_stop`` also
-runs here, after the last ``on_close``.
+The manager queues a session when it has ended and its socket is released: this part closes no
+socket. So the close greenlet never waits for a session, and a slow ``on_close`` delays only other
+``on_close`` calls. ``on_stop`` also runs here, after the last ``on_close``.
 
 Everything belongs to the hub's thread. Only the close greenlet itself switches, and, in the
 shutdown's greenlet, `CloseQueue.abandon` and `CloseQueue.stop`.

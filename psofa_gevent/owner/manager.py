@@ -126,7 +126,8 @@ class SessionManager:
     ) -> PsSession[Any]:
         """Take over a connected socket: its session starts soon, in a greenlet of the pool.
 
-        If this fails for any reason, the session is dropped, and the caller must close the socket.
+        If this fails for any reason, the caller must close the socket. It may be closed already:
+        the session is dropped, which closes the socket, unless its constructor failed.
 
         Args:
             sock: the socket, with its options set.

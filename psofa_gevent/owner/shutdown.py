@@ -1,4 +1,4 @@
-"""A shutdown: the way from the first call of ``shutdown`` (``disconnect``, …) to the last callback.
+"""A shutdown: all steps from the first ``shutdown`` (``disconnect``, …) to the last callback.
 
 It runs in a separate greenlet, so any greenlet, signal handler or OS thread may ask for it. Its
 phases:
@@ -10,9 +10,12 @@ phases:
    ``timeout`` seconds, at least one second, of which each pending ``on_close`` gets a share.
 4. Abandon: callbacks that have not ended by then are counted, and logged as errors.
 
-Then ``on_stop`` is called, and the timers and the close greenlet are released. A second call of
-``shutdown`` waits for the first, and may shorten either time. Each phase ends as soon as nothing is
-left to wait for.
+Then ``on_stop`` is called, with what is left of the time of phase 2. After that it runs for a third
+of the time of phase 3 at most, is killed repeatedly, and is abandoned 0.3 s later. At the end the
+timers and the close greenlet are released.
+
+A second call of ``shutdown`` waits for the first, and may shorten either time. Each phase ends as
+soon as nothing is left to wait for.
 """
 
 from __future__ import annotations

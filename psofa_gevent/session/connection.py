@@ -35,7 +35,7 @@ dropped, never began    no        ?            no     set      yes        nobody
 ``?``: either. A session that never opens keeps ``_is_opening``, also when it has ended.
 
 This file is longer than others because it keeps the state together with the methods that all parts
-use: it alone shows who may close the socket and who may wake the session.
+use. `psofa_gevent.session.life` lists the functions that close the socket.
 
 What may switch here: `Connection._wait_until_woken` and `Connection._give_up_turn`, in the
 session's own greenlet, and `Connection._resume`, by which the hub switches into that greenlet.
@@ -44,8 +44,10 @@ Nothing else switches, not even logging.
 All attributes belong to the hub's thread: `HubThread` takes the calls of other OS threads there.
 These functions change attributes in the thread that calls them:
 
-- `_note_asked` notes at once that a close was requested; ``abort`` also sets ``_abort_asked``.
-- ``post`` and ``send_eof`` change the outbox's inbox under a lock, and make the outbox if needed.
+- `_note_asked` notes at once that a close was requested, and has the framed receiver look around;
+  ``abort`` also sets ``_abort_asked``.
+- ``post`` and ``send_eof`` change the outbox's inbox under `HubThread.lock`, and make the outbox if
+  needed.
 - `_join` and `_leave` change the memberships in atomic steps.
 - ``connection_id`` makes an id from the random bytes.
 - `_end_with_hub` ends a session whose hub will not run again.
@@ -69,7 +71,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsClosedError, PsSendError, PsTlsError, SlowPeerError
 from psofa_gevent.hub.forking import keep, leave_behind, release, unwatch, watch
 from psofa_gevent.hub.greenlets import LibraryGreenlet, sends_to_the_end
-from psofa_gevent.hub.io_events import READ
+from psofa_gevent.hub.io_masks import READ
 from psofa_gevent.hub.logs import PeerLog, log
 from psofa_gevent.hub.ready import ReadySessions, switch
 from psofa_gevent.hub.thread import HubThread, get_ident

@@ -2,16 +2,19 @@
 
 Only a session that has, or had, a framing has a `FramedReceiver`; other sessions hand over each
 chunk as it comes.
+
 The messages go to ``on_message`` (`FramedReceiver.hand_over`), or to code in the session's own
 greenlet that asks for the next one (`FramedReceiver.take`), even in the middle of an
-``on_message``. Everything runs in that greenlet, except `FramedReceiver.set_framing`, which a
-callback of the session calls. ``on_message`` and the end of a turn may switch.
+``on_message``. Everything runs in that greenlet, with two exceptions: in an async callback, a new
+framing and the start of TLS run in the greenlet of the asyncio loop; any thread may call
+`FramedReceiver.look_soon`. ``on_message`` and the end of a turn may switch, and so may sending the
+collected messages.
 
-One read may contain 65,536 messages. After some 10 ms of them (`TURN`) the session gives up its
-turn: the hub and all ready sessions go on, then this session with its next message. The session
-waits there in a wait of its own, so a close request wakes it. The messages that its callbacks sent
-leave before that wait. A session also gives up its turn when an application's own framing has
-skipped bytes for as long (`Decoder.left_off`).
+One read may contain 65,536 messages. After about 10 ms of handling them (`TURN`) the session gives
+up its turn: the hub and all ready sessions go on, then this session with its next message. The
+session waits there in a wait of its own, so a close request wakes it. The messages that its
+callbacks sent leave before that wait. A session also gives up its turn when an application's own
+framing has skipped bytes for as long (`Decoder.left_off`).
 
 Error handling: malformed bytes are the peer's fault. They close the session with FAILED, without a
 traceback, after the messages before them were handed over. The session handles an exception of
@@ -104,7 +107,10 @@ class FramedReceiver:
         self._messages = iter(self._decoder.feed(data))
 
     def hand_over(self, session: SendingHalf[Any]) -> None:
-        """Call ``on_message`` for each whole message. It may switch, as may the end of a turn."""
+        """Call ``on_message`` for each whole message, then send the collected messages.
+
+        Both may switch, and so may the end of a turn.
+        """
         try:
             while self._messages is not None and session._open:
                 self._hand_over(session, self._messages)

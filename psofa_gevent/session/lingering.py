@@ -4,7 +4,8 @@ A plain close with unread bytes would send RST and destroy the data on its way t
 2525, section 2.17). So the session sends the data it still has, shuts down writing, then reads
 and drops further bytes. Lingering ends at the peer's FIN, or when no sent byte is unacknowledged
 and no byte is left to read, or after ``linger_timeout``. After PEER_CLOSE the session only sends;
-after socket errors and send timeouts it does not linger at all.
+after socket errors and send timeouts it does not linger at all. This part only shuts down writing;
+`SessionLife._release` closes the socket.
 
 Runs in the session's own greenlet, and switches. An abort wakes the session here; a kill is raised.
 """

@@ -1,6 +1,7 @@
-"""A batch: messages in the send queue that no caller waits for; the hub sends them.
+"""A batch: posts and collected messages that wait in the send queue, and for which no caller waits.
 
-Everything belongs to the hub's thread, and nothing switches.
+Belongs to the hub's thread, and nothing switches. The first step runs in the greenlet that calls
+`Batch.start`, all others in the hub.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from psofa_gevent.enums import PsCloseReason
 from psofa_gevent.errors import PsSendError
 from psofa_gevent.hub.forking import release, unwatch, watch
 from psofa_gevent.hub.greenlets import sends_to_the_end
-from psofa_gevent.hub.io_events import WRITE
+from psofa_gevent.hub.io_masks import WRITE
 from psofa_gevent.hub.parking import Parking
 from psofa_gevent.net.sockopts import unacknowledged
 from psofa_gevent.session.send_batch import Batch

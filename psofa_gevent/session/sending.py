@@ -289,7 +289,7 @@ class SendingHalf(Connection[M]):
             file: the path of a regular file; or a binary file from `open`, whose position is
                 neither used nor moved if it is a regular file; or any object whose ``read(n)``
                 returns at most n bytes, and no bytes at its end: a `gzip.GzipFile`, an
-                `io.BytesIO`, a pipe. Such a ``read`` should wait by gevent
+                `io.BytesIO`, a pipe. Such a ``read`` should wait through gevent
                 (`gevent.fileobject.FileObject`).
             offset: the position to begin at, in bytes. An object that can seek is moved there.
             count: bytes to send; ``None``: up to the end, which for a regular file is its end at

@@ -373,7 +373,7 @@ class TlsSocket:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket, without close_notify."""
+        """Close the plain socket below. Sends no close_notify."""
         self._sock.close()
 
     def getsockopt(self, *args: int) -> Any:

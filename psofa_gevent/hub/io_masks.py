@@ -1,6 +1,6 @@
 """The event masks of gevent's io watchers: the same on libev and on libuv.
 
-`watch` and `unwatch` of `psofa_gevent.hub.forking` register and end the watchers themselves.
+Only constants: `watch` and `unwatch` of `psofa_gevent.hub.forking` register and end the watchers.
 """
 
 __all__ = ["READ", "WRITE"]
