@@ -30,6 +30,8 @@ many replies have come, and when. After a request W that got no reply in its tim
 If a peer replies to each request at the moment when the next one comes, and not before, a wrong
 reply gets past any rule that lets the line recover: its replies come at the same moments as those
 of a peer that did not answer one request.
+
+This file is longer than others because it keeps that reasoning beside the code that follows it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The server: it binds, accepts, and shuts down. `PsSession` does what happens on a connection."""
+"""The server: it binds, accepts, and shuts down. `PsSession` does what happens on a connection.
+
+This file is longer than others because it contains the documentation of all settings of a server.
+"""
 
 from __future__ import annotations
 

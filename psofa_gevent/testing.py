@@ -17,6 +17,8 @@ All waits go through gevent's hub, whether the process is monkey-patched or not.
 server under test share one thread, and everything here belongs to that thread. Each wait ends:
 after `timeout` seconds it raises an error that says what was expected and what came instead.
 pytest itself is imported only when one of the two fixtures is.
+
+This file is longer than others because it is a public module: programs import each name from here.
 """
 
 from __future__ import annotations

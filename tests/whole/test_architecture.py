@@ -6,9 +6,11 @@ done is to be taken out. `python tests/support/imports.py` prints all of it.
 
 from __future__ import annotations
 
+import ast
 import pickle
 import traceback
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,8 @@ OPEN_CIRCLES: list[set[str]] = []
 """Files that import each other, types included."""
 MOST_OF_A_SESSION = 0
 """Private names of a session that are touched outside of ``session/``."""
+LONG = 500
+"""Lines."""
 MOST_PER_THOUSAND = 2.0
 """The same of anything else that another file has, per 1,000 lines of code."""
 
@@ -94,6 +98,14 @@ def test_a_constant_is_given_its_value_in_one_file(modules: dict[str, Module]) -
         (name, frozenset(where)) for name, where in constants(modules).items() if len(where) > 1
     }
     assert not several, several
+
+
+def test_a_long_file_says_why_it_is() -> None:
+    for path in Path(psofa_gevent.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        if text.count("\n") > LONG:
+            docstring = ast.get_docstring(ast.parse(text)) or ""
+            assert "This file is longer than others because" in docstring, path
 
 
 # What the script finds, and what it leaves out
