@@ -41,6 +41,7 @@ MEMORY = """
 
     HIGH_WATER = 1_048_576
     PAGE = os.sysconf("SC_PAGE_SIZE")
+    M_TOP_PAD, M_ARENA_MAX = -2, -8  # of malloc.h
     way, overflow, path, *files = sys.argv[1:]
     noise = os.urandom(HIGH_WATER).replace(b"\\n", b"x").replace(b"\\r", b"x")
 
@@ -81,8 +82,13 @@ MEMORY = """
                 gevent.sleep(0)
             if way == "thread":
                 NativeThread(session.post, b"x").join()
-            with contextlib.suppress(AttributeError):  # what was freed before is not to be used
-                ctypes.CDLL(None).malloc_trim(0)
+            # glibc: what was freed before is not to be used; the heap grows page by page, and not
+            # in steps of 128 KiB; threads have no heaps of their own.
+            with contextlib.suppress(AttributeError):
+                libc = ctypes.CDLL(None)
+                libc.mallopt(M_TOP_PAD, 0)
+                libc.mallopt(M_ARENA_MAX, 1)
+                libc.malloc_trim(0)
             before = memory()
             if way != "thread":
                 post_all(session, size)
