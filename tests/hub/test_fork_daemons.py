@@ -181,7 +181,7 @@ def test_the_workers_of_the_readme_serve_and_end(tmp_path: Path) -> None:
     ]
     port = free_port()
     snippet = snippet.replace("8710", str(port)).replace(
-        "for worker in workers:\n", 'print("forked", flush=True)\nfor worker in workers:\n'
+        "signal.sigwait(", 'print("forked", flush=True)\nsignal.sigwait('
     )
     assert "print" in snippet
     with serving_program(snippet, "unpatched") as process:
